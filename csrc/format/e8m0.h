@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// The MXFP4 scale, e8m0: byte b stands for 2^(b - 127), 0xFF for NaN, and the four ways to choose it from a block's largest
+// magnitude. Decided on bits, never with log2 or exp2 in floating point. Host and device.
+#pragma once
+#include <cstdint>
+
+#include "float_bits.h"
+
+namespace xpu_fp4 {
+
+/// How the scale of a block follows from amax = f * 2^E, 1 <= f < 2:
+///   floor  2^(E-2)                        OCP specification, section 6.3; microscaling; ggml
+///   ceil   twice that if f > 1            torchao CEIL
+///   even   twice that if f >= 1.75        compressed-tensors, AMD Quark, vLLM's Triton quantizer; our default
+///   rceil  twice that if f > 1.5          the least power of two with amax <= 6 * scale: FlashInfer, torchao RCEIL
+enum class ScaleMode : int { floor = 0, ceil = 1, even = 2, rceil = 3 };
+
+namespace e8m0 {
+
+constexpr int kBias = 127;
+constexpr uint8_t kNan = 0xFF;
+
+/// Scale byte of a block from the bits of its largest magnitude (magnitude_bits). Inf and NaN give kNan; the exponent is
+/// clamped to [-127, 127]; a zero or subnormal amax gives byte 0.
+constexpr uint8_t from_amax(uint32_t amax_bits, ScaleMode mode) {
+  if (amax_bits >= kInfBits) return kNan;
+  const uint32_t exponent = amax_bits >> 23, mantissa = amax_bits & 0x7FFFFFu;
+  // Twice the scale if the mantissa reaches this: 2^23 is never reached.
+  const uint32_t threshold = mode == ScaleMode::floor  ? 0x800000u
+                             : mode == ScaleMode::ceil ? 1u
+                             : mode == ScaleMode::even ? 0x600000u
+                                                       : 0x400001u;
+  // A subnormal amax (exponent 0) is below 2^-126, so its scale is clamped to byte 0 in every mode.
+  const uint32_t byte = exponent + (mantissa >= threshold ? 1u : 0u);
+  return static_cast<uint8_t>(byte > 2u ? byte - 2u : 0u);
+}
+
+/// Unbiased exponent of a scale byte that is not NaN.
+constexpr int exponent(uint8_t byte) { return static_cast<int>(byte) - kBias; }
+
+/// What a scale byte stands for.
+constexpr float value(uint8_t byte) { return byte == kNan ? float_of(kNanBits) : pow2(exponent(byte)); }
+
+/// 2^-exponent: what an element is multiplied by before it is encoded.
+constexpr float reciprocal(uint8_t byte) { return pow2(-exponent(byte)); }
+
+}  // namespace e8m0
+}  // namespace xpu_fp4
