@@ -3,10 +3,12 @@
 //
 // GEMM: a task owns rows x columns of the output. Columns are taken kLanes at a time; one quad (K = 128) of their weights is
 // unpacked to a panel [128][kLanes], so that a vector holds one k of all lanes and every row reuses the panel from the
-// first-level cache. Cost per output and block: 32 multiply-adds, in int16 for W4A4 (the sum of a block is at most 4608) and
-// in float32 for W4A16, and one scaling.
+// first-level cache. Cost per output and block: 32 multiplications and additions in float32 (exact for W4A4, where they are
+// integers below 2^13), and one scaling.
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "../format/accumulate.h"
@@ -90,114 +92,126 @@ void dequantize(const DequantizeArgs& args, Range blocks) {
   });
 }
 
-// kLanes rows of W over one quad, unpacked to twice their value: codes[k][lane], scale[block][lane]. Lanes beyond the last
-// column repeat it; blocks beyond the last are not filled.
-template <class Element>
-struct WeightPanel {
-  alignas(64) Element codes[kQuadElements][kLanes];
-  uint8_t scale[kQuad][kLanes];
+// A packed byte's two elements, each twice its value.
+struct Pair {
+  float even, odd;
+};
+constexpr std::array<Pair, 256> kUnpacked = [] {
+  std::array<Pair, 256> table{};
+  for (unsigned byte = 0; byte < 256; ++byte) {
+    table[byte] = {static_cast<float>(e2m1::twice(byte & 15u)), static_cast<float>(e2m1::twice(byte >> 4))};
+  }
+  return table;
+}();
 
-  void fill(const Weight& w, int64_t k, int64_t first_column, int64_t columns, int64_t quad, int blocks) {
+// The first `blocks` blocks of a row's quad; whoever fills it, every value but of unused blocks is set.
+struct RowQuad {
+  float x[kQuadElements];
+  RowFactor factor[kQuad];
+};
+
+// kLanes rows of W over one quad: codes[k][lane] is twice the value, factor[block][lane] what a block's sum is multiplied by.
+// Lanes beyond the last column repeat it; blocks beyond the last are not filled.
+struct WeightPanel {
+  alignas(64) float codes[kQuadElements][kLanes];
+  float factor[kQuad][kLanes];
+
+  void fill(const Weight& w, int64_t k, Range columns, int64_t quad, int blocks) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t column = first_column + std::min<int64_t>(lane, columns - 1);
+      const int64_t column = std::min(columns.begin + lane, columns.end - 1);
       const uint8_t* packed = w.codes + column * (k / 2) + quad * (kQuadElements / 2);
       for (int i = 0; i < blocks * kBlockBytes; ++i) {
-        codes[2 * i][lane] = static_cast<Element>(e2m1::twice(e2m1::low(packed[i])));
-        codes[2 * i + 1][lane] = static_cast<Element>(e2m1::twice(e2m1::high(packed[i])));
+        codes[2 * i][lane] = kUnpacked[packed[i]].even;
+        codes[2 * i + 1][lane] = kUnpacked[packed[i]].odd;
       }
-      for (int b = 0; b < blocks; ++b) {
-        scale[b][lane] = w.scale[column * w.scale_row_stride + (quad * kQuad + b) * w.scale_block_stride];
-      }
+      const uint8_t* scale = w.scale + column * w.scale_row_stride + quad * kQuad * w.scale_block_stride;
+      for (int b = 0; b < blocks; ++b) factor[b][lane] = weight_factor(scale[b * w.scale_block_stride]);
     }
   }
 };
 
-// acc += the four shares of a quad, lane by lane.
-void add_quad_lanes(float* acc, const float (&share)[kQuad][kLanes]) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    acc[lane] = add_quad(acc[lane], share[0][lane], share[1][lane], share[2][lane], share[3][lane]);
+// sum[lane] = x . w over one block, in the order of format/accumulate.h. For W4A4 every partial sum is an integer below 2^13,
+// so any order gives the same bits and the two products can share this loop.
+void dot_block(const float* x, const float (*w)[kLanes], float* sum) {
+  float run[kBlock / kRun][kLanes];
+  for (int r = 0; r < kBlock / kRun; ++r) {
+    float partial[kLanes] = {};
+    for (int i = r * kRun; i < (r + 1) * kRun; ++i) {
+      for (int lane = 0; lane < kLanes; ++lane) partial[lane] += x[i] * w[i][lane];
+    }
+    std::copy(partial, partial + kLanes, run[r]);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) sum[lane] = add_runs(run[0][lane], run[1][lane], run[2][lane], run[3][lane]);
+}
+
+// acc[lane] += the quad's share of one row's outputs; share(sum, row factor, weight factor) scales a block's sum.
+template <class Share>
+void add_row_quad(const RowQuad& row, const WeightPanel& panel, int blocks, float* acc, const Share& share) {
+  float p[kQuad][kLanes] = {};  // a missing block counts as +0
+  for (int b = 0; b < blocks; ++b) {
+    dot_block(row.x + b * kBlock, panel.codes + b * kBlock, p[b]);
+    for (int lane = 0; lane < kLanes; ++lane) p[b][lane] = share(p[b][lane], row.factor[b], panel.factor[b][lane]);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) acc[lane] = add_quad(acc[lane], p[0][lane], p[1][lane], p[2][lane], p[3][lane]);
+}
+
+template <DType T>
+void add_bias_and_store(const Bias& bias, void* y, int64_t n, int64_t row, Range columns, const float* acc) {
+  for (int64_t column = columns.begin; column < columns.end; ++column) {
+    float value = acc[column - columns.begin];
+    if (bias.data != nullptr) value += bias.data[row * bias.row_stride + column * bias.column_stride];
+    store<T>(y, row * n + column, value);
   }
 }
 
-void add_bias_and_store(const Bias& bias, void* y, DType dtype, int64_t n, int64_t row, Range columns, const float* acc) {
-  with_dtype(dtype, [&](auto type) {
-    for (int64_t column = columns.begin; column < columns.end; ++column) {
-      float value = acc[column - columns.begin];
-      if (bias.data != nullptr) value += bias.data[row * bias.row_stride + column * bias.column_stride];
-      store<type>(y, row * n + column, value);
-    }
-  });
-}
-
-// The loop nest that both products share. shares(row, quad, panel, blocks, share) writes what the first `blocks` blocks of a
-// quad contribute to one row; share of the missing ones stays +0.
-template <class Element, class Args, class Shares>
-void for_each_quad(const Args& args, DType y_dtype, Range rows, Range columns, const Shares& shares) {
-  static thread_local WeightPanel<Element> panel;
+// The loop nest of both products. load_row(row, quad, blocks) gives the activations of a quad.
+template <DType T, class Args, class LoadRow, class Share>
+void multiply(const Args& args, Range rows, Range columns, const LoadRow& load_row, const Share& share) {
+  static thread_local WeightPanel panel;
   const int64_t row_blocks = args.k / kBlock, quads = (row_blocks + kQuad - 1) / kQuad;
-  std::vector<float> acc(static_cast<size_t>((rows.end - rows.begin) * kLanes));
+  std::vector<std::array<float, kLanes>> acc(static_cast<size_t>(rows.end - rows.begin));
   for (int64_t first = columns.begin; first < columns.end; first += kLanes) {
-    const int64_t last = std::min<int64_t>(first + kLanes, columns.end);
-    std::fill(acc.begin(), acc.end(), 0.0f);
+    const Range lanes = {first, std::min<int64_t>(first + kLanes, columns.end)};
+    std::fill(acc.begin(), acc.end(), std::array<float, kLanes>{});
     for (int64_t quad = 0; quad < quads; ++quad) {
       const int blocks = static_cast<int>(std::min<int64_t>(kQuad, row_blocks - quad * kQuad));
-      panel.fill(args.w, args.k, first, last - first, quad, blocks);
+      panel.fill(args.w, args.k, lanes, quad, blocks);
       for (int64_t row = rows.begin; row < rows.end; ++row) {
-        float share[kQuad][kLanes] = {};
-        shares(row, quad, panel, blocks, share);
-        add_quad_lanes(&acc[static_cast<size_t>((row - rows.begin) * kLanes)], share);
+        const RowQuad activations = load_row(row, quad, blocks);
+        add_row_quad(activations, panel, blocks, acc[static_cast<size_t>(row - rows.begin)].data(), share);
       }
     }
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const float* row_acc = &acc[static_cast<size_t>((row - rows.begin) * kLanes)];
-      add_bias_and_store(args.bias, args.y, y_dtype, args.n, row, {first, last}, row_acc);
+      add_bias_and_store<T>(args.bias, args.y, args.n, row, lanes, acc[static_cast<size_t>(row - rows.begin)].data());
     }
   }
 }
 
 void gemm(const GemmArgs& args, Range rows, Range columns) {
-  for_each_quad<int16_t>(args, args.y_dtype, rows, columns,
-                         [&](int64_t row, int64_t quad, const WeightPanel<int16_t>& panel, int blocks, auto& share) {
+  const auto load_row = [&](int64_t row, int64_t quad, int blocks) {
     const uint8_t* packed = args.a + row * (args.k / 2) + quad * (kQuadElements / 2);
     const uint8_t* scale = args.a_scale + row * (args.k / kBlock) + quad * kQuad;
-    for (int b = 0; b < blocks; ++b) {
-      int16_t dot[kLanes] = {};
-      for (int i = 0; i < kBlockBytes; ++i) {
-        const uint8_t byte = packed[b * kBlockBytes + i];
-        const int16_t a0 = static_cast<int16_t>(e2m1::twice(e2m1::low(byte)));
-        const int16_t a1 = static_cast<int16_t>(e2m1::twice(e2m1::high(byte)));
-        const int16_t* w0 = panel.codes[b * kBlock + 2 * i];
-        const int16_t* w1 = panel.codes[b * kBlock + 2 * i + 1];
-        for (int lane = 0; lane < kLanes; ++lane) {
-          dot[lane] = static_cast<int16_t>(dot[lane] + a0 * w0[lane] + a1 * w1[lane]);
-        }
-      }
-      for (int lane = 0; lane < kLanes; ++lane) share[b][lane] = block_product(dot[lane], scale[b], panel.scale[b][lane]);
+    RowQuad out;
+    for (int i = 0; i < blocks * kBlockBytes; ++i) {
+      out.x[2 * i] = kUnpacked[packed[i]].even;
+      out.x[2 * i + 1] = kUnpacked[packed[i]].odd;
     }
-  });
-}
-
-template <DType T>
-void gemm_w4a16_as(const GemmW4A16Args& args, Range rows, Range columns) {
-  for_each_quad<float>(args, T, rows, columns,
-                       [&](int64_t row, int64_t quad, const WeightPanel<float>& panel, int blocks, auto& share) {
-    for (int b = 0; b < blocks; ++b) {
-      float run[kBlock / kRun][kLanes] = {};
-      for (int i = 0; i < kBlock; ++i) {
-        const float x = load<T>(args.x, row * args.k + quad * kQuadElements + b * kBlock + i);
-        const float* w = panel.codes[b * kBlock + i];
-        float* sum = run[i / kRun];
-        for (int lane = 0; lane < kLanes; ++lane) sum[lane] += x * w[lane];
-      }
-      for (int lane = 0; lane < kLanes; ++lane) {
-        share[b][lane] = block_share(add_runs(run[0][lane], run[1][lane], run[2][lane], run[3][lane]), panel.scale[b][lane]);
-      }
-    }
-  });
+    for (int b = 0; b < blocks; ++b) out.factor[b] = row_factor(scale[b]);
+    return out;
+  };
+  with_dtype(args.y_dtype, [&](auto dtype) { multiply<dtype>(args, rows, columns, load_row, block_product); });
 }
 
 void gemm_w4a16(const GemmW4A16Args& args, Range rows, Range columns) {
-  with_dtype(args.dtype, [&](auto dtype) { gemm_w4a16_as<dtype>(args, rows, columns); });
+  with_dtype(args.dtype, [&](auto dtype) {
+    const auto load_row = [&](int64_t row, int64_t quad, int blocks) {
+      RowQuad out;
+      for (int i = 0; i < blocks * kBlock; ++i) out.x[i] = load<dtype>(args.x, row * args.k + quad * kQuadElements + i);
+      return out;
+    };
+    const auto share = [](float sum, const RowFactor&, float factor) { return block_share(sum, factor); };
+    multiply<dtype>(args, rows, columns, load_row, share);
+  });
 }
 
 }  // namespace

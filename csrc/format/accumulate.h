@@ -21,19 +21,26 @@ constexpr int block_dot(const uint8_t* a, const uint8_t* w) {
   return d;
 }
 
-/// x * 2^e with a single rounding, for float(integer below 2^13) or any x whose scaling by 2^(e/2) is exact or overflows.
-constexpr float scale_by_pow2(float x, int e) {
-  // Two factors near the square root, so that the first product is exact and only the second rounds, underflows or
-  // overflows. Below 2^-200 every product is a zero anyway, and both factors stay normal floats.
-  const int clamped = e < -200 ? -200 : e, half = clamped >> 1;
-  return x * pow2(half) * pow2(clamped - half);
+/// What a row of A brings to a block's product: 2^ea = scale * rest, split so that an integer below 2^13 times scale is exact
+/// in float32: no overflow (scale <= 2^100), and no bit below 2^-149 (scale >= 2^-127).
+struct RowFactor {
+  float scale;
+  float rest;  // 1 up to 2^100
+};
+constexpr RowFactor row_factor(uint8_t a_scale) {
+  if (a_scale == e8m0::kNan) return {float_of(kNanBits), 1.0f};
+  const int e = e8m0::exponent(a_scale), kept = e < 100 ? e : 100;
+  return {pow2(kept), pow2(e - kept)};
 }
 
-/// W4A4: d * 2^(ea + ew - 2) rounded once to float32; NaN if either scale is NaN.
-constexpr float block_product(int d, uint8_t a_scale, uint8_t w_scale) {
-  const float p = scale_by_pow2(static_cast<float>(d), int{a_scale} + int{w_scale} - (2 * e8m0::kBias + 2));
-  return a_scale == e8m0::kNan || w_scale == e8m0::kNan ? float_of(kNanBits) : p;
+/// What a row of W brings: 2^(ew - 2), possibly subnormal; the -2 undoes the two factors of two in an integer product.
+constexpr float weight_factor(uint8_t w_scale) {
+  return w_scale == e8m0::kNan ? float_of(kNanBits) : pow2(e8m0::exponent(w_scale) - 2);
 }
+
+/// W4A4: d * 2^(ea + ew - 2) rounded once to float32; NaN if either scale is NaN. The second multiplication is the one that
+/// rounds, underflows or overflows; where rest is not 1 the product before it is at least 2^-29, so the third is exact.
+constexpr float block_product(float d, RowFactor a, float w) { return d * a.scale * w * a.rest; }
 
 /// Adds four consecutive blocks (K = 128) to the accumulator; missing blocks of the last quad are +0.
 constexpr float add_quad(float acc, float p0, float p1, float p2, float p3) { return acc + ((p0 + p1) + (p2 + p3)); }
@@ -43,11 +50,7 @@ constexpr float add_quad(float acc, float p0, float p1, float p2, float p3) { re
 constexpr int kRun = 8;
 constexpr float add_runs(float s0, float s1, float s2, float s3) { return (s0 + s1) + (s2 + s3); }
 
-/// W4A16: sum of a block in units of its scale / 2 -> its share of the output; NaN if the scale is NaN.
-constexpr float block_share(float sum, uint8_t w_scale) {
-  // pow2(e - 1) would be subnormal for the smallest scales: two normal factors.
-  const int e = e8m0::exponent(w_scale) - 1, half = e / 2;
-  return w_scale == e8m0::kNan ? float_of(kNanBits) : sum * pow2(half) * pow2(e - half);
-}
+/// W4A16: sum of a block of x * (2w) -> its share of the output, in which weight_factor's 2^(ew - 2) lacks one factor of two.
+constexpr float block_share(float sum, float w) { return sum * 2.0f * w; }
 
 }  // namespace xpu_fp4

@@ -18,13 +18,7 @@ constexpr unsigned quantize_element(float x, float reciprocal_scale) {
 }
 
 /// Value of a code under a scale: exact in float32 but for overflow to Inf (4 and 6 at the scale 2^127); NaN if the scale is.
-constexpr float dequantize_element(unsigned code, uint8_t scale) {
-  if (scale == e8m0::kNan) return float_of(kNanBits);
-  // twice * 2^(e-1) as two normal factors, because 2^(e-1) may be subnormal.
-  const int e = e8m0::exponent(scale) - 1, half = e / 2;
-  const float magnitude = static_cast<float>(e2m1::twice_magnitude(code)) * pow2(half) * pow2(e - half);
-  return float_of(bits_of(magnitude) | ((code & 8u) << 28));
-}
+constexpr float dequantize_element(unsigned code, uint8_t scale) { return e2m1::value(code) * e8m0::value(scale); }
 
 /// The compatibility quantizer (vllm-xpu-kernels' numbers): its scale is 2^ceil(log2(max(amax / 6, eps))), so the rceil rule
 /// with a floor.

@@ -21,6 +21,12 @@ constexpr int twice_magnitude(unsigned code) {
 /// Twice the value of a code, an integer in [-12, 12]; both zeros give 0.
 constexpr int twice(unsigned code) { return (code & 8u) != 0 ? -twice_magnitude(code) : twice_magnitude(code); }
 
+/// Value of a code, -0 included.
+constexpr float value(unsigned code) {
+  const float magnitude = 0.5f * static_cast<float>(twice_magnitude(code));
+  return (code & 8u) != 0 ? -magnitude : magnitude;
+}
+
 /// Nearest code to |y|, 0..7, saturated to 6.0. y must not be NaN.
 template <Ties ties = Ties::to_even>
 constexpr unsigned encode_magnitude(float y) {

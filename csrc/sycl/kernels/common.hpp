@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device code: types, unaligned loads and the matrix primitive. Kernels are compiled at first use by SYCL's runtime compiler, one
+// program per variant; the host (sycl/backend.cpp) sets these macros:
+//   XPU_FP4_SUB_GROUP    lanes of a sub-group: 16, or 8 on GPUs whose matrix unit is 8 wide (Alchemist)
+//   XPU_FP4_MATRIX_UNIT  1 where the device has Intel's int8 matrix unit, 0 for the stand-in
+//   XPU_FP4_ALIGNMENT    bytes to which the vector-accessed pointers are aligned: 16, or 1 if any of them is not
+//   XPU_FP4_DTYPE        the DType of the one tensor that is not MXFP4, as its number
+#pragma once
+#include <sycl/sycl.hpp>
+
+#include "format/accumulate.h"
+#include "format/block.h"
+
+namespace syclext = sycl::ext::oneapi;
+namespace syclexp = sycl::ext::oneapi::experimental;
+
+namespace xpu_fp4 {
+
+constexpr int kSubGroup = XPU_FP4_SUB_GROUP;
+constexpr DType kDType = static_cast<DType>(XPU_FP4_DTYPE);
+
+// SYCL offers kernel properties only through this macro.
+#define XPU_FP4_KERNEL(dimensions)                                                        \
+  extern "C" SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((syclexp::nd_range_kernel<dimensions>))    \
+      SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((syclexp::sub_group_size<XPU_FP4_SUB_GROUP>)) void
+
+typedef short short8 __attribute__((ext_vector_type(8)));
+typedef int int8 __attribute__((ext_vector_type(8)));
+
+inline sycl::sub_group this_sub_group() { return syclext::this_work_item::get_sub_group(); }
+
+/// 32-bit words at an address that is aligned as the variant says.
+struct Words4 {
+  uint32_t word[4];
+};
+struct alignas(XPU_FP4_ALIGNMENT == 16 ? 16 : 1) Bytes16 {
+  uint8_t byte[16];
+};
+inline Bytes16 load16(const void* address) { return *static_cast<const Bytes16*>(address); }
+inline Words4 words_of(const Bytes16& bytes) { return __builtin_bit_cast(Words4, bytes); }
+
+/// Bytes of lane i's share of a 32-element row of A: two codes per lane at 16 lanes, four at 8.
+constexpr int kRowBytes = kBlockBytes / kSubGroup;
+
+// ---- one 8 x kSubGroup x 32 product of int8 matrices, int32 sums ----
+// lane l of a: for each of 8 rows the int8 values K = 2l, 2l+1 (8 lanes: K = 4l .. 4l+3)
+// lane n of b: column n, dword j = K 4j .. 4j+3;   lane n of the result: column n, rows 0..7
+#if XPU_FP4_SUB_GROUP == 16
+typedef short8 RowFragment;
+#else
+typedef int8 RowFragment;
+#endif
+
+#if XPU_FP4_MATRIX_UNIT
+extern SYCL_EXTERNAL int8 intel_sub_group_i8_i8_matrix_mad_k32(RowFragment a, int8 b, int8 acc);
+inline int8 matrix_mad(RowFragment a, int8 b, int8 acc) { return intel_sub_group_i8_i8_matrix_mad_k32(a, b, acc); }
+#else
+/// K = 4j .. 4j+3 of row r, from the lanes that hold them.
+inline uint32_t row_dword(const RowFragment& a, int r, int j) {
+  const auto sub_group = this_sub_group();
+#if XPU_FP4_SUB_GROUP == 16
+  const uint32_t pair = static_cast<uint16_t>(a[r]);
+  return sycl::select_from_group(sub_group, pair, 2 * j) | sycl::select_from_group(sub_group, pair, 2 * j + 1) << 16;
+#else
+  return sycl::select_from_group(sub_group, static_cast<uint32_t>(a[r]), j);
+#endif
+}
+inline int dot4(uint32_t a, uint32_t b, int acc) {
+  for (int i = 0; i < 32; i += 8) acc += int{static_cast<int8_t>(a >> i)} * int{static_cast<int8_t>(b >> i)};
+  return acc;
+}
+inline int8 matrix_mad(RowFragment a, int8 b, int8 acc) {
+  for (int r = 0; r < 8; ++r) {
+    for (int j = 0; j < 8; ++j) acc[r] = dot4(row_dword(a, r, j), static_cast<uint32_t>(b[j]), acc[r]);
+  }
+  return acc;
+}
+#endif
+
+/// Two packed codes -> two int8 of twice their value, in K order.
+inline uint32_t unpack2(uint8_t packed) {
+  return static_cast<uint8_t>(e2m1::twice(e2m1::low(packed))) |
+         static_cast<uint32_t>(static_cast<uint8_t>(e2m1::twice(e2m1::high(packed)))) << 8;
+}
+
+/// A column's packed block -> its lane of the B operand.
+inline int8 column_fragment(const Bytes16& packed) {
+  int8 fragment;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    fragment[j] = static_cast<int>(unpack2(packed.byte[2 * j]) | unpack2(packed.byte[2 * j + 1]) << 16);
+  }
+  return fragment;
+}
+
+}  // namespace xpu_fp4
