@@ -4,7 +4,7 @@
 //   XPU_FP4_SUB_GROUP    lanes of a sub-group: 16, or 8 on GPUs whose matrix unit is 8 wide (Alchemist)
 //   XPU_FP4_MATRIX_UNIT  1 where the device has Intel's int8 matrix unit, 0 for the stand-in
 //   XPU_FP4_ALIGNMENT    bytes to which the vector-accessed pointers are aligned: 16, or 1 if any of them is not
-//   XPU_FP4_DTYPE        the DType of the one tensor that is not MXFP4, as its number
+//   XPU_FP4_DTYPE        where a kernel's loop depends on it: the DType of the tensor that is not MXFP4, as its number
 #pragma once
 #include <sycl/sycl.hpp>
 
@@ -17,7 +17,9 @@ namespace syclexp = sycl::ext::oneapi::experimental;
 namespace xpu_fp4 {
 
 constexpr int kSubGroup = XPU_FP4_SUB_GROUP;
+#ifdef XPU_FP4_DTYPE
 constexpr DType kDType = static_cast<DType>(XPU_FP4_DTYPE);
+#endif
 
 // SYCL offers kernel properties only through this macro.
 #define XPU_FP4_KERNEL(dimensions)                                                        \
@@ -29,15 +31,11 @@ typedef int int8 __attribute__((ext_vector_type(8)));
 
 inline sycl::sub_group this_sub_group() { return syclext::this_work_item::get_sub_group(); }
 
-/// 32-bit words at an address that is aligned as the variant says.
-struct Words4 {
-  uint32_t word[4];
-};
-struct alignas(XPU_FP4_ALIGNMENT == 16 ? 16 : 1) Bytes16 {
+/// Sixteen bytes, loaded at once where the variant's alignment allows it.
+struct alignas(XPU_FP4_ALIGNMENT) Bytes16 {
   uint8_t byte[16];
 };
 inline Bytes16 load16(const void* address) { return *static_cast<const Bytes16*>(address); }
-inline Words4 words_of(const Bytes16& bytes) { return __builtin_bit_cast(Words4, bytes); }
 
 /// Bytes of lane i's share of a 32-element row of A: two codes per lane at 16 lanes, four at 8.
 constexpr int kRowBytes = kBlockBytes / kSubGroup;

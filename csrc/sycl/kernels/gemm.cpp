@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4: Y [M, N] = A [M, K] x W [N, K]^T + bias, in the order of format/accumulate.h. XPU_FP4_DTYPE is Y's.
+// W4A4: Y [M, N] = A [M, K] x W [N, K]^T + bias, in the order of format/accumulate.h.
 //
 // A sub-group computes kSubGroup rows x kColumnUnits * kSubGroup columns. An MX block is one matrix-mad: both operands are
 // unpacked in registers to int8 (twice the value), the int32 sums are exact, and each becomes a float32 product before the
@@ -92,8 +92,8 @@ inline void for_each_output(const Function& function) {
 
 XPU_FP4_KERNEL(2)
 gemm(const uint8_t* a, const uint8_t* a_scale, const uint8_t* w, const uint8_t* w_scale, int64_t w_scale_row_stride,
-     int64_t w_scale_block_stride, const float* bias, int64_t bias_row_stride, int64_t bias_column_stride, void* y, int64_t m,
-     int64_t n, int64_t k) {
+     int64_t w_scale_block_stride, const float* bias, int64_t bias_row_stride, int64_t bias_column_stride, void* y, int y_dtype,
+     int64_t m, int64_t n, int64_t k) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const int64_t column_tile = item.get_global_id(1) / kSubGroup;
   const Tile tile = {{m, n, k},
@@ -121,6 +121,6 @@ gemm(const uint8_t* a, const uint8_t* a_scale, const uint8_t* w, const uint8_t* 
     if (row >= m || column >= n) return;
     float value = acc.value[i][j][r];
     if (bias != nullptr) value += bias[row * bias_row_stride + column * bias_column_stride];
-    store<kDType>(y, row * n + column, value);
+    store(static_cast<DType>(y_dtype), y, row * n + column, value);
   });
 }

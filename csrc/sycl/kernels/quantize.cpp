@@ -14,7 +14,7 @@ struct LaneInput {
 };
 
 inline LaneInput load_lane(const uint8_t* x, int64_t vector) {
-  const Bytes16 bytes = load16(x + vector * 16);
+  alignas(16) const Bytes16 bytes = load16(x + vector * 16);
   LaneInput in;
   in.amax_bits = 0;
 #pragma unroll
@@ -47,7 +47,7 @@ XPU_FP4_KERNEL(1) quantize(const uint8_t* x, uint8_t* q, uint8_t* scales, int64_
   const LaneInput in = load_lane(x, sycl::min(id, vectors - 1));
   if (id >= vectors) return;
   const uint8_t scale = e8m0::from_amax(in.amax_bits, static_cast<ScaleMode>(mode));
-  store_codes(in, scale, q + id * (kVector / 2), quantize_element);
+  store_codes(in, scale, q + id * (kVector / 2), [](float x, float r) { return quantize_element(x, r); });
   if (id % kLanesPerBlock == 0) scales[id / kLanesPerBlock] = scale;
 }
 
@@ -57,7 +57,7 @@ XPU_FP4_KERNEL(1) group_quantize(const uint8_t* x, uint8_t* q, float* scales, in
   const LaneInput in = load_lane(x, sycl::min(id, vectors - 1));
   if (id >= vectors) return;
   const uint8_t scale = group_quant::scale_byte(in.amax_bits, group_quant::floor_from_eps(eps));
-  store_codes(in, scale, q + id * (kVector / 2), group_quant::quantize_element);
+  store_codes(in, scale, q + id * (kVector / 2), [](float x, float r) { return group_quant::quantize_element(x, r); });
   const int64_t block = id / kLanesPerBlock, row = block / row_blocks;
   if (id % kLanesPerBlock == 0) {
     scales[row * scale_row_stride + (block - row * row_blocks) * scale_block_stride] = e8m0::value(scale);

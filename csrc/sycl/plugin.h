@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The SYCL backend is a library of its own (`_sycl_backend`), loaded at first use: so `_xpu_C` loads where no SYCL runtime is
+// installed. This is all that the two know of each other. Torch-free.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../backend.h"
+
+namespace xpu_fp4::syclrt {
+
+/// A device as SYCL reports it, and how our kernels are compiled for it.
+struct DeviceInfo {
+  std::string name;
+  std::string driver;    // "opencl 2026.21.7"
+  int sub_group;         // lanes
+  bool has_matrix_unit;  // false: the kernels use the bit-exact stand-in
+};
+
+class Plugin {
+ public:
+  virtual ~Plugin() = default;
+  /// CPU and GPU devices that SYCL sees. Throws std::runtime_error if SYCL cannot tell.
+  virtual std::vector<DeviceInfo> devices() const = 0;
+  /// The kernels on Intel's OpenCL CPU device; calls return when the result is there. Throws if there is no such device.
+  virtual const Backend& cpu() const = 0;
+  /// The kernels on a `sycl::queue*`, which the caller keeps alive; calls return at once, the queue orders them.
+  virtual std::unique_ptr<Backend> on_queue(void* queue) const = 0;
+};
+
+/// The one symbol that the library exports: `const Plugin* xpu_fp4_sycl_plugin()`.
+constexpr char kPluginSymbol[] = "xpu_fp4_sycl_plugin";
+using PluginFunction = const Plugin* (*)();
+
+}  // namespace xpu_fp4::syclrt

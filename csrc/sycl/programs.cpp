@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "programs.h"
+
+#include <algorithm>
+#include <future>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "device_sources.h"
+
+namespace syclexp = sycl::ext::oneapi::experimental;
+
+namespace xpu_fp4::syclrt {
+namespace {
+
+using Program = sycl::kernel_bundle<sycl::bundle_state::executable>;
+
+const std::string& source_text(const std::string& name) {
+  const auto found = std::find_if(kDeviceSources.begin(), kDeviceSources.end(), [&](const auto& s) { return s.name == name; });
+  return found->text;
+}
+
+std::vector<std::string> build_options(const Variant& variant, const Target& target) {
+  const auto define = [](const char* macro, int value) { return "-D" + std::string(macro) + "=" + std::to_string(value); };
+  std::vector<std::string> options = {
+      "-ffp-contract=off",  // the numerics count every rounding
+#if __LIBSYCL_MAJOR_VERSION < 9
+      "-fno-sycl-device-lib=all",  // 2025.3's pip package lacks the device library; 2026.1 does not know the option
+#endif
+      define("XPU_FP4_SUB_GROUP", target.sub_group),
+      define("XPU_FP4_MATRIX_UNIT", target.matrix_unit),
+      define("XPU_FP4_ALIGNMENT", variant.alignment),
+  };
+  if (variant.dtype) options.push_back(define("XPU_FP4_DTYPE", static_cast<int>(*variant.dtype)));
+  return options;
+}
+
+Program build(const sycl::context& context, const sycl::device& device, const Variant& variant) {
+  syclexp::include_files includes;
+  for (const DeviceSource& source : kDeviceSources) includes.add(source.name, source.text);
+  std::string log;
+  try {
+    auto bundle = syclexp::create_kernel_bundle_from_source(context, syclexp::source_language::sycl,
+                                                                  source_text(variant.file), syclexp::properties{includes});
+    return syclexp::build(bundle, {device},
+                          syclexp::properties{syclexp::build_options{build_options(variant, target_of(device))},
+                                              syclexp::save_log{&log}});
+  } catch (const sycl::exception& error) {
+    throw std::runtime_error("xpu_fp4: SYCL cannot build " + variant.file + " for " +
+                             device.get_info<sycl::info::device::name>() + ": " + error.what() + "\n" + log);
+  }
+}
+
+// A future per program: whoever asks first builds, the others wait for that one only.
+class ProgramCache {
+ public:
+  Program get(const sycl::queue& queue, const Variant& variant) {
+    const auto key = std::make_tuple(variant.file, variant.dtype, variant.alignment);
+    std::promise<Program> promise;
+    std::shared_future<Program> future;
+    bool mine = false;
+    {
+      const std::lock_guard lock(mutex_);
+      auto& programs = per_device_[{queue.get_context(), queue.get_device()}];
+      const auto found = programs.find(key);
+      mine = found == programs.end();
+      future = mine ? promise.get_future().share() : found->second;
+      if (mine) programs.emplace(key, future);
+    }
+    if (mine) {
+      try {
+        promise.set_value(build(queue.get_context(), queue.get_device(), variant));
+      } catch (...) {
+        promise.set_exception(std::current_exception());
+      }
+    }
+    return future.get();
+  }
+
+ private:
+  using Place = std::pair<sycl::context, sycl::device>;
+  struct Hash {
+    size_t operator()(const Place& place) const {
+      return std::hash<sycl::context>{}(place.first) * 31 + std::hash<sycl::device>{}(place.second);
+    }
+  };
+  using Key = std::tuple<std::string, std::optional<DType>, int>;
+  std::mutex mutex_;
+  std::unordered_map<Place, std::map<Key, std::shared_future<Program>>, Hash> per_device_;
+};
+
+}  // namespace
+
+Target target_of(const sycl::device& device) {
+  if (!device.is_gpu() || !device.has(sycl::aspect::ext_intel_matrix)) return {16, false};
+  // The width of the matrix unit is the N of the int8 products that the device lists.
+  for (const auto& shape : device.get_info<syclexp::info::device::matrix_combinations>()) {
+    if (shape.atype == syclexp::matrix::matrix_type::sint8 && shape.nsize != 0) return {static_cast<int>(shape.nsize), true};
+  }
+  return {16, false};
+}
+
+sycl::kernel get_kernel(const sycl::queue& queue, const Variant& variant, const std::string& name) {
+  // Not destroyed: at exit the SYCL runtime may be gone before a static of ours.
+  static ProgramCache& cache = *new ProgramCache;
+  return cache.get(queue, variant).ext_oneapi_get_kernel(name);
+}
+
+}  // namespace xpu_fp4::syclrt
