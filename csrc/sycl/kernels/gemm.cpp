@@ -106,7 +106,8 @@ gemm(const uint8_t* a, const uint8_t* a_scale, const uint8_t* w, const uint8_t* 
   Accumulators acc = {};
   for (int64_t quad = 0; quad < tile.shape.row_blocks(); quad += kQuad) {
     Accumulators p[kQuad] = {};  // a missing block counts as +0
-#pragma unroll
+    // Registers want constant indices on a GPU; the stand-in is long, and four copies of it only slow its compilation.
+#pragma unroll(XPU_FP4_MATRIX_UNIT ? kQuad : 1)
     for (int b = 0; b < kQuad; ++b) {
       if (quad + b < tile.shape.row_blocks()) block_products(tile, a, a_scale, weights, quad + b, p[b]);
     }

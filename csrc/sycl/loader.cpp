@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where the build found SYCL it defines XPU_FP4_SYCL_LIB_DIR (the folder of libsycl.so) and XPU_FP4_SYCL_BACKEND_FILE (the
+// backend's file name, beside this library).
+#include "loader.h"
+
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#ifdef XPU_FP4_SYCL_LIB_DIR
+#include <sycl/version.hpp>
+#define XPU_FP4_STRING_OF(x) #x
+#define XPU_FP4_SONAME(major) "libsycl.so." XPU_FP4_STRING_OF(major)
+// What the backend was linked to, so the one version that will do.
+constexpr char kSyclLibrary[] = XPU_FP4_SONAME(__LIBSYCL_MAJOR_VERSION);
+#endif
+
+namespace xpu_fp4::syclrt {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+void set_unless_set(const char* name, const std::string& value) { setenv(name, value.c_str(), /*overwrite=*/0); }
+
+std::mutex mutex;
+std::string loaded_runtime;
+
+#ifdef XPU_FP4_SYCL_LIB_DIR
+
+fs::path own_folder() {
+  Dl_info info;
+  dladdr(reinterpret_cast<void*>(&own_folder), &info);
+  return fs::absolute(info.dli_fname).parent_path();
+}
+
+std::vector<fs::path> search_folders() {
+  if (const auto only = environment("XPU_FP4_SYCL_LIB_DIR"); !only.empty()) return {only};
+  std::vector<fs::path> folders;
+  if (const auto root = environment("CMPLR_ROOT"); !root.empty()) folders.push_back(fs::path(root) / "lib");
+  if (const auto root = environment("ONEAPI_ROOT"); !root.empty()) folders.push_back(fs::path(root) / "compiler/latest/lib");
+  // site-packages/xpu_fp4 -> the environment's lib, where pip puts the runtime
+  folders.push_back((own_folder() / "../../..").lexically_normal());
+  folders.emplace_back(XPU_FP4_SYCL_LIB_DIR);
+  return folders;
+}
+
+std::string path_of(void* library) {
+  link_map* map = nullptr;
+  return dlinfo(library, RTLD_DI_LINKMAP, &map) == 0 ? map->l_name : "";
+}
+
+// The CPU device is found only through this variable when the OpenCL runtime comes from pip.
+void offer_cpu_device(const fs::path& folder) {
+  if (const fs::path driver = folder / "libintelocl.so"; fs::exists(driver)) set_unless_set("OCL_ICD_FILENAMES", driver.string());
+}
+
+void load_runtime() {
+  configure_cache();
+  const bool restricted = !environment("XPU_FP4_SYCL_LIB_DIR").empty();
+  if (void* library = restricted ? nullptr : dlopen(kSyclLibrary, RTLD_NOW | RTLD_NOLOAD)) {
+    loaded_runtime = path_of(library);
+    return offer_cpu_device(fs::path(loaded_runtime).parent_path());
+  }
+  std::string tried;
+  for (const fs::path& folder : search_folders()) {
+    const fs::path file = folder / kSyclLibrary;
+    if (!fs::exists(file)) {
+      tried += "\n  " + file.string() + ": no such file";
+      continue;
+    }
+    offer_cpu_device(folder);
+    if (dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr) {
+      loaded_runtime = file;
+      return;
+    }
+    tried += "\n  " + std::string(dlerror());
+  }
+  if (!restricted) {
+    if (void* library = dlopen(kSyclLibrary, RTLD_NOW | RTLD_GLOBAL)) {
+      loaded_runtime = path_of(library);
+      return offer_cpu_device(fs::path(loaded_runtime).parent_path());
+    }
+    tried += "\n  " + std::string(dlerror());
+  }
+  throw std::runtime_error("xpu_fp4: no SYCL runtime (" + std::string(kSyclLibrary) +
+                           "): install the pip package dpcpp-cpp-rt in the version this library was built with, or a oneAPI "
+                           "toolkit (source its setvars.sh). Tried:" +
+                           tried);
+}
+
+const Plugin* load_backend() {
+  load_runtime();
+  const fs::path file = own_folder() / XPU_FP4_SYCL_BACKEND_FILE;
+  void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw std::runtime_error("xpu_fp4: cannot load the SYCL backend: " + std::string(dlerror()));
+  const auto plugin = reinterpret_cast<PluginFunction>(dlsym(library, kPluginSymbol));
+  if (plugin == nullptr) throw std::runtime_error("xpu_fp4: " + file.string() + " is not the SYCL backend");
+  return plugin();
+}
+
+#else
+
+const Plugin* load_backend() {
+  throw std::runtime_error(
+      "xpu_fp4: built without SYCL: no SYCL headers were found then. Install the pip package dpcpp-cpp-rt==2026.1.2 or a oneAPI "
+      "toolkit (source its setvars.sh), and build again");
+}
+
+#endif
+
+}  // namespace
+
+const Plugin& load_plugin() {
+  static const Plugin* plugin = nullptr;
+  const std::lock_guard lock(mutex);
+  if (plugin == nullptr) plugin = load_backend();
+  return *plugin;
+}
+
+std::string cache_dir() {
+  if (const auto dir = environment("SYCL_CACHE_DIR"); !dir.empty()) return dir;
+  if (const auto dir = environment("XPU_FP4_CACHE_DIR"); !dir.empty()) return dir;
+  if (const auto dir = environment("XDG_CACHE_HOME"); !dir.empty()) return dir + "/xpu_fp4";
+  if (const auto home = environment("HOME"); !home.empty()) return home + "/.cache/xpu_fp4";
+  return (fs::temp_directory_path() / "xpu_fp4").string();
+}
+
+void configure_cache() {
+  set_unless_set("SYCL_CACHE_PERSISTENT", "1");
+  set_unless_set("SYCL_CACHE_DIR", cache_dir());
+}
+
+std::string runtime_path() {
+  const std::lock_guard lock(mutex);
+  return loaded_runtime;
+}
+
+}  // namespace xpu_fp4::syclrt

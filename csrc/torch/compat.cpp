@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "compat.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/Exception.h>
+#include <torch/csrc/jit/frontend/function_schema_parser.h>
+
+#include <array>
+#include <memory>
+#include <mutex>
+
+#include "schemas.h"
+
+namespace xpu_fp4 {
+namespace {
+
+struct CompatOp {
+  const char* library_namespace;
+  const char* schema;
+  void (*CompatBinding::*bind)(torch::Library&);
+  bool ours;  // defined or overridden by us
+
+  std::string name() const { return std::string(library_namespace) + "::" + torch::jit::parseSchema(schema).name(); }
+};
+
+std::vector<CompatBinding>& bindings() {
+  static std::vector<CompatBinding> list;
+  return list;
+}
+
+std::array<CompatOp, 2>& compat_ops() {
+  static std::array<CompatOp, 2> ops = {{
+      {schema::kFp4GemmNamespace, schema::kFp4Gemm, &CompatBinding::bind_fp4_gemm, false},
+      {schema::kGroupQuantNamespace, schema::kGroupQuant, &CompatBinding::bind_group_quant, false},
+  }};
+  return ops;
+}
+
+std::mutex mutex;
+
+// A Library takes its registrations back when it is destroyed, and ours are for good.
+torch::Library& new_library(torch::Library::Kind kind, const char* library_namespace, std::optional<c10::DispatchKey> key) {
+  return *new torch::Library(kind, library_namespace, key, __FILE__, __LINE__);
+}
+
+void implement(CompatOp& op) {
+  for (const CompatBinding& binding : bindings()) {
+    (binding.*op.bind)(new_library(torch::Library::IMPL, op.library_namespace, binding.key));
+  }
+  op.ours = true;
+}
+
+bool is_defined(const CompatOp& op) { return c10::Dispatcher::singleton().findSchema({op.name(), ""}).has_value(); }
+
+void define(CompatOp& op) {
+  new_library(torch::Library::FRAGMENT, op.library_namespace, std::nullopt).def(op.schema);
+  implement(op);
+}
+
+void check_schema(const CompatOp& op) {
+  const auto existing = c10::Dispatcher::singleton().findSchema({op.name(), ""});
+  const auto difference = c10::findSchemaDifferences(existing->schema(), torch::jit::parseSchema(op.schema));
+  TORCH_CHECK(!difference, "xpu_fp4: ", op.name(), " exists with the schema ", existing->schema(), ", expected ", op.schema, ": ",
+              *difference);
+}
+
+}  // namespace
+
+void add_compat_binding(const CompatBinding& binding) { bindings().push_back(binding); }
+
+std::vector<std::string> define_compat_ops() {
+  const std::lock_guard lock(mutex);
+  std::vector<std::string> defined;
+  for (CompatOp& op : compat_ops()) {
+    if (is_defined(op)) continue;
+    define(op);
+    defined.push_back(op.name());
+  }
+  return defined;
+}
+
+std::vector<std::string> override_compat_ops() {
+  const std::lock_guard lock(mutex);
+  std::vector<std::string> replaced;
+  for (CompatOp& op : compat_ops()) {
+    if (op.ours) continue;
+    if (!is_defined(op)) {
+      define(op);
+      continue;
+    }
+    check_schema(op);
+    implement(op);
+    replaced.push_back(op.name());
+  }
+  return replaced;
+}
+
+}  // namespace xpu_fp4

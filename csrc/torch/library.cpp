@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// Registers the ops, and the functions that the Python package asks about the library itself (names with an underscore: not an
+// interface).
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include "../cpu/kernels.h"
+#include "../sycl/loader.h"
+#include "bind.h"
+#include "compat.h"
+#include "cpu_backends.h"
+#include "schemas.h"
+
+namespace xpu_fp4 {
+namespace {
+
+struct GetCpuBackend {
+  const Backend* operator()() const { return &cpu_backend(); }
+};
+
+const bool cpu_compat_binding = [] {
+  add_compat_binding({c10::DispatchKey::CPU, bind_fp4_gemm<GetCpuBackend>, bind_group_quant<GetCpuBackend>});
+  return true;
+}();
+
+// One line per device: name; driver; sub-group; whether it has the matrix unit.
+std::vector<std::string> describe_sycl_devices() {
+  std::vector<std::string> lines;
+  for (const auto& device : syclrt::load_plugin().devices()) {
+    lines.push_back(device.name + "; " + device.driver + "; sub-group " + std::to_string(device.sub_group) +
+                    (device.has_matrix_unit ? "; int8 matrix unit" : "; stand-in for the matrix unit"));
+  }
+  return lines;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(xpu_fp4, library) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  for (const char* definition :
+       {schema::kQuantize, schema::kDequantize, schema::kGemm, schema::kLinear, schema::kLinearW4A16}) {
+    library.def(definition, tags);
+  }
+  library.def("_cpu_backend() -> str", cpu_backend_name);
+  library.def("_cpu_backend_override() -> str", cpu_backend_override);
+  library.def("_set_cpu_backend(str name) -> ()", set_cpu_backend);
+  library.def("_native_isa() -> str", [] { return std::string(cpu::best_kernels().isa); });
+  library.def("_sycl_devices() -> str[]", describe_sycl_devices);
+  library.def("_sycl_runtime() -> str", syclrt::runtime_path);
+  library.def("_sycl_cache_dir() -> str", syclrt::cache_dir);
+  library.def("_define_compat_ops() -> str[]", define_compat_ops);
+  library.def("_override_compat_ops() -> str[]", override_compat_ops);
+}
+
+TORCH_LIBRARY_IMPL(xpu_fp4, CPU, library) { bind_ops<GetCpuBackend>(library); }
+
+}  // namespace xpu_fp4

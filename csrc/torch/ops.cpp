@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+#include "../format/block.h"
+
+namespace xpu_fp4::ops {
+namespace {
+
+using at::IntArrayRef;
+using at::ScalarType;
+
+// ---- checks ----
+
+// An argument with its place, for the messages: "mxfp4_gemm: b_scale".
+struct Argument {
+  const char *op, *name;
+  const Tensor& tensor;
+};
+
+#define XPU_FP4_CHECK(argument, condition, ...) \
+  TORCH_CHECK(condition, (argument).op, ": ", (argument).name, " ", __VA_ARGS__)
+
+void check_dense_on(const Argument& arg, const at::Device& device) {
+  XPU_FP4_CHECK(arg, arg.tensor.layout() == at::kStrided, "must be a dense tensor, got layout ", arg.tensor.layout());
+  XPU_FP4_CHECK(arg, arg.tensor.device() == device, "is on ", arg.tensor.device(), ", expected ", device, " like the first argument");
+}
+
+void check_contiguous(const Argument& arg) {
+  XPU_FP4_CHECK(arg, arg.tensor.is_contiguous(), "must be contiguous, got shape ", arg.tensor.sizes(), " with strides ",
+                arg.tensor.strides());
+}
+
+void check_rank_at_least(const Argument& arg, int64_t rank) {
+  XPU_FP4_CHECK(arg, arg.tensor.dim() >= rank, "must have at least ", rank, " dimension(s), got shape ", arg.tensor.sizes());
+}
+
+void check_shape(const Argument& arg, IntArrayRef expected, const char* meaning) {
+  XPU_FP4_CHECK(arg, arg.tensor.sizes() == expected, "has shape ", arg.tensor.sizes(), ", expected ", expected, " (", meaning, ")");
+}
+
+bool is_float(ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; }
+
+void check_float(const Argument& arg) {
+  XPU_FP4_CHECK(arg, is_float(arg.tensor.scalar_type()), "must be float32, float16 or bfloat16, got ", arg.tensor.scalar_type());
+}
+
+void check_codes(const Argument& arg) {
+  const ScalarType type = arg.tensor.scalar_type();
+  XPU_FP4_CHECK(arg, type == at::kFloat4_e2m1fn_x2 || type == at::kByte, "must be float4_e2m1fn_x2 or uint8, got ", type);
+}
+
+void check_scales(const Argument& arg) {
+  const ScalarType type = arg.tensor.scalar_type();
+  XPU_FP4_CHECK(arg, type == at::kFloat8_e8m0fnu || type == at::kByte, "must be float8_e8m0fnu or uint8, got ", type);
+}
+
+// K of a tensor of elements, or of packed codes (two to an entry), in its last dimension.
+int64_t check_k(const Argument& arg, int64_t elements_per_entry) {
+  check_rank_at_least(arg, 1);
+  const int64_t k = arg.tensor.size(-1) * elements_per_entry;
+  XPU_FP4_CHECK(arg, k % kBlock == 0, "has ", k, " elements in its last dimension, expected a multiple of ", kBlock);
+  return k;
+}
+
+ScaleMode parse_scale_mode(const char* op, std::string_view mode) {
+  if (mode == "floor") return ScaleMode::floor;
+  if (mode == "ceil") return ScaleMode::ceil;
+  if (mode == "even") return ScaleMode::even;
+  if (mode == "rceil") return ScaleMode::rceil;
+  TORCH_CHECK(false, op, ": scale_mode is \"", std::string(mode), "\", expected \"floor\", \"ceil\", \"even\" or \"rceil\"");
+}
+
+DType dtype_of(ScalarType type) {
+  return type == at::kFloat ? DType::f32 : type == at::kHalf ? DType::f16 : DType::bf16;
+}
+
+DType check_out_dtype(const char* op, const char* name, ScalarType type) {
+  TORCH_CHECK(is_float(type), op, ": ", name, " must be float32, float16 or bfloat16, got ", type);
+  return dtype_of(type);
+}
+
+// ---- shapes ----
+
+std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
+  std::vector<int64_t> shape = tensor.sizes().vec();
+  shape.back() = last;
+  return shape;
+}
+
+// Rows of a matrix whose leading dimensions count as one.
+int64_t rows_of(const Tensor& tensor) {
+  const IntArrayRef sizes = tensor.sizes();
+  return c10::multiply_integers(sizes.begin(), sizes.end() - 1);
+}
+
+const uint8_t* bytes(const Tensor& tensor) { return static_cast<const uint8_t*>(tensor.const_data_ptr()); }
+
+// ---- what several ops share ----
+
+struct Quantized {
+  Tensor q, scale;
+};
+
+Quantized quantize_checked(const Backend& backend, const Tensor& x, ScaleMode mode) {
+  const int64_t k = x.size(-1);
+  const Tensor dense = x.contiguous();
+  const Tensor q = at::empty(with_last(x, k / 2), x.options().dtype(at::kFloat4_e2m1fn_x2));
+  const Tensor scale = at::empty(with_last(x, k / kBlock), x.options().dtype(at::kFloat8_e8m0fnu));
+  backend.quantize({dense.const_data_ptr(), dtype_of(x.scalar_type()), rows_of(x), k, mode,
+                    static_cast<uint8_t*>(q.data_ptr()), static_cast<uint8_t*>(scale.data_ptr())});
+  return {q, scale};
+}
+
+// A float32 bias, kept alive, and its strides over the output's rows and columns.
+struct HeldBias {
+  Tensor tensor;
+  Bias view{nullptr, 0, 0};
+};
+
+HeldBias hold_bias(const Argument& arg, IntArrayRef y_shape) {
+  check_dense_on(arg, arg.tensor.device());
+  check_float(arg);
+  // The last two dimensions of y; a 3-D y repeats the bias for every matrix of the batch.
+  const std::vector<int64_t> matrix(y_shape.end() - std::min<int64_t>(2, static_cast<int64_t>(y_shape.size())), y_shape.end());
+  const IntArrayRef sizes = arg.tensor.sizes();
+  bool fits = sizes.size() <= matrix.size();
+  for (size_t i = 1; fits && i <= sizes.size(); ++i) {
+    fits = sizes[sizes.size() - i] == 1 || sizes[sizes.size() - i] == matrix[matrix.size() - i];
+  }
+  XPU_FP4_CHECK(arg, fits, "has shape ", sizes, ", expected a scalar, [N], [M, 1] or [M, N] with [M, N] = ", IntArrayRef(matrix));
+  const Tensor spread = arg.tensor.to(at::kFloat).expand(matrix);
+  const bool is_matrix = matrix.size() == 2;
+  const bool varies_by_row = is_matrix && spread.stride(0) != 0;
+  if (y_shape.size() > 2 && varies_by_row) {
+    // Rows are counted through the batch: write the repetition out.
+    const Tensor full = spread.expand(y_shape).contiguous();
+    return {full, {full.const_data_ptr<float>(), y_shape.back(), 1}};
+  }
+  return {spread, {spread.const_data_ptr<float>(), varies_by_row ? spread.stride(0) : 0, spread.stride(-1)}};
+}
+
+HeldBias hold_linear_bias(const Argument& arg, int64_t n) {
+  check_shape(arg, {n}, "[N]");
+  return hold_bias(arg, {n});
+}
+
+struct LinearShape {
+  int64_t m, n, k;
+};
+
+// The checks of both linears.
+LinearShape check_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                         const std::optional<Tensor>& bias) {
+  const Argument x_arg{op, "x", x}, w_arg{op, "weight", weight}, scale_arg{op, "weight_scale", weight_scale};
+  const at::Device device = x.device();
+  check_dense_on(x_arg, device);
+  check_float(x_arg);
+  const int64_t k = check_k(x_arg, 1);
+  check_dense_on(w_arg, device);
+  check_codes(w_arg);
+  XPU_FP4_CHECK(w_arg, weight.dim() == 2, "must be [N, K/2], got shape ", weight.sizes());
+  const int64_t n = weight.size(0);
+  check_shape(w_arg, {n, k / 2}, "[N, K/2], K is the last dimension of x");
+  check_contiguous(w_arg);
+  check_dense_on(scale_arg, device);
+  check_scales(scale_arg);
+  check_shape(scale_arg, {n, k / kBlock}, "[N, K/32]");
+  check_contiguous(scale_arg);
+  if (bias) check_dense_on({op, "bias", *bias}, device);
+  return {rows_of(x), n, k};
+}
+
+Weight row_major_weight(const Tensor& weight, const Tensor& scale, int64_t k) {
+  return {bytes(weight), bytes(scale), k / kBlock, 1};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> quantize(const Backend& backend, const Tensor& x, std::string_view scale_mode) {
+  const Argument arg{"mxfp4_quantize", "x", x};
+  check_dense_on(arg, x.device());
+  check_float(arg);
+  check_k(arg, 1);
+  const auto [q, scale] = quantize_checked(backend, x, parse_scale_mode(arg.op, scale_mode));
+  return {q, scale};
+}
+
+Tensor dequantize(const Backend& backend, const Tensor& q, const Tensor& scale, ScalarType dtype) {
+  const char* op = "mxfp4_dequantize";
+  const Argument q_arg{op, "q", q}, scale_arg{op, "scale", scale};
+  check_dense_on(q_arg, q.device());
+  check_codes(q_arg);
+  const int64_t k = check_k(q_arg, 2);
+  check_dense_on(scale_arg, q.device());
+  check_scales(scale_arg);
+  check_shape(scale_arg, with_last(q, k / kBlock), "q's, with K/32 last");
+  const DType out_dtype = check_out_dtype(op, "dtype", dtype);
+  const Tensor dense_q = q.contiguous(), dense_scale = scale.contiguous();
+  const Tensor out = at::empty(with_last(q, k), q.options().dtype(dtype));
+  backend.dequantize({bytes(dense_q), bytes(dense_scale), rows_of(q), k, out.data_ptr(), out_dtype});
+  return out;
+}
+
+Tensor gemm(const Backend& backend, const GemmNames& names, const Tensor& a, const Tensor& b, const Tensor& a_scale,
+            const Tensor& b_scale, std::optional<ScalarType> out_dtype, const std::optional<Tensor>& bias) {
+  const Argument a_arg{names.op, names.a, a}, b_arg{names.op, names.b, b};
+  const Argument a_scale_arg{names.op, names.a_scale, a_scale}, b_scale_arg{names.op, names.b_scale, b_scale};
+  check_dense_on(a_arg, a.device());
+  check_codes(a_arg);
+  const int64_t k = check_k(a_arg, 2);
+  check_dense_on(b_arg, a.device());
+  check_codes(b_arg);
+  XPU_FP4_CHECK(b_arg, b.dim() == 2 && b.size(0) == k / 2, "has shape ", b.sizes(), ", expected [K/2, N] with K/2 = ", k / 2,
+                ", the last dimension of ", names.a);
+  XPU_FP4_CHECK(b_arg, b.t().is_contiguous(), "must be the .t() view of a contiguous [N, K/2], got shape ", b.sizes(),
+                " with strides ", b.strides());
+  const int64_t n = b.size(1);
+  check_dense_on(a_scale_arg, a.device());
+  check_scales(a_scale_arg);
+  check_shape(a_scale_arg, with_last(a, k / kBlock), "the codes', with K/32 last");
+  check_dense_on(b_scale_arg, a.device());
+  check_scales(b_scale_arg);
+  check_shape(b_scale_arg, {k / kBlock, n}, "[K/32, N], the transpose of a checkpoint's scales, made contiguous");
+  check_contiguous(b_scale_arg);
+  const ScalarType y_type = out_dtype.value_or(at::kHalf);
+  const DType y_dtype = check_out_dtype(names.op, "out_dtype", y_type);
+  const std::vector<int64_t> y_shape = with_last(a, n);
+  if (bias) check_dense_on({names.op, names.bias, *bias}, a.device());
+  const HeldBias held = bias ? hold_bias({names.op, names.bias, *bias}, y_shape) : HeldBias{};
+
+  const Tensor dense_a = a.contiguous(), dense_a_scale = a_scale.contiguous();
+  const Tensor y = at::empty(y_shape, a.options().dtype(y_type));
+  backend.gemm({bytes(dense_a), bytes(dense_a_scale), {bytes(b), bytes(b_scale), 1, n}, held.view, y.data_ptr(), y_dtype,
+                rows_of(a), n, k});
+  return y;
+}
+
+Tensor linear(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+              const std::optional<Tensor>& bias, std::string_view scale_mode) {
+  const char* op = "mxfp4_linear";
+  const auto [m, n, k] = check_linear(op, x, weight, weight_scale, bias);
+  const ScaleMode mode = parse_scale_mode(op, scale_mode);
+  const HeldBias held = bias ? hold_linear_bias({op, "bias", *bias}, n) : HeldBias{};
+  const auto [q, scale] = quantize_checked(backend, x, mode);
+  const Tensor y = at::empty(with_last(x, n), x.options());
+  backend.gemm({bytes(q), bytes(scale), row_major_weight(weight, weight_scale, k), held.view, y.data_ptr(),
+                dtype_of(x.scalar_type()), m, n, k});
+  return y;
+}
+
+Tensor linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                    const std::optional<Tensor>& bias) {
+  const char* op = "mxfp4_linear_w4a16";
+  const auto [m, n, k] = check_linear(op, x, weight, weight_scale, bias);
+  const HeldBias held = bias ? hold_linear_bias({op, "bias", *bias}, n) : HeldBias{};
+  const Tensor dense = x.contiguous();
+  const Tensor y = at::empty(with_last(x, n), x.options());
+  backend.gemm_w4a16({dense.const_data_ptr(), dtype_of(x.scalar_type()), row_major_weight(weight, weight_scale, k), held.view,
+                      y.data_ptr(), m, n, k});
+  return y;
+}
+
+void group_quant(const Backend& backend, const Tensor& input, const Tensor& output_q, const Tensor& output_s, int64_t group_size,
+                 double eps) {
+  const char* op = "per_token_group_quant_mxfp4";
+  const Argument in_arg{op, "input", input}, q_arg{op, "output_q", output_q}, s_arg{op, "output_s", output_s};
+  TORCH_CHECK(group_size == kBlock, op, ": group_size is ", group_size, ", expected ", kBlock);
+  // Also false for NaN. As a float it must not become 0 or Inf.
+  TORCH_CHECK(static_cast<float>(eps) > 0.0f && std::isfinite(static_cast<float>(eps)), op, ": eps is ", eps,
+              ", expected a positive finite float32");
+  check_dense_on(in_arg, input.device());
+  check_float(in_arg);
+  const int64_t k = check_k(in_arg, 1);
+  check_contiguous(in_arg);
+  check_dense_on(q_arg, input.device());
+  XPU_FP4_CHECK(q_arg, output_q.scalar_type() == at::kByte, "must be uint8, got ", output_q.scalar_type());
+  check_shape(q_arg, with_last(input, k / 2), "input's, with K/2 last");
+  check_contiguous(q_arg);
+  check_dense_on(s_arg, input.device());
+  XPU_FP4_CHECK(s_arg, output_s.scalar_type() == at::kFloat, "must be float32, got ", output_s.scalar_type());
+  check_shape(s_arg, with_last(input, k / kBlock), "input's, with K/32 last");
+  const bool column_major = output_s.dim() == 2 && !output_s.is_contiguous() && output_s.t().is_contiguous();
+  XPU_FP4_CHECK(s_arg, output_s.is_contiguous() || column_major, "must be contiguous, or column-major with two dimensions, got shape ",
+                output_s.sizes(), " with strides ", output_s.strides());
+  backend.group_quant({input.const_data_ptr(), dtype_of(input.scalar_type()), rows_of(input), k, static_cast<float>(eps),
+                       static_cast<uint8_t*>(output_q.data_ptr()), output_s.data_ptr<float>(),
+                       column_major ? 1 : k / kBlock, column_major ? output_s.stride(1) : 1});
+}
+
+}  // namespace xpu_fp4::ops

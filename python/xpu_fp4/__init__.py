@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MXFP4 (OCP Microscaling Formats v1.0) for PyTorch on Intel XPUs and CPUs: quantize, W4A4 and W4A16 linear layers.
+
+The ops are `torch.ops.xpu_fp4.*`; importing this package registers them, and the names that vLLM calls (see `compat`).
+"""
+
+from . import _library as _library  # first: it loads the ops
+from ._version import __version__
+from .backends import Backend, backends, cpu_backend
+from .compat import override_vllm_ops
+from .functional import Mode, ScaleMode, dequantize, linear, quantize
+from .modules import MXFP4Linear
+from .convert import quantize_
+
+__all__ = [
+    "Backend",
+    "MXFP4Linear",
+    "Mode",
+    "ScaleMode",
+    "__version__",
+    "backends",
+    "cpu_backend",
+    "dequantize",
+    "linear",
+    "override_vllm_ops",
+    "quantize",
+    "quantize_",
+]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op names that vLLM calls: `_xpu_C::fp4_gemm` and `_C::per_token_group_quant_mxfp4`.
+
+vllm-xpu-kernels defines the same names, and two C++ definitions of one op abort the process. So the rules are:
+
+- At import they are defined if the package `vllm_xpu_kernels` is not installed and nobody has defined them yet.
+  `XPU_FP4_COMPAT_OPS=0` leaves them alone.
+- Where that package is installed, theirs stay, until `override_vllm_ops()` puts ours in their place, after theirs has loaded.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ._library import fake_gemm, ops
+
+
+def _fake_group_quant(input: Tensor, output_q: Tensor, output_s: Tensor, group_size: int, eps: float) -> None:
+    return None
+
+
+_FAKES = {"_xpu_C::fp4_gemm": fake_gemm, "_C::per_token_group_quant_mxfp4": _fake_group_quant}
+
+
+def _register_fakes(names: list[str]) -> None:
+    for name in names:
+        torch.library.register_fake(name, _FAKES[name], allow_override=True)
+
+
+def define_vllm_ops() -> list[str]:
+    """Defines the names that do not exist yet, and returns them. Loading vllm_xpu_kernels afterwards would abort the process."""
+    names: list[str] = ops._define_compat_ops()
+    _register_fakes(names)
+    return names
+
+
+def override_vllm_ops() -> list[str]:
+    """Puts our implementations in place of existing ones, and defines the missing ones.
+
+    Returns the names whose implementation was replaced; torch warns once for each. Raises RuntimeError if an existing op has
+    another schema than vllm-xpu-kernels'.
+    """
+    replaced: list[str] = ops._override_compat_ops()
+    _register_fakes(list(_FAKES))
+    return replaced
+
+
+def _define_at_import() -> None:
+    wanted = os.environ.get("XPU_FP4_COMPAT_OPS", "1") != "0"
+    if wanted and importlib.util.find_spec("vllm_xpu_kernels") is None:
+        define_vllm_ops()
+
+
+_define_at_import()

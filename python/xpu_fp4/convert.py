@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizes a model in place."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from .functional import Mode, ScaleMode
+from .modules import MXFP4Linear
+
+Model = TypeVar("Model", bound=nn.Module)
+Filter = Callable[[nn.Module, str], bool]
+
+
+def all_but_lm_head(module: nn.Module, name: str) -> bool:
+    """The default filter: every linear layer but the output head, which checkpoints leave in high precision."""
+    return name.rpartition(".")[2] != "lm_head"
+
+
+def quantize_(
+    model: Model,
+    *,
+    mode: Mode = "w4a4",
+    scale_mode: ScaleMode = "even",
+    filter_fn: Filter = all_but_lm_head,
+    progress: bool = False,
+) -> Model:
+    """Replaces the nn.Linear modules of a model by MXFP4Linear, in place, and returns the model.
+
+    Args:
+        model: any module that contains nn.Linear; subclasses of nn.Linear are left alone, since their owners look inside them.
+        mode, scale_mode: as for MXFP4Linear.
+        filter_fn: called with (module, its dotted name) for every nn.Linear; those for which it is false stay.
+        progress: whether to draw a progress bar.
+
+    Raises:
+        ValueError: the model is itself an nn.Linear (use MXFP4Linear.from_linear), or a layer's in_features is no multiple of 32.
+    """
+    if type(model) is nn.Linear:
+        raise ValueError("model is itself an nn.Linear and cannot be replaced in place: use MXFP4Linear.from_linear")
+    # By owner and attribute, because a shared layer has several.
+    places = [
+        (owner, attribute, child, f"{path}.{attribute}".lstrip("."))
+        for path, owner in model.named_modules()
+        for attribute, child in owner.named_children()
+        if type(child) is nn.Linear
+    ]
+    chosen = [(owner, attribute, child, name) for owner, attribute, child, name in places if filter_fn(child, name)]
+    for _, _, child, name in chosen:
+        if child.in_features % 32 != 0:
+            raise ValueError(f"{name} has in_features {child.in_features}, expected a multiple of 32: leave it out by filter_fn")
+    if progress:
+        from rich.progress import track
+
+        steps = track(chosen, description=f"Quantizing to MXFP4 ({mode})")
+    else:
+        steps = chosen
+    replacement: dict[nn.Linear, MXFP4Linear] = {}
+    for owner, attribute, child, _ in steps:
+        if child not in replacement:
+            replacement[child] = MXFP4Linear.from_linear(child, mode=mode, scale_mode=scale_mode)
+        setattr(owner, attribute, replacement[child])
+    return model

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops as typed functions. The same as `torch.ops.xpu_fp4.*`; errors are RuntimeError and name the argument."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ._library import ops
+
+ScaleMode = Literal["floor", "ceil", "even", "rceil"]
+"""How a block's scale follows from its largest magnitude f * 2^E: 2^(E-2), doubled if f > 1 (ceil), f >= 1.75 (even) or f > 1.5
+(rceil). floor is the OCP specification's rule, even that of compressed-tensors and Quark checkpoints."""
+
+Mode = Literal["w4a4", "w4a16"]
+"""Whether a linear quantizes its input to MXFP4 as well as its weight."""
+
+
+def quantize(x: Tensor, scale_mode: ScaleMode = "even") -> tuple[Tensor, Tensor]:
+    """x [..., K] (float32, float16, bfloat16; K % 32 == 0) -> codes [..., K/2] float4_e2m1fn_x2, scales [..., K/32] float8_e8m0fnu.
+
+    Rounds to nearest, ties to even, saturating (OCP Microscaling Formats v1.0, section 6.3, for `floor`). A block with a NaN or
+    Inf gets the scale NaN and codes 0.
+    """
+    q, scale = ops.mxfp4_quantize(x, scale_mode)
+    return q, scale
+
+
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes [..., K/2] and scales [..., K/32] (their dtypes or uint8) -> values [..., K] of dtype, each rounded once."""
+    out: Tensor = ops.mxfp4_dequantize(q, scale, dtype)
+    return out
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mode: Mode = "w4a4",
+    scale_mode: ScaleMode = "even",
+) -> Tensor:
+    """x [..., K] @ weight [N, K]^T + bias [N] -> [..., N] of x's dtype; weight as codes [N, K/2] and scales [N, K/32].
+
+    `w4a4` quantizes x with scale_mode, and its result is defined to the bit; `w4a16` takes x as it is and sums in float32.
+    """
+    if mode not in ("w4a4", "w4a16"):
+        raise ValueError(f'mode is {mode!r}, expected "w4a4" or "w4a16"')
+    out: Tensor
+    if mode == "w4a4":
+        out = ops.mxfp4_linear(x, weight, weight_scale, bias, scale_mode)
+    else:
+        out = ops.mxfp4_linear_w4a16(x, weight, weight_scale, bias)
+    return out
