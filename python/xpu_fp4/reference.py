@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of every op, evaluated slowly and literally: what the backends are checked against.
+
+It shares nothing with the kernels: codes come from distances to the eight magnitudes in float64, exponents from frexp, and a
+block's product from exact float64 arithmetic that is rounded to float32 once. Needs torch's default float environment.
+"""
+
+import torch
+from torch import Tensor
+
+from .functional import ScaleMode
+
+BLOCK = 32
+QUAD = 4
+NAN_SCALE = 0xFF
+MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+
+
+def _exponent(value: Tensor) -> tuple[Tensor, Tensor]:
+    """value = f * 2^E with 1 <= f < 2: (f, E). value is float64, positive, finite."""
+    half_f, exponent = torch.frexp(value)
+    return 2 * half_f, exponent - 1
+
+
+def _pow2(exponent: Tensor) -> Tensor:
+    """2^exponent, exact, from the bits of a float64 (torch.ldexp and exp2 promise less)."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
+
+
+def scale_bytes(amax: Tensor, scale_mode: ScaleMode) -> Tensor:
+    """Scale byte of each block from its largest magnitude, float64 and finite."""
+    f, exponent = _exponent(torch.where(amax > 0, amax, 1.0))
+    doubled = {"floor": f > 2, "ceil": f > 1, "even": f >= 1.75, "rceil": f > 1.5}[scale_mode]
+    e = torch.where(amax > 0, exponent - 2 + doubled.int(), -127)
+    return (e.clamp(-127, 127) + 127).to(torch.uint8)
+
+
+def encode(y: Tensor, *, ties_to_even: bool = True) -> Tensor:
+    """Nearest code of each finite y, the sign bit from the sign of y, zeros included; ties otherwise go toward zero."""
+    distance = (y.double().abs().clamp(max=6)[..., None] - MAGNITUDES).abs()
+    nearest = distance == distance.amin(-1, keepdim=True)
+    lower = nearest.int().argmax(-1)
+    is_tie = nearest.sum(-1) == 2
+    magnitude = lower + (is_tie & (lower % 2 == 1) & ties_to_even).int()
+    return (magnitude + 8 * torch.signbit(y).int()).to(torch.uint8)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes [..., K] -> bytes [..., K/2], even elements in the low nibble."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(q: Tensor) -> Tensor:
+    """Bytes [..., K/2] -> codes [..., K]."""
+    q = q.view(torch.uint8)
+    return torch.stack([q & 15, q >> 4], -1).flatten(-2)
+
+
+def quantize(x: Tensor, scale_mode: ScaleMode = "even") -> tuple[Tensor, Tensor]:
+    """x [..., K] -> codes uint8 [..., K/2], scale bytes uint8 [..., K/32]."""
+    blocks = x.double().unflatten(-1, (-1, BLOCK))
+    finite = blocks.isfinite().all(-1)
+    safe = torch.where(finite[..., None], blocks, 0.0)
+    scale = scale_bytes(safe.abs().amax(-1), scale_mode)
+    codes = encode(safe * _pow2(127 - scale[..., None].int()))
+    codes = torch.where(finite[..., None], codes, 0)
+    return pack(codes.flatten(-2)), torch.where(finite, scale, NAN_SCALE).to(torch.uint8)
+
+
+def values(q: Tensor, scale: Tensor) -> Tensor:
+    """Codes [..., K/2] and scales [..., K/32] -> exact values, float64 [..., K]."""
+    codes, scale = unpack(q).int(), scale.view(torch.uint8)
+    element = MAGNITUDES[codes & 7] * torch.where(codes >= 8, -1.0, 1.0)
+    value = element.unflatten(-1, (-1, BLOCK)) * _pow2(scale[..., None].int() - 127)
+    return torch.where(scale[..., None] == NAN_SCALE, torch.nan, value).flatten(-2)
+
+
+def _add_in_quads(shares: Tensor) -> Tensor:
+    """shares [blocks, M, N] float32 -> their sum in the defined order: pairs, pairs of pairs, then quad after quad."""
+    missing = -shares.shape[0] % QUAD
+    shares = torch.cat([shares, shares.new_zeros(missing, *shares.shape[1:])])
+    acc = shares.new_zeros(shares.shape[1:])
+    for p0, p1, p2, p3 in shares.unflatten(0, (-1, QUAD)):
+        acc = acc + ((p0 + p1) + (p2 + p3))
+    return acc
+
+
+def gemm(
+    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """a codes [M, K/2] with scales [M, K/32], w codes [N, K/2] with scales [N, K/32] -> [M, N] of dtype, bias broadcast."""
+    a_blocks = (2 * values(a, torch.full_like(a_scale.view(torch.uint8), 127))).unflatten(-1, (-1, BLOCK))
+    w_blocks = (2 * values(w, torch.full_like(w_scale.view(torch.uint8), 127))).unflatten(-1, (-1, BLOCK))
+    dot = torch.einsum("mbk,nbk->bmn", a_blocks, w_blocks)  # exact: integers below 2^13
+    ea, ew = a_scale.view(torch.uint8).int(), w_scale.view(torch.uint8).int()
+    exponent = ea.t()[:, :, None] + ew.t()[:, None, :] - 256
+    invalid = (ea.t() == NAN_SCALE)[:, :, None] | (ew.t() == NAN_SCALE)[:, None, :]
+    products = torch.where(invalid, torch.nan, dot * _pow2(exponent)).float()
+    y = _add_in_quads(products)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(dtype)
