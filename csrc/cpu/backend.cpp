@@ -4,7 +4,10 @@
 #include "backend.h"
 
 #include <algorithm>
-#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "../format/block.h"
@@ -58,9 +61,25 @@ class NativeBackend final : public Backend {
 
 }  // namespace
 
+const std::vector<const KernelTable*>& all_kernels() {
+#if defined(__x86_64__)
+  static const std::vector<const KernelTable*> tables = {&kAvx512, &kPortable};
+#else
+  static const std::vector<const KernelTable*> tables = {&kPortable};
+#endif
+  return tables;
+}
+
 const KernelTable& best_kernels() {
-  static const std::array<const KernelTable*, 1> tables = {&kPortable};  // best first
-  return **std::find_if(tables.begin(), tables.end(), [](const KernelTable* table) { return table->supported(); });
+  const char* wanted = std::getenv("XPU_FP4_CPU_ISA");
+  for (const KernelTable* table : all_kernels()) {
+    if (table->supported() && (wanted == nullptr || std::strcmp(wanted, table->isa) == 0)) return *table;
+  }
+  std::string message = "xpu_fp4: XPU_FP4_CPU_ISA is \"" + std::string(wanted) + "\"; this processor and build have";
+  for (const KernelTable* table : all_kernels()) {
+    if (table->supported()) message += std::string(" ") + table->isa;
+  }
+  throw std::runtime_error(message);
 }
 
 std::unique_ptr<Backend> make_backend(const KernelTable& kernels, ParallelFor parallel_for) {

@@ -3,6 +3,7 @@
 // A kernel computes a part of its output, serially; cpu/backend.cpp spreads the parts over threads.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "../backend.h"
 
@@ -25,10 +26,17 @@ struct KernelTable {
   void (*gemm_w4a16)(const GemmW4A16Args&, Range rows, Range columns);
 };
 
-/// Any processor: plain C++, left to the compiler to vectorise.
+/// Any processor.
 extern const KernelTable kPortable;
+#if defined(__x86_64__)
+extern const KernelTable kAvx512;
+#endif
 
-/// The first table, best first, that this processor supports.
+/// Every table of this build, best first; the last runs anywhere.
+const std::vector<const KernelTable*>& all_kernels();
+
+/// The best table that this processor supports, or the one that the environment variable XPU_FP4_CPU_ISA names. Throws
+/// std::runtime_error if that one does not exist or cannot run here.
 const KernelTable& best_kernels();
 
 }  // namespace xpu_fp4::cpu

@@ -1,19 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Native kernels in plain C++: loops over fixed sizes that a compiler vectorises for whatever it is told to target.
+// Native kernels in plain C++: loops over fixed sizes that the compiler vectorises for the instruction set that it may use. Each
+// isa_*.cpp includes this file after a target pragma; all of it has internal linkage, so no two instruction sets mix. What it
+// includes comes first, in isa_*.cpp, because inline functions of headers must be compiled for any processor.
 //
 // GEMM: a task owns rows x columns of the output. Columns are taken kLanes at a time; one quad (K = 128) of their weights is
 // unpacked to a panel [128][kLanes], so that a vector holds one k of all lanes and every row reuses the panel from the
 // first-level cache. Cost per output and block: 32 multiplications and additions in float32 (exact for W4A4, where they are
 // integers below 2^13), and one scaling.
-#include <algorithm>
-#include <array>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-
-#include "../format/accumulate.h"
-#include "../format/block.h"
-#include "kernels.h"
+#include "generic_includes.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -215,7 +209,5 @@ void gemm_w4a16(const GemmW4A16Args& args, Range rows, Range columns) {
 }
 
 }  // namespace
-
-const KernelTable kPortable = {"portable", [] { return true; }, quantize, group_quant, dequantize, gemm, gemm_w4a16};
 
 }  // namespace xpu_fp4::cpu

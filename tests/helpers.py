@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test files need: comparing bits, random operands, the ops with their weight as checkpoints store it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import CDLL
+from typing import Literal, get_args
+
+import torch
+import xpu_fp4
+from torch import Tensor
+from xpu_fp4 import ScaleMode, reference
+
+MODES: tuple[ScaleMode, ...] = get_args(ScaleMode)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+NAN_BITS = {torch.float32: 0x7FC00000, torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}
+ALL_PATTERNS = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)  # wraps: every 16-bit pattern once
+_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers."""
+    return tensor.view(_INT_OF_SIZE[tensor.element_size()])
+
+
+def canonical(tensor: Tensor) -> Tensor:
+    """Every NaN as the one NaN that the ops return; an Inf - Inf of the processor has its sign bit set."""
+    nan = torch.tensor(NAN_BITS[tensor.dtype], dtype=bits(tensor).dtype).view(tensor.dtype)
+    return torch.where(tensor.isnan(), nan, tensor)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Fails with the first differing indices, their values and bits. Codes and scales compare equal to their bytes."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.element_size() == expected.element_size(), f"dtype {actual.dtype}, expected {expected.dtype}"
+    if actual.is_floating_point() and expected.is_floating_point():
+        assert actual.dtype == expected.dtype, f"dtype {actual.dtype}, expected {expected.dtype}"
+    actual_bits, expected_bits = bits(actual), bits(expected)
+    if torch.equal(actual_bits, expected_bits):
+        return
+    where = (actual_bits != expected_bits).nonzero()
+    mask = (1 << 8 * actual.element_size()) - 1
+    lines = [f"{len(where)} of {actual.numel()} values differ"]
+    for index in map(tuple, where[:5].tolist()):
+        got, want = int(actual_bits[index]) & mask, int(expected_bits[index]) & mask
+        values = ""
+        if actual.dtype in NAN_BITS:
+            values = f" ({actual[index].item()!r}, expected {expected[index].item()!r})"
+        lines.append(f"  at {list(index)}: {got:#x}, expected {want:#x}{values}")
+    raise AssertionError("\n".join(lines))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_codes(rows: int, k: int, generator: torch.Generator) -> Tensor:
+    """Packed codes uint8 [rows, k/2], every code equally likely."""
+    return torch.randint(0, 256, (rows, k // 2), generator=generator, dtype=torch.uint8)
+
+
+def random_scales(rows: int, k: int, generator: torch.Generator, low: int = 107, high: int = 147) -> Tensor:
+    """Scale bytes uint8 [rows, k/32] in [low, high]."""
+    return torch.randint(low, high + 1, (rows, k // 32), generator=generator, dtype=torch.uint8)
+
+
+def from_bits(pattern: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers, of any integer dtype, as the floats with these bits."""
+    return pattern.to(_INT_OF_SIZE[dtype.itemsize]).view(dtype)
+
+
+def gemm(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    dtype: torch.dtype | None = torch.float32,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The op, its weight given as a checkpoint stores it: codes [N, K/2] and scales [N, K/32]."""
+    y: Tensor = torch.ops.xpu_fp4.mxfp4_gemm(a, w.t(), a_scale, w_scale.t().contiguous(), dtype, bias)
+    return y
+
+
+def expected_gemm(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    dtype: torch.dtype = torch.float32,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return canonical(reference.gemm(a, a_scale, w, w_scale, dtype, bias))
+
+
+def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    y: Tensor = torch.ops.xpu_fp4.mxfp4_linear_w4a16(x, w, w_scale, bias)
+    return y
+
+
+def linear_w4a4(
+    x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None = None, scale_mode: ScaleMode = "even"
+) -> Tensor:
+    y: Tensor = torch.ops.xpu_fp4.mxfp4_linear(x, w, w_scale, bias, scale_mode)
+    return y
+
+
+def assert_quantizes(x: Tensor, mode: ScaleMode, expected: tuple[Tensor, Tensor] | None = None) -> None:
+    """The op gives the expected codes and scales, those of the reference unless given."""
+    want_q, want_scale = expected if expected is not None else reference.quantize(x, mode)
+    q, scale = xpu_fp4.quantize(x, mode)
+    assert q.dtype == torch.float4_e2m1fn_x2
+    assert scale.dtype == torch.float8_e8m0fnu
+    assert_same_bits(scale, want_scale)
+    assert_same_bits(q, want_q)
+
+
+Environment = Literal["flush", "upward", "toward_zero"]
+ENVIRONMENTS: tuple[Environment, ...] = get_args(Environment)
+_LIBM = CDLL("libm.so.6")
+_ROUNDING = {"upward": 0x800, "toward_zero": 0xC00}  # x86's FE_UPWARD and FE_TOWARDZERO
+
+
+def environment_is(name: Environment | None) -> bool:
+    """Whether this thread's float arithmetic is now of that kind (None: the default), told by what it does."""
+    # One element each: torch computes them in this thread.
+    flushed = (torch.tensor([2.0**-100]) * 2.0**-40).item() == 0
+    up = (torch.tensor([1.0]) + 2.0**-30).item() > 1
+    down = (torch.tensor([1.0]) + (2.0**-23 - 2.0**-30)).item() == 1
+    return (flushed, up, down) == (name == "flush", name == "upward", name == "toward_zero")
+
+
+@contextmanager
+def float_environment(name: Environment) -> Iterator[None]:
+    """The float environment that another library may have left in this thread."""
+    assert environment_is(None)
+    try:
+        if name == "flush":
+            assert torch.set_flush_denormal(True)
+        else:
+            assert _LIBM.fesetround(_ROUNDING[name]) == 0
+        assert environment_is(name), "the environment does not change plain arithmetic, so the test would prove nothing"
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        _LIBM.fesetround(0)
+    assert environment_is(None)
