@@ -50,7 +50,7 @@ def every_element(dtype: torch.dtype) -> Tensor:
 
 @cache
 def every_amax(dtype: torch.dtype) -> Tensor:
-    """Every bit pattern as the largest magnitude of its block, at a place that moves; the others are random, smaller."""
+    """Every bit pattern as the largest magnitude of its block, at a place that moves, among random smaller ones."""
     pattern = ALL_PATTERNS.int() & 0xFFFF
     magnitude, sign = pattern & 0x7FFF, pattern & 0x8000
     smaller = (torch.rand(len(pattern), 31, generator=seeded(3)) * magnitude[:, None]).int()

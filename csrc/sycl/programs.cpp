@@ -2,6 +2,7 @@
 #include "programs.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <future>
 #include <map>
 #include <mutex>
@@ -56,6 +57,12 @@ Program build(const sycl::context& context, const sycl::device& device, const Va
   }
 }
 
+// XPU_FP4_SYCL_SUB_GROUP=8 runs the stand-in with Alchemist's width, so that its layout is tested where no such GPU is.
+int stand_in_sub_group() {
+  static const char* variable = std::getenv("XPU_FP4_SYCL_SUB_GROUP");
+  return variable != nullptr && std::string(variable) == "8" ? 8 : 16;
+}
+
 // A future per program: whoever asks first builds, the others wait for that one only.
 class ProgramCache {
  public:
@@ -97,12 +104,12 @@ class ProgramCache {
 }  // namespace
 
 Target target_of(const sycl::device& device) {
-  if (!device.is_gpu() || !device.has(sycl::aspect::ext_intel_matrix)) return {16, false};
+  if (!device.is_gpu() || !device.has(sycl::aspect::ext_intel_matrix)) return {stand_in_sub_group(), false};
   // The width of the matrix unit is the N of the int8 products that the device lists.
   for (const auto& shape : device.get_info<syclexp::info::device::matrix_combinations>()) {
     if (shape.atype == syclexp::matrix::matrix_type::sint8 && shape.nsize != 0) return {static_cast<int>(shape.nsize), true};
   }
-  return {16, false};
+  return {stand_in_sub_group(), false};
 }
 
 sycl::kernel get_kernel(const sycl::queue& queue, const Variant& variant, const std::string& name) {

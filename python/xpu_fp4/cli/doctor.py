@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`xpu-fp4 doctor`: what is installed, what can run, and whether it computes the right bits."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .. import reference
+from .._library import ops
+from .._version import __version__
+from ..backends import Backend, backends, cpu_backend
+from ..functional import linear, quantize
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    return {
+        "xpu_fp4": __version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "dpcpp-cpp-rt (pip)": _installed("dpcpp-cpp-rt"),
+        "intel-opencl-rt (pip)": _installed("intel-opencl-rt"),
+        "oneAPI toolkit": os.environ.get("CMPLR_ROOT") or os.environ.get("ONEAPI_ROOT") or "not in the environment",
+        "kernel cache": ops._sycl_cache_dir(),
+        "backend for CPU tensors": ops._cpu_backend(),
+    }
+
+
+@contextmanager
+def _serving(name: str) -> Iterator[torch.device]:
+    """The device whose tensors this backend serves, inside the context."""
+    if name == "xpu":
+        yield torch.device("xpu")
+    else:
+        with cpu_backend(name):
+            yield torch.device("cpu")
+
+
+def self_test(name: str) -> str | None:
+    """Quantize and W4A4 on one backend against the reference: None if all bits agree, else what differs."""
+    generator = torch.Generator().manual_seed(0)
+    # Exponents wide enough to reach subnormal products; one NaN block.
+    spread = torch.randint(-70, 8, (37, 12, 1), generator=generator)
+    x = (torch.randn(37, 12, 32, generator=generator) * torch.exp2(spread.float())).flatten(1)
+    x[3, 40] = torch.nan
+    w = torch.randn(21, 12 * 32, generator=generator)
+    q, scale = reference.quantize(x)
+    w_q, w_scale = reference.quantize(w)
+    expected = reference.gemm(q, scale, w_q, w_scale, torch.float32)
+    with _serving(name) as device:
+        got_q, got_scale = (t.cpu().view(torch.uint8) for t in quantize(x.to(device)))
+        got = linear(x.to(device), w_q.to(device), w_scale.to(device)).cpu()
+    if not (torch.equal(got_q, q) and torch.equal(got_scale, scale)):
+        return "quantize differs from the reference"
+    same = (got.view(torch.int32) == expected.view(torch.int32)) | (got.isnan() & expected.isnan())
+    return None if bool(same.all()) else f"W4A4 differs from the reference in {int((~same).sum())} of {same.numel()} outputs"
+
+
+def _verdict(backend: Backend) -> tuple[str, bool]:
+    """What the table says of a backend, and whether that is all right."""
+    if not backend.available:
+        return f"[yellow]off[/yellow]: {escape(backend.detail)}", True
+    try:
+        difference = self_test(backend.name)
+    except RuntimeError as error:
+        difference = str(error)
+    if difference is not None:
+        return f"[red]self-test failed[/red]: {escape(difference)}", False
+    return f"[green]on[/green], self-test passed: {escape(backend.detail)}", True
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+@click.command()
+@click.option(
+    "--require",
+    "required",
+    multiple=True,
+    type=click.Choice(["native", "sycl", "xpu"]),
+    help="Fail if this backend is off. Can be repeated.",
+)
+def doctor(required: tuple[str, ...]) -> None:
+    """Show versions, devices and backends, and test each backend against the reference.
+
+    Exit code 0: every backend that is on computes the right bits. 1: one does not, or the backend chosen for CPU tensors, or one
+    named by --require, is off.
+    """
+    console = Console()
+    try:
+        console.print(_table("Versions and settings", versions()))
+        found = backends()
+    except RuntimeError as error:  # a setting that names nothing
+        sys.exit(str(error).split("\nException raised from")[0])
+    verdicts = {name: _verdict(backend) for name, backend in found.items()}
+    console.print(_table("Backends", {name: text for name, (text, _) in verdicts.items()}))
+    devices = [device for backend in found.values() for device in backend.devices]
+    console.print(_table("Devices", {str(i): device for i, device in enumerate(devices)} or {"-": "SYCL shows none"}))
+    failed = [name for name, (_, good) in verdicts.items() if not good]
+    failed += [name for name in {*required, ops._cpu_backend()} if not found[name].available]
+    if failed:
+        console.print(f"[red]Not in order[/red]: {', '.join(sorted(failed))}")
+        sys.exit(1)

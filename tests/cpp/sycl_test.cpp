@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// The SYCL kernels on Intel's CPU device against the native ones, through the loader, without torch.
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "definition.h"
+#include "sycl/loader.h"
+
+using namespace xpu_fp4;
+
+namespace {
+
+#ifdef XPU_FP4_TEST_SYCL
+
+class Sycl : public testing::Test {
+ protected:
+  std::unique_ptr<Backend> native = cpu::make_backend(cpu::kPortable, serial_for);
+  const Backend& sycl = syclrt::load_plugin().cpu();
+};
+
+TEST_F(Sycl, ReportsTheCpuDevice) {
+  const auto devices = syclrt::load_plugin().devices();
+  ASSERT_FALSE(devices.empty());
+  const char* variable = std::getenv("XPU_FP4_SYCL_SUB_GROUP");
+  EXPECT_EQ(devices[0].sub_group, variable != nullptr ? std::atoi(variable) : 16);
+}
+
+TEST_F(Sycl, GemmGivesTheNativeBits) {
+  unsigned seed = 0;
+  for (const int64_t m : {1, 7, 16, 33}) {
+    for (const int64_t n : {1, 31, 32, 65}) {
+      for (const int64_t k : {32, 96, 128, 160, 544}) {
+        for (const auto& [low, high] : {std::pair{100, 140}, std::pair{0, 255}, std::pair{40, 80}}) {
+          const Operands in(m, n, k, low, high, ++seed);
+          ASSERT_TRUE(same_bits(in.gemm(sycl), in.gemm(*native))) << m << " " << n << " " << k << " " << low;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Sycl, QuantizeAndDequantizeGiveTheNativeBits) {
+  for (const int64_t rows : {1, 3, 50}) {
+    const int64_t k = 96;
+    const std::vector<float> x = random_floats(rows * k, static_cast<unsigned>(rows), 130.0f);
+    for (int mode = 0; mode < 4; ++mode) {
+      std::vector<uint8_t> q[2], scale[2];
+      std::vector<float> back[2];
+      const Backend* backends[] = {native.get(), &sycl};
+      for (int i = 0; i < 2; ++i) {
+        q[i].resize(static_cast<size_t>(rows * k / 2));
+        scale[i].resize(static_cast<size_t>(rows * k / 32));
+        back[i].resize(static_cast<size_t>(rows * k));
+        backends[i]->quantize({x.data(), DType::f32, rows, k, static_cast<ScaleMode>(mode), q[i].data(), scale[i].data()});
+        backends[i]->dequantize({q[i].data(), scale[i].data(), rows, k, back[i].data(), DType::f32});
+      }
+      ASSERT_EQ(q[0], q[1]) << mode;
+      ASSERT_EQ(scale[0], scale[1]) << mode;
+      ASSERT_TRUE(same_bits(back[0], back[1])) << mode;
+    }
+  }
+}
+
+TEST_F(Sycl, UnalignedWeightsGiveTheSameBits) {
+  Operands in(17, 40, 160, 100, 140, 11);
+  const std::vector<float> expected = in.gemm(*native);
+  std::vector<uint8_t> shifted(in.w.size() + 1);
+  std::copy(in.w.begin(), in.w.end(), shifted.begin() + 1);
+  std::vector<float> y(expected.size());
+  sycl.gemm({in.a.data(), in.a_scale.data(), {shifted.data() + 1, in.w_scale.data(), in.k / 32, 1}, {nullptr, 0, 0}, y.data(),
+             DType::f32, in.m, in.n, in.k});
+  EXPECT_TRUE(same_bits(y, expected));
+}
+
+TEST_F(Sycl, ManyThreadsMayComputeAtOnce) {
+  const Operands in(33, 65, 224, 100, 140, 12);
+  const std::vector<float> expected = in.gemm(*native);
+  std::vector<std::vector<float>> results(4);
+  std::vector<std::thread> threads;
+  for (auto& result : results) threads.emplace_back([&] { result = in.gemm(sycl); });
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& result : results) EXPECT_TRUE(same_bits(result, expected));
+}
+
+#else
+
+TEST(Sycl, SaysThatItWasBuiltWithout) {
+  try {
+    syclrt::load_plugin();
+    ADD_FAILURE() << "no error";
+  } catch (const std::runtime_error& error) {
+    EXPECT_NE(std::string(error.what()).find("built without SYCL"), std::string::npos) << error.what();
+  }
+}
+
+#endif
+
+}  // namespace
