@@ -99,9 +99,7 @@ def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None = No
     return y
 
 
-def linear_w4a4(
-    x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None = None, scale_mode: ScaleMode = "even"
-) -> Tensor:
+def linear_w4a4(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None = None, scale_mode: ScaleMode = "even") -> Tensor:
     y: Tensor = torch.ops.xpu_fp4.mxfp4_linear(x, w, w_scale, bias, scale_mode)
     return y
 

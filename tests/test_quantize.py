@@ -67,9 +67,7 @@ def expected_of(make: Callable[[torch.dtype], Tensor], dtype: torch.dtype, mode:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("make", [every_element, every_amax])
-def test_every_16_bit_pattern(
-    backend: str, make: Callable[[torch.dtype], Tensor], dtype: torch.dtype, mode: ScaleMode
-) -> None:
+def test_every_16_bit_pattern(backend: str, make: Callable[[torch.dtype], Tensor], dtype: torch.dtype, mode: ScaleMode) -> None:
     assert_quantizes(make(dtype), mode, expected_of(make, dtype, mode))
 
 

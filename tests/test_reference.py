@@ -119,9 +119,7 @@ def test_zero_and_non_finite_blocks() -> None:
     assert reference.values(q, scale)[2:, 32:].isnan().all()
 
 
-def gemm_by_loops(
-    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None
-) -> npt.NDArray[np.float32]:
+def gemm_by_loops(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> npt.NDArray[np.float32]:
     """Section 3 word for word, one output at a time."""
     twice_a, twice_w = 2 * decoded(reference.unpack(a)), 2 * decoded(reference.unpack(w))
     blocks = a_scale.shape[1]

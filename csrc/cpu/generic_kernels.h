@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Native kernels in plain C++: loops over fixed sizes that the compiler vectorises for the instruction set that it may use. Each
-// isa_*.cpp includes this file after a target pragma; all of it has internal linkage, so no two instruction sets mix. What it
-// includes comes first, in isa_*.cpp, because inline functions of headers must be compiled for any processor.
+// Native kernels in plain C++: loops over fixed sizes that the compiler vectorises for the instruction set that it may use.
+// Each isa_*.cpp includes this file after a target pragma; all of it has internal linkage, so no two instruction sets mix. What
+// it includes comes first, in isa_*.cpp, because inline functions of headers must be compiled for any processor.
 //
 // GEMM: a task owns rows x columns of the output. Columns are taken kLanes at a time; one quad (K = 128) of their weights is
 // unpacked to a panel [128][kLanes], so that a vector holds one k of all lanes and every row reuses the panel from the

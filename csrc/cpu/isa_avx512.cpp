@@ -8,7 +8,9 @@
 
 namespace xpu_fp4::cpu {
 namespace {
-bool supported() { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); }
+bool supported() {
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 }  // namespace
 
 const KernelTable kAvx512 = {"avx512", supported, quantize, group_quant, dequantize, gemm, gemm_w4a16};

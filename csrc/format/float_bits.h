@@ -25,9 +25,7 @@ constexpr uint32_t magnitude_bits(float x) { return bits_of(x) & ~kSignBit; }
 constexpr bool is_nan(float x) { return magnitude_bits(x) > kInfBits; }
 
 /// 2^e for e in [-149, 127], subnormal results included.
-constexpr float pow2(int e) {
-  return float_of(e >= -126 ? static_cast<uint32_t>(e + 127) << 23 : uint32_t{1} << (e + 149));
-}
+constexpr float pow2(int e) { return float_of(e >= -126 ? static_cast<uint32_t>(e + 127) << 23 : uint32_t{1} << (e + 149)); }
 
 /// bfloat16 -> float32, exact.
 constexpr float float_from_bf16(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }

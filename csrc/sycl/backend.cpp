@@ -107,9 +107,10 @@ sycl::queue cpu_queue() {
   try {
     return sycl::queue(sycl::cpu_selector_v, sycl::property::queue::in_order{});
   } catch (const sycl::exception& error) {
-    throw std::runtime_error(std::string("xpu_fp4: SYCL has no CPU device: ") + error.what() +
-                             ". It needs Intel's OpenCL CPU runtime (pip package intel-opencl-rt), OCL_ICD_FILENAMES naming its "
-                             "libintelocl.so, and an ONEAPI_DEVICE_SELECTOR, if set, that admits opencl:cpu");
+    throw std::runtime_error(
+        std::string("xpu_fp4: SYCL has no CPU device: ") + error.what() +
+        ". It needs Intel's OpenCL CPU runtime (pip package intel-opencl-rt), OCL_ICD_FILENAMES naming its "
+        "libintelocl.so, and an ONEAPI_DEVICE_SELECTOR, if set, that admits opencl:cpu");
   }
 }
 

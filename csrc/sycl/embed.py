@@ -19,9 +19,7 @@ def sources() -> dict[str, Path]:
 
 
 def render() -> str:
-    entries = "".join(
-        f'    {{"{name}", R"{DELIMITER}({path.read_text()}){DELIMITER}"}},\n' for name, path in sources().items()
-    )
+    entries = "".join(f'    {{"{name}", R"{DELIMITER}({path.read_text()}){DELIMITER}"}},\n' for name, path in sources().items())
     return (
         "// Written by csrc/sycl/embed.py.\n"
         '#include "sycl/device_sources.h"\n\n'

@@ -61,7 +61,8 @@ std::string path_of(void* library) {
 
 // The CPU device is found only through this variable when the OpenCL runtime comes from pip.
 void offer_cpu_device(const fs::path& folder) {
-  if (const fs::path driver = folder / "libintelocl.so"; fs::exists(driver)) set_unless_set("OCL_ICD_FILENAMES", driver.string());
+  if (const fs::path driver = folder / "libintelocl.so"; fs::exists(driver))
+    set_unless_set("OCL_ICD_FILENAMES", driver.string());
 }
 
 void load_runtime() {
@@ -112,7 +113,8 @@ const Plugin* load_backend() {
 
 const Plugin* load_backend() {
   throw std::runtime_error(
-      "xpu_fp4: built without SYCL: no SYCL headers were found then. Install the pip package dpcpp-cpp-rt==2026.1.2 or a oneAPI "
+      "xpu_fp4: built without SYCL: no SYCL headers were found then. Install the pip package dpcpp-cpp-rt==2026.1.2 or a "
+      "oneAPI "
       "toolkit (source its setvars.sh), and build again");
 }
 

@@ -46,11 +46,11 @@ Program build(const sycl::context& context, const sycl::device& device, const Va
   for (const DeviceSource& source : kDeviceSources) includes.add(source.name, source.text);
   std::string log;
   try {
-    auto bundle = syclexp::create_kernel_bundle_from_source(context, syclexp::source_language::sycl,
-                                                                  source_text(variant.file), syclexp::properties{includes});
-    return syclexp::build(bundle, {device},
-                          syclexp::properties{syclexp::build_options{build_options(variant, target_of(device))},
-                                              syclexp::save_log{&log}});
+    auto bundle = syclexp::create_kernel_bundle_from_source(context, syclexp::source_language::sycl, source_text(variant.file),
+                                                            syclexp::properties{includes});
+    return syclexp::build(
+        bundle, {device},
+        syclexp::properties{syclexp::build_options{build_options(variant, target_of(device))}, syclexp::save_log{&log}});
   } catch (const sycl::exception& error) {
     throw std::runtime_error("xpu_fp4: SYCL cannot build " + variant.file + " for " +
                              device.get_info<sycl::info::device::name>() + ": " + error.what() + "\n" + log);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binds the ops to a device. GetBackend is a stateless function object: GetBackend{}() gives something that points to the Backend
-// for the current device and thread.
+// Binds the ops to a device. GetBackend is a stateless function object: GetBackend{}() gives something that points to the
+// Backend for the current device and thread.
 #pragma once
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
@@ -31,8 +31,8 @@ void bind_ops(torch::Library& library) {
     const c10::DeviceGuard guard(x.device());
     return ops::linear(*GetBackend{}(), x, weight, weight_scale, bias, scale_mode);
   });
-  library.impl("mxfp4_linear_w4a16", [](const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                                        const std::optional<Tensor>& bias) {
+  library.impl("mxfp4_linear_w4a16",
+               [](const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias) {
     const c10::DeviceGuard guard(x.device());
     return ops::linear_w4a16(*GetBackend{}(), x, weight, weight_scale, bias);
   });

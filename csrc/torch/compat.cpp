@@ -60,8 +60,8 @@ void define(CompatOp& op) {
 void check_schema(const CompatOp& op) {
   const auto existing = c10::Dispatcher::singleton().findSchema({op.name(), ""});
   const auto difference = c10::findSchemaDifferences(existing->schema(), torch::jit::parseSchema(op.schema));
-  TORCH_CHECK(!difference, "xpu_fp4: ", op.name(), " exists with the schema ", existing->schema(), ", expected ", op.schema, ": ",
-              *difference);
+  TORCH_CHECK(!difference, "xpu_fp4: ", op.name(), " exists with the schema ", existing->schema(), ", expected ", op.schema,
+              ": ", *difference);
 }
 
 }  // namespace

@@ -26,8 +26,8 @@ void add_compat_binding(const CompatBinding& binding);
 /// Defines and implements each op that the dispatcher does not know. Returns the names that it defined.
 std::vector<std::string> define_compat_ops();
 
-/// Implements each op that the dispatcher knows and whose implementation is not ours already, and defines the others. Returns the
-/// names whose implementation it replaced; torch warns once for each.
+/// Implements each op that the dispatcher knows and whose implementation is not ours already, and defines the others. Returns
+/// the names whose implementation it replaced; torch warns once for each.
 std::vector<std::string> override_compat_ops();
 
 }  // namespace xpu_fp4

@@ -22,12 +22,12 @@ struct Argument {
   const Tensor& tensor;
 };
 
-#define XPU_FP4_CHECK(argument, condition, ...) \
-  TORCH_CHECK(condition, (argument).op, ": ", (argument).name, " ", __VA_ARGS__)
+#define XPU_FP4_CHECK(argument, condition, ...) TORCH_CHECK(condition, (argument).op, ": ", (argument).name, " ", __VA_ARGS__)
 
 void check_dense_on(const Argument& arg, const at::Device& device) {
   XPU_FP4_CHECK(arg, arg.tensor.layout() == at::kStrided, "must be a dense tensor, got layout ", arg.tensor.layout());
-  XPU_FP4_CHECK(arg, arg.tensor.device() == device, "is on ", arg.tensor.device(), ", expected ", device, " like the first argument");
+  XPU_FP4_CHECK(arg, arg.tensor.device() == device, "is on ", arg.tensor.device(), ", expected ", device,
+                " like the first argument");
 }
 
 void check_contiguous(const Argument& arg) {
@@ -40,13 +40,15 @@ void check_rank_at_least(const Argument& arg, int64_t rank) {
 }
 
 void check_shape(const Argument& arg, IntArrayRef expected, const char* meaning) {
-  XPU_FP4_CHECK(arg, arg.tensor.sizes() == expected, "has shape ", arg.tensor.sizes(), ", expected ", expected, " (", meaning, ")");
+  XPU_FP4_CHECK(arg, arg.tensor.sizes() == expected, "has shape ", arg.tensor.sizes(), ", expected ", expected, " (", meaning,
+                ")");
 }
 
 bool is_float(ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; }
 
 void check_float(const Argument& arg) {
-  XPU_FP4_CHECK(arg, is_float(arg.tensor.scalar_type()), "must be float32, float16 or bfloat16, got ", arg.tensor.scalar_type());
+  XPU_FP4_CHECK(arg, is_float(arg.tensor.scalar_type()), "must be float32, float16 or bfloat16, got ",
+                arg.tensor.scalar_type());
 }
 
 void check_codes(const Argument& arg) {
@@ -75,9 +77,7 @@ ScaleMode parse_scale_mode(const char* op, std::string_view mode) {
   TORCH_CHECK(false, op, ": scale_mode is \"", std::string(mode), "\", expected \"floor\", \"ceil\", \"even\" or \"rceil\"");
 }
 
-DType dtype_of(ScalarType type) {
-  return type == at::kFloat ? DType::f32 : type == at::kHalf ? DType::f16 : DType::bf16;
-}
+DType dtype_of(ScalarType type) { return type == at::kFloat ? DType::f32 : type == at::kHalf ? DType::f16 : DType::bf16; }
 
 DType check_out_dtype(const char* op, const char* name, ScalarType type) {
   TORCH_CHECK(is_float(type), op, ": ", name, " must be float32, float16 or bfloat16, got ", type);
@@ -111,8 +111,8 @@ Quantized quantize_checked(const Backend& backend, const Tensor& x, ScaleMode mo
   const Tensor dense = x.contiguous();
   const Tensor q = at::empty(with_last(x, k / 2), x.options().dtype(at::kFloat4_e2m1fn_x2));
   const Tensor scale = at::empty(with_last(x, k / kBlock), x.options().dtype(at::kFloat8_e8m0fnu));
-  backend.quantize({dense.const_data_ptr(), dtype_of(x.scalar_type()), rows_of(x), k, mode,
-                    static_cast<uint8_t*>(q.data_ptr()), static_cast<uint8_t*>(scale.data_ptr())});
+  backend.quantize({dense.const_data_ptr(), dtype_of(x.scalar_type()), rows_of(x), k, mode, static_cast<uint8_t*>(q.data_ptr()),
+                    static_cast<uint8_t*>(scale.data_ptr())});
   return {q, scale};
 }
 
@@ -132,7 +132,8 @@ HeldBias hold_bias(const Argument& arg, IntArrayRef y_shape) {
   for (size_t i = 1; fits && i <= sizes.size(); ++i) {
     fits = sizes[sizes.size() - i] == 1 || sizes[sizes.size() - i] == matrix[matrix.size() - i];
   }
-  XPU_FP4_CHECK(arg, fits, "has shape ", sizes, ", expected a scalar, [N], [M, 1] or [M, N] with [M, N] = ", IntArrayRef(matrix));
+  XPU_FP4_CHECK(arg, fits, "has shape ", sizes,
+                ", expected a scalar, [N], [M, 1] or [M, N] with [M, N] = ", IntArrayRef(matrix));
   const Tensor spread = arg.tensor.to(at::kFloat).expand(matrix);
   const bool is_matrix = matrix.size() == 2;
   const bool varies_by_row = is_matrix && spread.stride(0) != 0;
@@ -235,8 +236,15 @@ Tensor gemm(const Backend& backend, const GemmNames& names, const Tensor& a, con
 
   const Tensor dense_a = a.contiguous(), dense_a_scale = a_scale.contiguous();
   const Tensor y = at::empty(y_shape, a.options().dtype(y_type));
-  backend.gemm({bytes(dense_a), bytes(dense_a_scale), {bytes(b), bytes(b_scale), 1, n}, held.view, y.data_ptr(), y_dtype,
-                rows_of(a), n, k});
+  backend.gemm({bytes(dense_a),
+                bytes(dense_a_scale),
+                {bytes(b), bytes(b_scale), 1, n},
+                held.view,
+                y.data_ptr(),
+                y_dtype,
+                rows_of(a),
+                n,
+                k});
   return y;
 }
 
@@ -265,8 +273,8 @@ Tensor linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weigh
   return y;
 }
 
-void group_quant(const Backend& backend, const Tensor& input, const Tensor& output_q, const Tensor& output_s, int64_t group_size,
-                 double eps) {
+void group_quant(const Backend& backend, const Tensor& input, const Tensor& output_q, const Tensor& output_s,
+                 int64_t group_size, double eps) {
   const char* op = "per_token_group_quant_mxfp4";
   const Argument in_arg{op, "input", input}, q_arg{op, "output_q", output_q}, s_arg{op, "output_s", output_s};
   TORCH_CHECK(group_size == kBlock, op, ": group_size is ", group_size, ", expected ", kBlock);
@@ -285,11 +293,12 @@ void group_quant(const Backend& backend, const Tensor& input, const Tensor& outp
   XPU_FP4_CHECK(s_arg, output_s.scalar_type() == at::kFloat, "must be float32, got ", output_s.scalar_type());
   check_shape(s_arg, with_last(input, k / kBlock), "input's, with K/32 last");
   const bool column_major = output_s.dim() == 2 && !output_s.is_contiguous() && output_s.t().is_contiguous();
-  XPU_FP4_CHECK(s_arg, output_s.is_contiguous() || column_major, "must be contiguous, or column-major with two dimensions, got shape ",
-                output_s.sizes(), " with strides ", output_s.strides());
+  XPU_FP4_CHECK(s_arg, output_s.is_contiguous() || column_major,
+                "must be contiguous, or column-major with two dimensions, got shape ", output_s.sizes(), " with strides ",
+                output_s.strides());
   backend.group_quant({input.const_data_ptr(), dtype_of(input.scalar_type()), rows_of(input), k, static_cast<float>(eps),
-                       static_cast<uint8_t*>(output_q.data_ptr()), output_s.data_ptr<float>(),
-                       column_major ? 1 : k / kBlock, column_major ? output_s.stride(1) : 1});
+                       static_cast<uint8_t*>(output_q.data_ptr()), output_s.data_ptr<float>(), column_major ? 1 : k / kBlock,
+                       column_major ? output_s.stride(1) : 1});
 }
 
 }  // namespace xpu_fp4::ops

@@ -27,9 +27,9 @@ struct GemmNames {
   const char *op, *a, *b, *a_scale, *b_scale, *bias;
 };
 
-/// Y [..., N] = a [..., K] x b [K, N] + bias. a: codes [..., K/2] with scales [..., K/32]; b: codes [K/2, N], the .t() view of a
-/// contiguous [N, K/2], with scales [K/32, N], contiguous; bias: broadcastable to [M, N], the last two dimensions of Y, float32,
-/// float16 or bfloat16. out_dtype: float32, float16 (the default) or bfloat16.
+/// Y [..., N] = a [..., K] x b [K, N] + bias. a: codes [..., K/2] with scales [..., K/32]; b: codes [K/2, N], the .t() view of
+/// a contiguous [N, K/2], with scales [K/32, N], contiguous; bias: broadcastable to [M, N], the last two dimensions of Y,
+/// float32, float16 or bfloat16. out_dtype: float32, float16 (the default) or bfloat16.
 Tensor gemm(const Backend& backend, const GemmNames& names, const Tensor& a, const Tensor& b, const Tensor& a_scale,
             const Tensor& b_scale, std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
 
@@ -44,7 +44,7 @@ Tensor linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weigh
 
 /// vllm-xpu-kernels' quantizer: input [..., K] contiguous -> output_q uint8 [..., K/2] contiguous and output_s float32
 /// [..., K/32], contiguous or, with two dimensions, column-major. group_size must be 32, eps positive and finite.
-void group_quant(const Backend& backend, const Tensor& input, const Tensor& output_q, const Tensor& output_s, int64_t group_size,
-                 double eps);
+void group_quant(const Backend& backend, const Tensor& input, const Tensor& output_q, const Tensor& output_s,
+                 int64_t group_size, double eps);
 
 }  // namespace xpu_fp4::ops

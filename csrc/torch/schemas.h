@@ -12,8 +12,7 @@ constexpr char kGemm[] =
     "mxfp4_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType? out_dtype=None, Tensor? bias=None) -> Tensor";
 constexpr char kLinear[] =
     "mxfp4_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, str scale_mode=\"even\") -> Tensor";
-constexpr char kLinearW4A16[] =
-    "mxfp4_linear_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor";
+constexpr char kLinearW4A16[] = "mxfp4_linear_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor";
 
 /// The names that vLLM calls. compat.h says when they are defined.
 constexpr char kFp4GemmNamespace[] = "_xpu_C";

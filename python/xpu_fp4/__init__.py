@@ -8,9 +8,9 @@ from . import _library as _library  # first: it loads the ops
 from ._version import __version__
 from .backends import Backend, backends, cpu_backend
 from .compat import override_vllm_ops
+from .convert import quantize_
 from .functional import Mode, ScaleMode, dequantize, linear, quantize
 from .modules import MXFP4Linear
-from .convert import quantize_
 
 __all__ = [
     "Backend",

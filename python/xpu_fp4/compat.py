@@ -30,7 +30,7 @@ def _register_fakes(names: list[str]) -> None:
 
 
 def define_vllm_ops() -> list[str]:
-    """Defines the names that do not exist yet, and returns them. Loading vllm_xpu_kernels afterwards would abort the process."""
+    """Defines the names that do not exist yet, and returns them. To load vllm_xpu_kernels afterwards aborts the process."""
     names: list[str] = ops._define_compat_ops()
     _register_fakes(names)
     return names

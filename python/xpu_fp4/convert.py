@@ -35,7 +35,7 @@ def quantize_(
         progress: whether to draw a progress bar.
 
     Raises:
-        ValueError: the model is itself an nn.Linear (use MXFP4Linear.from_linear), or a layer's in_features is no multiple of 32.
+        ValueError: the model is itself an nn.Linear (use MXFP4Linear.from_linear), or in_features is no multiple of 32.
     """
     if type(model) is nn.Linear:
         raise ValueError("model is itself an nn.Linear and cannot be replaced in place: use MXFP4Linear.from_linear")
@@ -49,7 +49,9 @@ def quantize_(
     chosen = [(owner, attribute, child, name) for owner, attribute, child, name in places if filter_fn(child, name)]
     for _, _, child, name in chosen:
         if child.in_features % 32 != 0:
-            raise ValueError(f"{name} has in_features {child.in_features}, expected a multiple of 32: leave it out by filter_fn")
+            raise ValueError(
+                f"{name} has in_features {child.in_features}, expected a multiple of 32: leave it out by filter_fn"
+            )
     if progress:
         from rich.progress import track
 

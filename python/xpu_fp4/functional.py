@@ -17,7 +17,7 @@ Mode = Literal["w4a4", "w4a16"]
 
 
 def quantize(x: Tensor, scale_mode: ScaleMode = "even") -> tuple[Tensor, Tensor]:
-    """x [..., K] (float32, float16, bfloat16; K % 32 == 0) -> codes [..., K/2] float4_e2m1fn_x2, scales [..., K/32] float8_e8m0fnu.
+    """x [..., K] (float32, float16, bfloat16) -> codes [..., K/2] float4_e2m1fn_x2, scales [..., K/32] float8_e8m0fnu.
 
     Rounds to nearest, ties to even, saturating (OCP Microscaling Formats v1.0, section 6.3, for `floor`). A block with a NaN or
     Inf gets the scale NaN and codes 0.

@@ -85,9 +85,7 @@ def _add_in_quads(shares: Tensor) -> Tensor:
     return acc
 
 
-def gemm(
-    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None
-) -> Tensor:
+def gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """a codes [M, K/2] with scales [M, K/32], w codes [N, K/2] with scales [N, K/32] -> [M, N] of dtype, bias broadcast."""
     a_blocks = (2 * values(a, torch.full_like(a_scale.view(torch.uint8), 127))).unflatten(-1, (-1, BLOCK))
     w_blocks = (2 * values(w, torch.full_like(w_scale.view(torch.uint8), 127))).unflatten(-1, (-1, BLOCK))

@@ -78,7 +78,8 @@ TEST(E8m0, ScaleRulesHoldAroundEveryThreshold) {
   for (int exponent = -149; exponent <= 127; ++exponent) {
     for (const double f : {1.0, 1.25, 1.5, 1.75}) {
       const auto middle = static_cast<float>(std::ldexp(f, exponent));
-      for (const float amax : {std::nextafter(middle, 0.0f), middle, std::nextafter(middle, std::numeric_limits<float>::infinity())}) {
+      for (const float amax :
+           {std::nextafter(middle, 0.0f), middle, std::nextafter(middle, std::numeric_limits<float>::infinity())}) {
         if (amax == 0.0f || std::isinf(amax)) continue;
         int half_exponent = 0;
         const double fraction = 2 * std::frexp(static_cast<double>(amax), &half_exponent);
@@ -110,8 +111,8 @@ TEST(Accumulate, ProductOfEveryPairOfScalesRoundsOnce) {
       for (int w = 0; w < 255; ++w) {
         // Exact in double, then one conversion.
         const auto expected = static_cast<float>(std::ldexp(static_cast<double>(d), a + w - 256));
-        const float got = block_product(static_cast<float>(d), row_factor(static_cast<uint8_t>(a)),
-                                        weight_factor(static_cast<uint8_t>(w)));
+        const float got =
+            block_product(static_cast<float>(d), row_factor(static_cast<uint8_t>(a)), weight_factor(static_cast<uint8_t>(w)));
         ASSERT_EQ(bits_of(got), bits_of(expected)) << d << " " << a << " " << w;
       }
     }

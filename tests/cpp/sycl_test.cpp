@@ -68,8 +68,15 @@ TEST_F(Sycl, UnalignedWeightsGiveTheSameBits) {
   std::vector<uint8_t> shifted(in.w.size() + 1);
   std::copy(in.w.begin(), in.w.end(), shifted.begin() + 1);
   std::vector<float> y(expected.size());
-  sycl.gemm({in.a.data(), in.a_scale.data(), {shifted.data() + 1, in.w_scale.data(), in.k / 32, 1}, {nullptr, 0, 0}, y.data(),
-             DType::f32, in.m, in.n, in.k});
+  sycl.gemm({in.a.data(),
+             in.a_scale.data(),
+             {shifted.data() + 1, in.w_scale.data(), in.k / 32, 1},
+             {nullptr, 0, 0},
+             y.data(),
+             DType::f32,
+             in.m,
+             in.n,
+             in.k});
   EXPECT_TRUE(same_bits(y, expected));
 }
 

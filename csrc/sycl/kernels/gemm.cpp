@@ -40,7 +40,8 @@ inline RowFragment load_rows(const Tile& tile, const uint8_t* a, int unit, int64
   RowFragment fragment;
 #pragma unroll
   for (int r = 0; r < 8; ++r) {
-    const uint8_t* lane_bytes = a + tile.row(unit * 8 + r) * tile.shape.row_bytes() + block * kBlockBytes + tile.lane * kRowBytes;
+    const uint8_t* lane_bytes =
+        a + tile.row(unit * 8 + r) * tile.shape.row_bytes() + block * kBlockBytes + tile.lane * kRowBytes;
     uint32_t values = unpack2(lane_bytes[0]);
     if constexpr (kRowBytes == 2) values |= unpack2(lane_bytes[1]) << 16;
     fragment[r] = values;
@@ -112,8 +113,8 @@ gemm(const uint8_t* a, const uint8_t* a_scale, const uint8_t* w, const uint8_t* 
       if (quad + b < tile.shape.row_blocks()) block_products(tile, a, a_scale, weights, quad + b, p[b]);
     }
     for_each_output([&](int i, int j, int r) {
-      acc.value[i][j][r] = add_quad(acc.value[i][j][r], p[0].value[i][j][r], p[1].value[i][j][r], p[2].value[i][j][r],
-                                    p[3].value[i][j][r]);
+      acc.value[i][j][r] =
+          add_quad(acc.value[i][j][r], p[0].value[i][j][r], p[1].value[i][j][r], p[2].value[i][j][r], p[3].value[i][j][r]);
     });
   }
 

@@ -51,8 +51,9 @@ XPU_FP4_KERNEL(1) quantize(const uint8_t* x, uint8_t* q, uint8_t* scales, int64_
   if (id % kLanesPerBlock == 0) scales[id / kLanesPerBlock] = scale;
 }
 
-XPU_FP4_KERNEL(1) group_quantize(const uint8_t* x, uint8_t* q, float* scales, int64_t vectors, int64_t row_blocks,
-                                 int64_t scale_row_stride, int64_t scale_block_stride, float eps) {
+XPU_FP4_KERNEL(1)
+group_quantize(const uint8_t* x, uint8_t* q, float* scales, int64_t vectors, int64_t row_blocks, int64_t scale_row_stride,
+               int64_t scale_block_stride, float eps) {
   const int64_t id = syclext::this_work_item::get_nd_item<1>().get_global_linear_id();
   const LaneInput in = load_lane(x, sycl::min(id, vectors - 1));
   if (id >= vectors) return;

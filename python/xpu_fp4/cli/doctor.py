@@ -102,8 +102,8 @@ def _table(title: str, rows: dict[str, str]) -> Table:
 def doctor(required: tuple[str, ...]) -> None:
     """Show versions, devices and backends, and test each backend against the reference.
 
-    Exit code 0: every backend that is on computes the right bits. 1: one does not, or the backend chosen for CPU tensors, or one
-    named by --require, is off.
+    Exit code 0: every backend that is on computes the right bits. 1: one does not; or the backend chosen for CPU tensors, or
+    one named by --require, is off.
     """
     console = Console()
     try:
