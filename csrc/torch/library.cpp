@@ -2,6 +2,7 @@
 // Registers the ops, and the functions that the Python package asks about the library itself (names with an underscore: not an
 // interface).
 #include <c10/util/Exception.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include "../cpu/kernels.h"
@@ -50,6 +51,13 @@ TORCH_LIBRARY(xpu_fp4, library) {
   library.def("_sycl_cache_dir() -> str", syclrt::cache_dir);
   library.def("_define_compat_ops() -> str[]", define_compat_ops);
   library.def("_override_compat_ops() -> str[]", override_compat_ops);
+}
+
+// The ops have no derivative: backward through one raises instead of giving no gradient.
+TORCH_LIBRARY_IMPL(xpu_fp4, Autograd, library) {
+  for (const char* op : {"mxfp4_quantize", "mxfp4_dequantize", "mxfp4_gemm", "mxfp4_linear", "mxfp4_linear_w4a16"}) {
+    library.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 TORCH_LIBRARY_IMPL(xpu_fp4, CPU, library) { bind_ops<GetCpuBackend>(library); }

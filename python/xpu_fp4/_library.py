@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the op library and gives each op its fake: the shapes and dtypes that tracing needs. It checks nothing: C++ does."""
+"""Loads the op library and gives each op its fake: the shapes and dtypes that tracing needs.
+
+Fakes leave the checks to C++, but for devices: a meta tensor among real ones brings the real ones here.
+"""
 
 from pathlib import Path
 
@@ -15,6 +18,12 @@ torch.ops.load_library(LIBRARY)
 ops = torch.ops.xpu_fp4
 
 
+def _on_one_device(first: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise RuntimeError(f"{name} is on {tensor.device}, expected {first.device} like the first argument")
+
+
 @torch.library.register_fake("xpu_fp4::mxfp4_quantize")
 def _fake_quantize(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, Tensor]:
     *leading, k = x.shape
@@ -24,6 +33,7 @@ def _fake_quantize(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, Tensor]
 
 @torch.library.register_fake("xpu_fp4::mxfp4_dequantize")
 def _fake_dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    _on_one_device(q, scale=scale)
     *leading, packed = q.shape
     return q.new_empty([*leading, packed * 2], dtype=dtype)
 
@@ -38,6 +48,7 @@ def fake_gemm(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Also the fake of the compatibility op, which has the same arguments."""
+    _on_one_device(a, b=b, a_scale=a_scale, b_scale=b_scale, bias=bias)
     return a.new_empty([*a.shape[:-1], b.shape[1]], dtype=out_dtype or torch.float16)
 
 
@@ -45,9 +56,11 @@ def fake_gemm(
 def _fake_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, scale_mode: str = "even"
 ) -> Tensor:
+    _on_one_device(x, weight=weight, weight_scale=weight_scale, bias=bias)
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
 @torch.library.register_fake("xpu_fp4::mxfp4_linear_w4a16")
 def _fake_linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    _on_one_device(x, weight=weight, weight_scale=weight_scale, bias=bias)
     return x.new_empty([*x.shape[:-1], weight.shape[0]])

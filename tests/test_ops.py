@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops as torch sees them: schemas, fakes, tracing, and the error of every argument."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import xpu_fp4
+from torch import Tensor
+
+own = torch.ops.xpu_fp4
+FP4 = torch.float4_e2m1fn_x2
+M, N, K = 5, 48, 96
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def scales(*shape: int) -> Tensor:
+    return torch.randint(120, 135, shape, dtype=torch.uint8)
+
+
+def gemm_arguments() -> dict[str, Any]:
+    return {
+        # As bytes: opcheck computes with the arguments, and torch has no arithmetic on float4_e2m1fn_x2 and float8_e8m0fnu.
+        "a": codes(M, K // 2),
+        "b": codes(N, K // 2).t(),
+        "a_scale": scales(M, K // 32),
+        "b_scale": scales(K // 32, N),
+        "out_dtype": torch.bfloat16,
+        "bias": torch.randn(N),
+    }
+
+
+def linear_arguments() -> dict[str, Any]:
+    return {"x": torch.randn(M, K), "weight": codes(N, K // 2), "weight_scale": scales(N, K // 32), "bias": torch.randn(N)}
+
+
+def group_quant_arguments() -> dict[str, Any]:
+    return {
+        "input": torch.randn(M, K),
+        "output_q": torch.empty(M, K // 2, dtype=torch.uint8),
+        "output_s": torch.empty(M, K // 32),
+        "group_size": 32,
+        "eps": 1e-10,
+    }
+
+
+FP4_GEMM_NAMES = ("A", "B", "A_scale", "B_scale", "out_dtype", "bias_")
+SAMPLES: list[tuple[Any, Callable[[], dict[str, Any]]]] = [
+    (own.mxfp4_quantize.default, lambda: {"x": torch.randn(3, M, K, dtype=torch.bfloat16)}),
+    (own.mxfp4_quantize.default, lambda: {"x": torch.randn(0, K), "scale_mode": "floor"}),
+    (own.mxfp4_dequantize.default, lambda: {"q": codes(M, K // 2), "scale": scales(M, K // 32), "dtype": torch.float16}),
+    (own.mxfp4_gemm.default, gemm_arguments),
+    (own.mxfp4_gemm.default, lambda: gemm_arguments() | {"out_dtype": None, "bias": None}),
+    (own.mxfp4_linear.default, linear_arguments),
+    (own.mxfp4_linear.default, lambda: linear_arguments() | {"x": torch.randn(2, 3, K).half(), "bias": None}),
+    (own.mxfp4_linear_w4a16.default, linear_arguments),
+    (torch.ops._xpu_C.fp4_gemm.default, lambda: dict(zip(FP4_GEMM_NAMES, gemm_arguments().values(), strict=True))),
+    (torch.ops._C.per_token_group_quant_mxfp4.default, group_quant_arguments),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "arguments"), SAMPLES, ids=lambda value: str(value) if not callable(value) else None)
+def test_op_passes_opcheck(op: Any, arguments: Callable[[], dict[str, Any]]) -> None:  # noqa: ANN401
+    torch.library.opcheck(op, (), arguments())
+
+
+class Block(torch.nn.Module):
+    """Everything that a model traces through: both linears, quantize, dequantize and a gemm on views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = xpu_fp4.MXFP4Linear.from_linear(torch.nn.Linear(K, N))
+        self.down = xpu_fp4.MXFP4Linear.from_linear(torch.nn.Linear(N * 2, K, bias=False), mode="w4a16")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.nn.functional.silu(self.up(x)).repeat(1, 2)
+        q, scale = xpu_fp4.quantize(self.down(h))
+        w_scale = self.up.weight_scale.t().contiguous()  # as bytes: torch's compiler cannot copy float8_e8m0fnu
+        y: Tensor = own.mxfp4_gemm(q, self.up.weight_packed.view(FP4).t(), scale, w_scale, torch.float32)
+        return y + xpu_fp4.dequantize(q, scale).sum()
+
+
+def test_full_graph_compiles_and_gives_the_eager_bits() -> None:
+    module = Block()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for rows in (1, 3, 8):
+        x = torch.randn(rows, K)
+        assert torch.equal(compiled(x), module(x))
+
+
+def test_export_keeps_the_ops_and_a_dynamic_batch() -> None:
+    module = Block()
+    exported = torch.export.export(module, (torch.randn(4, K),), dynamic_shapes=({0: torch.export.Dim("rows", min=1)},))
+    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert {"xpu_fp4.mxfp4_linear.default", "xpu_fp4.mxfp4_linear_w4a16.default", "xpu_fp4.mxfp4_gemm.default"} <= called
+    x = torch.randn(7, K)
+    assert torch.equal(exported.module()(x), module(x))
+
+
+def test_backward_through_an_op_is_an_error() -> None:
+    """The ops have no derivative, and a silent zero would be worse than none."""
+    x = torch.randn(M, K, requires_grad=True)
+    y = xpu_fp4.linear(x, codes(N, K // 2), scales(N, K // 32))
+    with pytest.raises(RuntimeError, match="derivative for xpu_fp4::mxfp4_linear is not implemented"):
+        y.sum().backward()
+
+
+def swap(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:  # noqa: ANN401
+    return lambda arguments: arguments | changes
+
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+ERRORS: list[tuple[Any, Callable[[], dict[str, Any]], Change, str]] = [
+    # quantize
+    (own.mxfp4_quantize, lambda: {"x": torch.ones(K)}, swap(x=torch.ones(M, K).int()), "mxfp4_quantize: x must be float32, float16 or bfloat16, got Int"),
+    (own.mxfp4_quantize, lambda: {"x": torch.ones(K)}, swap(x=torch.ones(M, 40)), "mxfp4_quantize: x has 40 elements in its last dimension, expected a multiple of 32"),
+    (own.mxfp4_quantize, lambda: {"x": torch.ones(K)}, swap(x=torch.tensor(1.0)), "mxfp4_quantize: x must have at least 1 dimension"),
+    (own.mxfp4_quantize, lambda: {"x": torch.ones(K)}, swap(scale_mode="nearest"), 'mxfp4_quantize: scale_mode is "nearest", expected "floor", "ceil", "even" or "rceil"'),
+    # dequantize
+    (own.mxfp4_dequantize, lambda: {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}, swap(q=torch.ones(M, 16)), "mxfp4_dequantize: q must be float4_e2m1fn_x2 or uint8, got Float"),
+    (own.mxfp4_dequantize, lambda: {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}, swap(q=codes(M, 8)), "mxfp4_dequantize: q has 16 elements in its last dimension"),
+    (own.mxfp4_dequantize, lambda: {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}, swap(scale=scales(M, 2)), r"mxfp4_dequantize: scale has shape \[5, 2\], expected \[5, 1\]"),
+    (own.mxfp4_dequantize, lambda: {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}, swap(scale=torch.ones(M, 1)), "mxfp4_dequantize: scale must be float8_e8m0fnu or uint8, got Float"),
+    (own.mxfp4_dequantize, lambda: {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}, swap(dtype=torch.float64), "mxfp4_dequantize: dtype must be float32, float16 or bfloat16, got Double"),
+    # gemm
+    (own.mxfp4_gemm, gemm_arguments, swap(a=torch.ones(M, K // 2)), "mxfp4_gemm: a must be float4_e2m1fn_x2 or uint8, got Float"),
+    (own.mxfp4_gemm, gemm_arguments, swap(a=codes(M, 24)), "mxfp4_gemm: a has 48 elements in its last dimension"),
+    (own.mxfp4_gemm, gemm_arguments, swap(a=torch.tensor(3, dtype=torch.uint8)), "mxfp4_gemm: a must have at least 1 dimension"),
+    (own.mxfp4_gemm, gemm_arguments, swap(b=torch.ones(K // 2, N)), "mxfp4_gemm: b must be float4_e2m1fn_x2 or uint8, got Float"),
+    (own.mxfp4_gemm, gemm_arguments, swap(b=codes(N, K // 2 + 16).t()), r"mxfp4_gemm: b has shape \[64, 48\], expected \[K/2, N\] with K/2 = 48"),
+    (own.mxfp4_gemm, gemm_arguments, swap(b=codes(2, K // 2, N)), "mxfp4_gemm: b has shape .*expected \\[K/2, N\\]"),
+    (own.mxfp4_gemm, gemm_arguments, swap(b=codes(K // 2, N)), r"mxfp4_gemm: b must be the .t\(\) view of a contiguous \[N, K/2\], got shape \[48, 48\] with strides \[48, 1\]"),
+    (own.mxfp4_gemm, gemm_arguments, swap(a_scale=scales(M, 4)), r"mxfp4_gemm: a_scale has shape \[5, 4\], expected \[5, 3\]"),
+    (own.mxfp4_gemm, gemm_arguments, swap(a_scale=torch.ones(M, 3)), "mxfp4_gemm: a_scale must be float8_e8m0fnu or uint8, got Float"),
+    (own.mxfp4_gemm, gemm_arguments, swap(b_scale=scales(N, K // 32)), r"mxfp4_gemm: b_scale has shape \[48, 3\], expected \[3, 48\]"),
+    (own.mxfp4_gemm, gemm_arguments, swap(b_scale=scales(N, K // 32).t()), "mxfp4_gemm: b_scale must be contiguous, got shape .* with strides"),
+    (own.mxfp4_gemm, gemm_arguments, swap(b_scale=torch.ones(3, N)), "mxfp4_gemm: b_scale must be float8_e8m0fnu or uint8, got Float"),
+    (own.mxfp4_gemm, gemm_arguments, swap(out_dtype=torch.int8), "mxfp4_gemm: out_dtype must be float32, float16 or bfloat16, got Char"),
+    (own.mxfp4_gemm, gemm_arguments, swap(bias=torch.ones(N + 1)), r"mxfp4_gemm: bias has shape \[49\], expected a scalar, \[N\], \[M, 1\] or \[M, N\] with \[M, N\] = \[5, 48\]"),
+    (own.mxfp4_gemm, gemm_arguments, swap(bias=torch.ones(1, M, N)), "mxfp4_gemm: bias has shape"),
+    (own.mxfp4_gemm, gemm_arguments, swap(bias=torch.ones(N).long()), "mxfp4_gemm: bias must be float32, float16 or bfloat16, got Long"),
+    # linear, both kinds
+    *[
+        (op, linear_arguments, change, f"{name}: {message}")
+        for name, op in (("mxfp4_linear", own.mxfp4_linear), ("mxfp4_linear_w4a16", own.mxfp4_linear_w4a16))
+        for change, message in (
+            (swap(x=torch.ones(M, K).double()), "x must be float32, float16 or bfloat16, got Double"),
+            (swap(x=torch.ones(M, 33)), "x has 33 elements in its last dimension, expected a multiple of 32"),
+            (swap(x=torch.tensor(1.0)), "x must have at least 1 dimension"),
+            (swap(x=torch.ones(M, 64)), r"weight has shape \[48, 48\], expected \[48, 32\]"),
+            (swap(weight=codes(K // 2)), r"weight must be \[N, K/2\], got shape \[48\]"),
+            (swap(weight=codes(K // 2, N).t()), r"weight must be contiguous, got shape \[48, 48\] with strides \[1, 48\]"),
+            (swap(weight=torch.ones(N, K // 2)), "weight must be float4_e2m1fn_x2 or uint8, got Float"),
+            (swap(weight_scale=scales(K // 32, N)), r"weight_scale has shape \[3, 48\], expected \[48, 3\]"),
+            (swap(weight_scale=scales(K // 32, N).t()), "weight_scale must be contiguous"),
+            (swap(weight_scale=torch.ones(N, 3)), "weight_scale must be float8_e8m0fnu or uint8, got Float"),
+            (swap(bias=torch.ones(N, 1)), r"bias has shape \[48, 1\], expected \[48\]"),
+            (swap(bias=torch.ones(N).int()), "bias must be float32, float16 or bfloat16, got Int"),
+        )
+    ],
+    (own.mxfp4_linear, linear_arguments, swap(scale_mode=""), 'mxfp4_linear: scale_mode is ""'),
+    # the compatibility quantizer
+    *[
+        (torch.ops._C.per_token_group_quant_mxfp4, group_quant_arguments, change, f"per_token_group_quant_mxfp4: {message}")
+        for change, message in (
+            (swap(input=torch.ones(M, K).int()), "input must be float32, float16 or bfloat16, got Int"),
+            (swap(input=torch.ones(K, M).t()), "input must be contiguous"),
+            (swap(input=torch.ones(M, 40)), "input has 40 elements"),
+            (swap(output_q=codes(M, K)), r"output_q has shape \[5, 96\], expected \[5, 48\]"),
+            (swap(output_q=torch.ones(M, K // 2)), "output_q must be uint8, got Float"),
+            (swap(output_q=codes(K // 2, M).t()), "output_q must be contiguous"),
+            (swap(output_s=torch.ones(M, 4)), r"output_s has shape \[5, 4\], expected \[5, 3\]"),
+            (swap(output_s=torch.ones(M, 3).half()), "output_s must be float32, got Half"),
+            (swap(output_s=torch.ones(M, 6)[:, ::2]), "output_s must be contiguous, or column-major"),
+            (swap(group_size=64), "group_size is 64, expected 32"),
+            (swap(eps=0.0), "eps is 0, expected a positive finite float32"),
+            (swap(eps=float("nan")), "eps is nan"),
+            (swap(eps=1e-60), "eps is 1e-60"),
+        )
+    ],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "arguments", "change", "message"), ERRORS, ids=lambda v: v if isinstance(v, str) else None)
+def test_bad_argument_is_named(op: Any, arguments: Callable[[], dict[str, Any]], change: Change, message: str) -> None:  # noqa: ANN401
+    op(**arguments())  # the unchanged arguments are good ones
+    with pytest.raises(RuntimeError, match=message):
+        op(**change(arguments()))
+
+
+@pytest.mark.parametrize("name", ["a", "b", "a_scale", "b_scale", "bias"])
+def test_sparse_tensors_are_refused(name: str) -> None:
+    arguments = gemm_arguments()
+    arguments[name] = torch.ones(4, 4).to_sparse()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        own.mxfp4_gemm(**arguments)
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    arguments = linear_arguments()
+    arguments["weight"] = arguments["weight"].to("meta")
+    with pytest.raises(RuntimeError, match="weight is on meta, expected cpu"):
+        own.mxfp4_linear(**arguments)
