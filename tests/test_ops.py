@@ -22,6 +22,10 @@ def scales(*shape: int) -> Tensor:
     return torch.randint(120, 135, shape, dtype=torch.uint8)
 
 
+def dequantize_arguments() -> dict[str, Any]:
+    return {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}
+
+
 def gemm_arguments() -> dict[str, Any]:
     return {
         # As bytes: opcheck computes with the arguments, and torch has no arithmetic on float4_e2m1fn_x2 and float8_e8m0fnu.
@@ -60,7 +64,7 @@ SAMPLES: list[tuple[Any, Callable[[], dict[str, Any]]]] = [
     (own.mxfp4_linear_w4a16.default, linear_arguments),
     (torch.ops._xpu_C.fp4_gemm.default, lambda: dict(zip(FP4_GEMM_NAMES, gemm_arguments().values(), strict=True))),
     (torch.ops._C.per_token_group_quant_mxfp4.default, group_quant_arguments),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("op", "arguments"), SAMPLES, ids=lambda value: str(value) if not callable(value) else None)
@@ -116,33 +120,138 @@ def swap(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:  # noqa:
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 ERRORS: list[tuple[Any, Callable[[], dict[str, Any]], Change, str]] = [
     # quantize
-    (own.mxfp4_quantize, lambda: {"x": torch.ones(K)}, swap(x=torch.ones(M, K).int()), "mxfp4_quantize: x must be float32, float16 or bfloat16, got Int"),
-    (own.mxfp4_quantize, lambda: {"x": torch.ones(K)}, swap(x=torch.ones(M, 40)), "mxfp4_quantize: x has 40 elements in its last dimension, expected a multiple of 32"),
-    (own.mxfp4_quantize, lambda: {"x": torch.ones(K)}, swap(x=torch.tensor(1.0)), "mxfp4_quantize: x must have at least 1 dimension"),
-    (own.mxfp4_quantize, lambda: {"x": torch.ones(K)}, swap(scale_mode="nearest"), 'mxfp4_quantize: scale_mode is "nearest", expected "floor", "ceil", "even" or "rceil"'),
+    (
+        own.mxfp4_quantize,
+        lambda: {"x": torch.ones(K)},
+        swap(x=torch.ones(M, K).int()),
+        "mxfp4_quantize: x must be float32, float16 or bfloat16, got Int",
+    ),
+    (
+        own.mxfp4_quantize,
+        lambda: {"x": torch.ones(K)},
+        swap(x=torch.ones(M, 40)),
+        "mxfp4_quantize: x has 40 elements in its last dimension, expected a multiple of 32",
+    ),
+    (
+        own.mxfp4_quantize,
+        lambda: {"x": torch.ones(K)},
+        swap(x=torch.tensor(1.0)),
+        "mxfp4_quantize: x must have at least 1 dimension",
+    ),
+    (
+        own.mxfp4_quantize,
+        lambda: {"x": torch.ones(K)},
+        swap(scale_mode="nearest"),
+        'mxfp4_quantize: scale_mode is "nearest", expected "floor", "ceil", "even" or "rceil"',
+    ),
     # dequantize
-    (own.mxfp4_dequantize, lambda: {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}, swap(q=torch.ones(M, 16)), "mxfp4_dequantize: q must be float4_e2m1fn_x2 or uint8, got Float"),
-    (own.mxfp4_dequantize, lambda: {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}, swap(q=codes(M, 8)), "mxfp4_dequantize: q has 16 elements in its last dimension"),
-    (own.mxfp4_dequantize, lambda: {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}, swap(scale=scales(M, 2)), r"mxfp4_dequantize: scale has shape \[5, 2\], expected \[5, 1\]"),
-    (own.mxfp4_dequantize, lambda: {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}, swap(scale=torch.ones(M, 1)), "mxfp4_dequantize: scale must be float8_e8m0fnu or uint8, got Float"),
-    (own.mxfp4_dequantize, lambda: {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}, swap(dtype=torch.float64), "mxfp4_dequantize: dtype must be float32, float16 or bfloat16, got Double"),
+    (
+        own.mxfp4_dequantize,
+        dequantize_arguments,
+        swap(q=torch.ones(M, 16)),
+        "mxfp4_dequantize: q must be float4_e2m1fn_x2 or uint8, got Float",
+    ),
+    (
+        own.mxfp4_dequantize,
+        dequantize_arguments,
+        swap(q=codes(M, 8)),
+        "mxfp4_dequantize: q has 16 elements in its last dimension",
+    ),
+    (
+        own.mxfp4_dequantize,
+        dequantize_arguments,
+        swap(scale=scales(M, 2)),
+        r"mxfp4_dequantize: scale has shape \[5, 2\], expected \[5, 1\]",
+    ),
+    (
+        own.mxfp4_dequantize,
+        dequantize_arguments,
+        swap(scale=torch.ones(M, 1)),
+        "mxfp4_dequantize: scale must be float8_e8m0fnu or uint8, got Float",
+    ),
+    (
+        own.mxfp4_dequantize,
+        dequantize_arguments,
+        swap(dtype=torch.float64),
+        "mxfp4_dequantize: dtype must be float32, float16 or bfloat16, got Double",
+    ),
     # gemm
-    (own.mxfp4_gemm, gemm_arguments, swap(a=torch.ones(M, K // 2)), "mxfp4_gemm: a must be float4_e2m1fn_x2 or uint8, got Float"),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(a=torch.ones(M, K // 2)),
+        "mxfp4_gemm: a must be float4_e2m1fn_x2 or uint8, got Float",
+    ),
     (own.mxfp4_gemm, gemm_arguments, swap(a=codes(M, 24)), "mxfp4_gemm: a has 48 elements in its last dimension"),
-    (own.mxfp4_gemm, gemm_arguments, swap(a=torch.tensor(3, dtype=torch.uint8)), "mxfp4_gemm: a must have at least 1 dimension"),
-    (own.mxfp4_gemm, gemm_arguments, swap(b=torch.ones(K // 2, N)), "mxfp4_gemm: b must be float4_e2m1fn_x2 or uint8, got Float"),
-    (own.mxfp4_gemm, gemm_arguments, swap(b=codes(N, K // 2 + 16).t()), r"mxfp4_gemm: b has shape \[64, 48\], expected \[K/2, N\] with K/2 = 48"),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(a=torch.tensor(3, dtype=torch.uint8)),
+        "mxfp4_gemm: a must have at least 1 dimension",
+    ),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(b=torch.ones(K // 2, N)),
+        "mxfp4_gemm: b must be float4_e2m1fn_x2 or uint8, got Float",
+    ),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(b=codes(N, K // 2 + 16).t()),
+        r"mxfp4_gemm: b has shape \[64, 48\], expected \[K/2, N\] with K/2 = 48",
+    ),
     (own.mxfp4_gemm, gemm_arguments, swap(b=codes(2, K // 2, N)), "mxfp4_gemm: b has shape .*expected \\[K/2, N\\]"),
-    (own.mxfp4_gemm, gemm_arguments, swap(b=codes(K // 2, N)), r"mxfp4_gemm: b must be the .t\(\) view of a contiguous \[N, K/2\], got shape \[48, 48\] with strides \[48, 1\]"),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(b=codes(K // 2, N)),
+        r"mxfp4_gemm: b must be the .t\(\) view of a contiguous \[N, K/2\], got shape \[48, 48\] with strides \[48, 1\]",
+    ),
     (own.mxfp4_gemm, gemm_arguments, swap(a_scale=scales(M, 4)), r"mxfp4_gemm: a_scale has shape \[5, 4\], expected \[5, 3\]"),
-    (own.mxfp4_gemm, gemm_arguments, swap(a_scale=torch.ones(M, 3)), "mxfp4_gemm: a_scale must be float8_e8m0fnu or uint8, got Float"),
-    (own.mxfp4_gemm, gemm_arguments, swap(b_scale=scales(N, K // 32)), r"mxfp4_gemm: b_scale has shape \[48, 3\], expected \[3, 48\]"),
-    (own.mxfp4_gemm, gemm_arguments, swap(b_scale=scales(N, K // 32).t()), "mxfp4_gemm: b_scale must be contiguous, got shape .* with strides"),
-    (own.mxfp4_gemm, gemm_arguments, swap(b_scale=torch.ones(3, N)), "mxfp4_gemm: b_scale must be float8_e8m0fnu or uint8, got Float"),
-    (own.mxfp4_gemm, gemm_arguments, swap(out_dtype=torch.int8), "mxfp4_gemm: out_dtype must be float32, float16 or bfloat16, got Char"),
-    (own.mxfp4_gemm, gemm_arguments, swap(bias=torch.ones(N + 1)), r"mxfp4_gemm: bias has shape \[49\], expected a scalar, \[N\], \[M, 1\] or \[M, N\] with \[M, N\] = \[5, 48\]"),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(a_scale=torch.ones(M, 3)),
+        "mxfp4_gemm: a_scale must be float8_e8m0fnu or uint8, got Float",
+    ),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(b_scale=scales(N, K // 32)),
+        r"mxfp4_gemm: b_scale has shape \[48, 3\], expected \[3, 48\]",
+    ),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(b_scale=scales(N, K // 32).t()),
+        "mxfp4_gemm: b_scale must be contiguous, got shape .* with strides",
+    ),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(b_scale=torch.ones(3, N)),
+        "mxfp4_gemm: b_scale must be float8_e8m0fnu or uint8, got Float",
+    ),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(out_dtype=torch.int8),
+        "mxfp4_gemm: out_dtype must be float32, float16 or bfloat16, got Char",
+    ),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(bias=torch.ones(N + 1)),
+        r"mxfp4_gemm: bias has shape \[49\], expected a scalar, \[N\], \[M, 1\] or \[M, N\] with \[M, N\] = \[5, 48\]",
+    ),
     (own.mxfp4_gemm, gemm_arguments, swap(bias=torch.ones(1, M, N)), "mxfp4_gemm: bias has shape"),
-    (own.mxfp4_gemm, gemm_arguments, swap(bias=torch.ones(N).long()), "mxfp4_gemm: bias must be float32, float16 or bfloat16, got Long"),
+    (
+        own.mxfp4_gemm,
+        gemm_arguments,
+        swap(bias=torch.ones(N).long()),
+        "mxfp4_gemm: bias must be float32, float16 or bfloat16, got Long",
+    ),
     # linear, both kinds
     *[
         (op, linear_arguments, change, f"{name}: {message}")
@@ -182,7 +291,7 @@ ERRORS: list[tuple[Any, Callable[[], dict[str, Any]], Change, str]] = [
             (swap(eps=1e-60), "eps is 1e-60"),
         )
     ],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("op", "arguments", "change", "message"), ERRORS, ids=lambda v: v if isinstance(v, str) else None)

@@ -39,18 +39,13 @@ def quantize_(
     """
     if type(model) is nn.Linear:
         raise ValueError("model is itself an nn.Linear and cannot be replaced in place: use MXFP4Linear.from_linear")
-    # By owner and attribute, because a shared layer has several.
-    places = [
-        (owner, attribute, child, f"{path}.{attribute}".lstrip("."))
-        for path, owner in model.named_modules()
-        for attribute, child in owner.named_children()
-        if type(child) is nn.Linear
-    ]
-    chosen = [(owner, attribute, child, name) for owner, attribute, child, name in places if filter_fn(child, name)]
-    for _, _, child, name in chosen:
-        if child.in_features % 32 != 0:
+    # Duplicates too: a shared layer has several names, and each of its owners must get the replacement.
+    linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear]
+    chosen = [(name, linear) for name, linear in linears if filter_fn(linear, name)]
+    for name, linear in chosen:
+        if linear.in_features % 32 != 0:
             raise ValueError(
-                f"{name} has in_features {child.in_features}, expected a multiple of 32: leave it out by filter_fn"
+                f"{name} has in_features {linear.in_features}, expected a multiple of 32: leave it out by filter_fn"
             )
     if progress:
         from rich.progress import track
@@ -59,8 +54,9 @@ def quantize_(
     else:
         steps = chosen
     replacement: dict[nn.Linear, MXFP4Linear] = {}
-    for owner, attribute, child, _ in steps:
-        if child not in replacement:
-            replacement[child] = MXFP4Linear.from_linear(child, mode=mode, scale_mode=scale_mode)
-        setattr(owner, attribute, replacement[child])
+    for name, linear in steps:
+        if linear not in replacement:
+            replacement[linear] = MXFP4Linear.from_linear(linear, mode=mode, scale_mode=scale_mode)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, replacement[linear])
     return model

@@ -4,7 +4,7 @@
 import click
 
 from .._version import __version__
-from .doctor import doctor
+from . import doctor
 
 
 @click.group()
@@ -13,4 +13,6 @@ def main() -> None:
     """MXFP4 for PyTorch on Intel XPUs and CPUs."""
 
 
-main.add_command(doctor)
+main.add_command(doctor.command)
+
+__all__ = ["doctor", "main"]

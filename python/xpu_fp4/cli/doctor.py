@@ -91,7 +91,7 @@ def _table(title: str, rows: dict[str, str]) -> Table:
     return table
 
 
-@click.command()
+@click.command("doctor")
 @click.option(
     "--require",
     "required",
@@ -99,7 +99,7 @@ def _table(title: str, rows: dict[str, str]) -> Table:
     type=click.Choice(["native", "sycl", "xpu"]),
     help="Fail if this backend is off. Can be repeated.",
 )
-def doctor(required: tuple[str, ...]) -> None:
+def command(required: tuple[str, ...]) -> None:
     """Show versions, devices and backends, and test each backend against the reference.
 
     Exit code 0: every backend that is on computes the right bits. 1: one does not; or the backend chosen for CPU tensors, or

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing backends, doing without SYCL, the doctor, and the source that only an XPU build compiles."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import xpu_fp4
+from click.testing import CliRunner
+from torch.utils import cpp_extension
+from xpu_fp4 import reference
+from xpu_fp4.cli import doctor, main
+
+ROOT = Path(__file__).resolve().parent.parent
+ops = torch.ops.xpu_fp4
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_contexts_nest_and_are_undone_by_errors() -> None:
+    before = ops._cpu_backend()
+    with xpu_fp4.cpu_backend("sycl"):
+        with xpu_fp4.cpu_backend("native"):
+            assert ops._cpu_backend() == "native"
+        assert ops._cpu_backend() == "sycl"
+    with pytest.raises(KeyError), xpu_fp4.cpu_backend("sycl"):
+        raise KeyError
+    assert ops._cpu_backend() == before
+    with (
+        pytest.raises(RuntimeError, match='the CPU backend is "cuda", expected "native" or "sycl"'),
+        xpu_fp4.cpu_backend("cuda"),
+    ):
+        pass
+
+
+def test_a_context_holds_for_its_thread_only() -> None:
+    seen: list[str] = []
+    with xpu_fp4.cpu_backend("sycl"):
+        thread = threading.Thread(target=lambda: seen.append(ops._cpu_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["native"]
+
+
+def test_environment_chooses_for_the_process() -> None:
+    code = "import torch, xpu_fp4; print(torch.ops.xpu_fp4._cpu_backend())"
+    assert python(code, XPU_FP4_CPU_BACKEND="sycl").stdout.strip() == "sycl"
+    wrong = python("import torch, xpu_fp4; xpu_fp4.quantize(torch.ones(32))", XPU_FP4_CPU_BACKEND="gpu")
+    assert 'XPU_FP4_CPU_BACKEND is "gpu", expected "native" or "sycl"' in wrong.stderr
+    wrong = python("import torch, xpu_fp4; xpu_fp4.quantize(torch.ones(32))", XPU_FP4_CPU_ISA="mmx")
+    assert 'XPU_FP4_CPU_ISA is "mmx"' in wrong.stderr
+
+
+def test_import_neither_loads_sycl_nor_asks_for_a_backend() -> None:
+    code = "import xpu_fp4; maps = open('/proc/self/maps').read(); print('libsycl' in maps, '_sycl_backend' in maps)"
+    assert python(code, XPU_FP4_CPU_BACKEND="gpu").stdout.strip() == "False False"
+
+
+def test_without_a_sycl_runtime_the_native_backend_works_and_sycl_says_why(tmp_path: Path) -> None:
+    nowhere = {"XPU_FP4_SYCL_LIB_DIR": str(tmp_path)}
+    code = "import torch, xpu_fp4; print(xpu_fp4.dequantize(*xpu_fp4.quantize(torch.ones(32))).sum().item())"
+    assert python(code, **nowhere).stdout.strip() == "32.0"
+    chosen = python(code, XPU_FP4_CPU_BACKEND="sycl", **nowhere)
+    assert chosen.returncode != 0, "no silent fallback"
+    assert "no SYCL runtime" in chosen.stderr or "built without SYCL" in chosen.stderr
+    report = python("from xpu_fp4.cli import main; main(['doctor'])", COLUMNS="300", **nowhere)
+    assert report.returncode == 0
+    assert "dpcpp-cpp-rt" in report.stdout
+    required = python("from xpu_fp4.cli import main; main(['doctor', '--require', 'sycl'])", **nowhere)
+    assert required.returncode == 1
+
+
+def test_without_a_cpu_device_the_sycl_backend_says_what_is_missing(backend: str) -> None:
+    if backend == "native":
+        pytest.skip("about the sycl backend")
+    code = "import torch, xpu_fp4; xpu_fp4.quantize(torch.ones(32))"
+    result = python(code, XPU_FP4_CPU_BACKEND="sycl", ONEAPI_DEVICE_SELECTOR="level_zero:gpu")
+    assert result.returncode == 1
+    assert "SYCL has no CPU device" in result.stderr
+    assert "ONEAPI_DEVICE_SELECTOR" in result.stderr
+
+
+def test_the_kernel_cache_is_where_the_user_wants_it(backend: str, tmp_path: Path) -> None:
+    if backend == "native":
+        pytest.skip("about the sycl backend")
+    code = "import torch, xpu_fp4; xpu_fp4.quantize(torch.ones(32)); print(torch.ops.xpu_fp4._sycl_cache_dir())"
+    environment = {"XPU_FP4_CPU_BACKEND": "sycl", "XPU_FP4_CACHE_DIR": str(tmp_path / "here")}
+    result = python(f"import os; os.environ.pop('SYCL_CACHE_DIR', None); {code}", **environment)
+    assert result.stdout.strip() == str(tmp_path / "here"), result.stderr
+    assert list((tmp_path / "here").rglob("*.bin")), "compiled kernels are on disk"
+
+
+def test_many_threads_may_start_the_backend_at_once(backend: str) -> None:
+    """In a new process, so that the runtime is loaded and the kernels are built by whoever comes first."""
+    code = """
+import threading, torch, xpu_fp4
+x = torch.randn(64, 256); results = []
+threads = [threading.Thread(target=lambda: results.append(xpu_fp4.quantize(x)[0].view(torch.uint8))) for _ in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+print(len(results), all(torch.equal(r, results[0]) for r in results))
+"""
+    result = python(code, XPU_FP4_CPU_BACKEND=backend)
+    assert result.stdout.strip() == "8 True", result.stderr
+
+
+def test_a_forked_child_computes(backend: str) -> None:
+    code = """
+import os, torch, xpu_fp4
+x = torch.randn(40, 64); expected = xpu_fp4.quantize(x)[0].view(torch.uint8)
+pid = os.fork()
+if pid == 0:
+    import signal; signal.alarm(60)
+    os._exit(0 if torch.equal(xpu_fp4.quantize(x)[0].view(torch.uint8), expected) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    result = python(code, XPU_FP4_CPU_BACKEND=backend, OMP_NUM_THREADS="1")
+    assert result.stdout.strip() == "0", result.stderr
+
+
+def test_backends_are_reported() -> None:
+    found = xpu_fp4.backends()
+    assert set(found) == {"native", "sycl", "xpu"}
+    assert found["native"].available
+    assert all(backend.detail for backend in found.values())
+    assert found["sycl"].devices or not found["sycl"].available
+
+
+def test_doctor_is_content_with_this_machine() -> None:
+    result = CliRunner().invoke(main, ["doctor"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for word in ("torch", "kernel cache", "native", "self-test passed"):
+        assert word in result.output
+
+
+def test_doctor_notices_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_bit_off(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, scale = reference.quantize(x)
+        q[0, 0] ^= 1
+        return q, scale
+
+    monkeypatch.setattr(doctor, "quantize", one_bit_off)
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1
+    assert "self-test failed" in result.output
+
+
+def test_the_xpu_source_compiles_against_torchs_xpu_headers(backend: str) -> None:
+    """The CPU wheel carries the headers; it cannot link, so the syntax is all that is checked here."""
+    if backend == "native":
+        pytest.skip("needs SYCL's headers")
+    prefix = Path(ops._sycl_runtime()).parent.parent
+    include = [*cpp_extension.include_paths(), str(prefix / "include"), str(prefix / "include/sycl")]
+    # The wheel lacks the generated xpu_cmake_macros.h, which holds nothing that Linux needs.
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-DC10_USING_CUSTOM_GENERATED_MACROS", str(ROOT / "csrc/torch/xpu.cpp")]
+    subprocess.run([*command, *(flag for path in include for flag in ("-isystem", path))], check=True)

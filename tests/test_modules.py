@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MXFP4Linear and quantize_ as parts of a model."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import xpu_fp4
+from torch import nn
+from xpu_fp4 import Mode, MXFP4Linear
+
+K, N = 96, 40
+
+
+def model() -> nn.Module:
+    shared = nn.Linear(K, K)
+    layers = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(K, K, bias=False))
+    return nn.ModuleDict({"body": layers, "lm_head": nn.Linear(K, N)})
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_from_linear_computes_with_the_quantized_weight(mode: Mode, bias: bool) -> None:
+    linear = nn.Linear(K, N, bias=bias)
+    module = MXFP4Linear.from_linear(linear, mode=mode)
+    x = torch.randn(2, 3, K)
+    q, scale = xpu_fp4.quantize(linear.weight.detach())
+    torch.testing.assert_close(module.dequantized_weight(), xpu_fp4.dequantize(q, scale), rtol=0, atol=0)
+    assert torch.equal(module(x), xpu_fp4.linear(x, q, scale, linear.bias, mode=mode))
+    seen = xpu_fp4.dequantize(*xpu_fp4.quantize(x)) if mode == "w4a4" else x
+    expected = nn.functional.linear(seen, module.dequantized_weight(), linear.bias)
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_state_dict_is_the_compressed_tensors_format() -> None:
+    state = MXFP4Linear.from_linear(nn.Linear(K, N)).state_dict()
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    assert described == {
+        "weight_packed": (torch.uint8, (N, K // 2)),
+        "weight_scale": (torch.uint8, (N, K // 32)),
+        "bias": (torch.float32, (N,)),
+    }
+
+
+def test_copies_compute_the_same(tmp_path: Path) -> None:
+    module = MXFP4Linear.from_linear(nn.Linear(K, N), mode="w4a16")
+    x = torch.randn(4, K)
+    loaded = MXFP4Linear(K, N, mode="w4a16")
+    loaded.load_state_dict(module.state_dict())
+    torch.save(module, tmp_path / "module.pt")
+    saved = torch.load(tmp_path / "module.pt", weights_only=False)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), saved, loaded, module.to("cpu")):
+        assert torch.equal(other(x), module(x))
+        assert repr(other) == repr(module)
+
+
+def test_dtype_moves_touch_only_the_bias() -> None:
+    module = MXFP4Linear.from_linear(nn.Linear(K, N)).to(torch.bfloat16)
+    assert module.bias is not None
+    assert (module.weight_packed.dtype, module.weight_scale.dtype, module.bias.dtype) == (
+        torch.uint8,
+        torch.uint8,
+        torch.bfloat16,
+    )
+    assert module(torch.randn(2, K, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_meta_device_builds_without_memory() -> None:
+    module = MXFP4Linear(K, N, device="meta")
+    assert module(torch.randn(3, K, device="meta")).shape == (3, N)
+    assert not module.to_empty(device="cpu").weight_packed.is_meta
+
+
+def test_a_new_module_gives_zeros() -> None:
+    assert torch.equal(MXFP4Linear(K, N)(torch.randn(2, K)), torch.zeros(2, N))
+
+
+def test_representation_names_the_formats() -> None:
+    expected = f"MXFP4Linear(in_features={K}, out_features={N}, bias=False, mode=w4a4, scale_mode=rceil)"
+    assert repr(MXFP4Linear(K, N, bias=False, scale_mode="rceil")) == expected
+
+
+def test_quantize_replaces_all_linears_but_the_head() -> None:
+    original = model()
+    quantized = xpu_fp4.quantize_(copy.deepcopy(original), progress=True)
+    kinds = {name: type(m) for name, m in quantized.named_modules(remove_duplicate=False) if "." in name or name == "lm_head"}
+    assert kinds == {
+        "body.0": MXFP4Linear,
+        "body.1": nn.ReLU,
+        "body.2": MXFP4Linear,
+        "body.3": MXFP4Linear,
+        "lm_head": nn.Linear,
+    }
+    assert quantized.get_submodule("body.0") is quantized.get_submodule("body.2"), "a shared layer stays shared"
+
+
+def test_quantize_asks_the_filter_with_dotted_names() -> None:
+    asked: list[str] = []
+
+    def only_the_last(module: nn.Module, name: str) -> bool:
+        asked.append(name)
+        return name == "body.3"
+
+    quantized = xpu_fp4.quantize_(model(), mode="w4a16", filter_fn=only_the_last)
+    assert sorted(asked) == ["body.0", "body.2", "body.3", "lm_head"]
+    assert [n for n, m in quantized.named_modules() if isinstance(m, MXFP4Linear)] == ["body.3"]
+
+
+def test_quantize_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="model is itself"):
+        xpu_fp4.quantize_(nn.Linear(K, N))
+    odd = nn.Sequential(nn.Linear(K, 40), nn.Linear(40, N))
+    with pytest.raises(ValueError, match="1 has in_features 40, expected a multiple of 32"):
+        xpu_fp4.quantize_(odd)
+    assert type(odd[0]) is nn.Linear, "nothing is replaced before all is known to fit"
+    with pytest.raises(ValueError, match="in_features is 40"):
+        MXFP4Linear(40, N)
+    with pytest.raises(ValueError, match="mode is 'w8a8'"):
+        xpu_fp4.linear(torch.ones(K), torch.zeros(N, K // 2), torch.zeros(N, 3), mode="w8a8")  # type: ignore[arg-type]

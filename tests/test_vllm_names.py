@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who owns `_xpu_C::fp4_gemm` when another library defines it first, later, or never. Each case is a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+# A library as vllm-xpu-kernels is one: it defines the op when it is loaded, and returns all sevens.
+STAND_IN = """
+#include <ATen/ATen.h>
+#include <torch/library.h>
+using at::Tensor;
+Tensor sevens(const Tensor& a, const Tensor& b, const Tensor&, const Tensor&, std::optional<at::ScalarType>,
+              const std::optional<Tensor>&) {
+  return at::full({a.size(0), b.size(1)}, 7.0, at::kFloat);
+}
+TORCH_LIBRARY(_xpu_C, m) {
+  m.def("fp4_gemm(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, ScalarType? out_dtype, Tensor? bias_) -> Tensor");
+  m.impl("fp4_gemm", at::kCPU, &sevens);
+}
+"""
+
+PRELUDE = """
+import torch
+def call():
+    u8 = dict(dtype=torch.uint8)
+    a, b = torch.zeros(2, 16, **u8), torch.zeros(3, 16, **u8).t()
+    return torch.ops._xpu_C.fp4_gemm(a, b, torch.zeros(2, 1, **u8), torch.zeros(1, 3, **u8), None, None).max().item()
+def load_theirs():
+    torch.ops.load_library({library!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stand_in")
+    source, library = folder / "stand_in.cpp", folder / "stand_in.so"
+    source.write_text(STAND_IN)
+    include = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
+    subprocess.run(["g++", "-std=c++20", "-fPIC", "-shared", *include, source, "-o", library, *link], check=True)
+    package = folder / "vllm_xpu_kernels"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    return library
+
+
+def run(code: str, library: Path, *, package_installed: bool = False, **environment: str) -> str:
+    """The output of a process that must end well; an abort of the dispatcher shows as a signal."""
+    path = os.pathsep.join([str(library.parent)] if package_installed else [])
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PRELUDE.format(library=str(library)) + code],
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_ours_is_defined_where_nobody_else_does(stand_in: Path) -> None:
+    assert run("import xpu_fp4; print(torch.ops._xpu_C.fp4_gemm, call())", stand_in) == "_xpu_C.fp4_gemm 0.0"
+
+
+def test_theirs_loaded_first_stays_until_it_is_overridden(stand_in: Path) -> None:
+    code = "load_theirs(); import xpu_fp4; print(call()); print(xpu_fp4.override_vllm_ops(), call())"
+    assert run(code, stand_in) == "7.0\n['_xpu_C::fp4_gemm'] 0.0"
+
+
+def test_theirs_loaded_later_works_if_their_package_is_installed(stand_in: Path) -> None:
+    code = "import xpu_fp4; load_theirs(); print(call()); print(xpu_fp4.override_vllm_ops(), call())"
+    assert run(code, stand_in, package_installed=True) == "7.0\n['_xpu_C::fp4_gemm'] 0.0"
+
+
+def test_the_override_gives_their_op_our_fake(stand_in: Path) -> None:
+    code = """
+load_theirs(); import xpu_fp4; xpu_fp4.override_vllm_ops()
+u8 = dict(dtype=torch.uint8, device="meta")
+a, b, a_scale, b_scale = (torch.zeros(shape, **u8) for shape in ((2, 16), (3, 16), (2, 1), (1, 3)))
+print(torch.ops._xpu_C.fp4_gemm(a, b.t(), a_scale, b_scale, None, None).dtype)
+"""
+    assert run(code, stand_in) == "torch.float16"
+
+
+def test_the_names_are_left_alone_on_request(stand_in: Path) -> None:
+    code = "import xpu_fp4; print(hasattr(torch.ops._xpu_C, 'fp4_gemm')); load_theirs(); print(call())"
+    assert run(code, stand_in, XPU_FP4_COMPAT_OPS="0") == "False\n7.0"
+
+
+def test_overriding_twice_or_with_nothing_to_override_is_harmless(stand_in: Path) -> None:
+    assert (
+        run("import xpu_fp4; print(xpu_fp4.override_vllm_ops(), xpu_fp4.override_vllm_ops(), call())", stand_in) == "[] [] 0.0"
+    )
+
+
+def test_another_schema_under_the_name_is_an_error(stand_in: Path) -> None:
+    code = """
+library = torch.library.Library("_xpu_C", "DEF"); library.define("fp4_gemm(Tensor x) -> Tensor")
+import xpu_fp4
+try: xpu_fp4.override_vllm_ops()
+except RuntimeError as error: print("fp4_gemm exists with the schema" in str(error))
+"""
+    assert run(code, stand_in) == "True"
