@@ -60,8 +60,7 @@ class SyclBackend final : public Backend {
 
   void gemm(const GemmArgs& args) const override {
     const int64_t sub_group = target_of(queue_.get_device()).sub_group;
-    const int64_t row_tiles = ceil_div(args.m, sub_group), column_tiles = ceil_div(args.n, 2 * sub_group);
-    launch("gemm.cpp", "gemm", std::nullopt, alignment_of({args.w.codes}), grid(row_tiles, column_tiles * sub_group), args.a,
+    launch("gemm.cpp", "gemm", std::nullopt, alignment_of({args.w.codes}), grid(ceil_div(args.m, sub_group), args.n), args.a,
            args.a_scale, args.w.codes, args.w.scale, args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data,
            args.bias.row_stride, args.bias.column_stride, args.y, static_cast<int>(args.y_dtype), args.m, args.n, args.k);
   }

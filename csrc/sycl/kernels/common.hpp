@@ -14,6 +14,20 @@
 namespace syclext = sycl::ext::oneapi;
 namespace syclexp = sycl::ext::oneapi::experimental;
 
+// Vectors as the matrix built-in takes them.
+typedef short xpu_fp4_short8 __attribute__((ext_vector_type(8)));
+typedef int xpu_fp4_int8 __attribute__((ext_vector_type(8)));
+#if XPU_FP4_SUB_GROUP == 16
+typedef xpu_fp4_short8 xpu_fp4_row_fragment;
+#else
+typedef xpu_fp4_int8 xpu_fp4_row_fragment;
+#endif
+#if XPU_FP4_MATRIX_UNIT
+// Known to Intel's GPU compiler by its mangled name, hence outside of every namespace.
+extern SYCL_EXTERNAL xpu_fp4_int8 intel_sub_group_i8_i8_matrix_mad_k32(xpu_fp4_row_fragment a, xpu_fp4_int8 b,
+                                                                       xpu_fp4_int8 acc);
+#endif
+
 namespace xpu_fp4 {
 
 constexpr int kSubGroup = XPU_FP4_SUB_GROUP;
@@ -26,8 +40,8 @@ constexpr DType kDType = static_cast<DType>(XPU_FP4_DTYPE);
   extern "C" SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((syclexp::nd_range_kernel<dimensions>)) \
       SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((syclexp::sub_group_size<XPU_FP4_SUB_GROUP>)) void
 
-typedef short short8 __attribute__((ext_vector_type(8)));
-typedef int int8 __attribute__((ext_vector_type(8)));
+using int8 = xpu_fp4_int8;
+using RowFragment = xpu_fp4_row_fragment;
 
 inline sycl::sub_group this_sub_group() { return syclext::this_work_item::get_sub_group(); }
 
@@ -43,14 +57,7 @@ constexpr int kRowBytes = kBlockBytes / kSubGroup;
 // ---- one 8 x kSubGroup x 32 product of int8 matrices, int32 sums ----
 // lane l of a: for each of 8 rows the int8 values K = 2l, 2l+1 (8 lanes: K = 4l .. 4l+3)
 // lane n of b: column n, dword j = K 4j .. 4j+3;   lane n of the result: column n, rows 0..7
-#if XPU_FP4_SUB_GROUP == 16
-typedef short8 RowFragment;
-#else
-typedef int8 RowFragment;
-#endif
-
 #if XPU_FP4_MATRIX_UNIT
-extern SYCL_EXTERNAL int8 intel_sub_group_i8_i8_matrix_mad_k32(RowFragment a, int8 b, int8 acc);
 inline int8 matrix_mad(RowFragment a, int8 b, int8 acc) { return intel_sub_group_i8_i8_matrix_mad_k32(a, b, acc); }
 #else
 /// K = 4j .. 4j+3 of row r, from the lanes that hold them.
