@@ -26,8 +26,10 @@ XPU_FP4_KERNEL(2)
 gemm_w4a16(const void* x, const uint8_t* w, const uint8_t* w_scale, int64_t w_scale_row_stride, int64_t w_scale_block_stride,
            const float* bias, int64_t bias_row_stride, int64_t bias_column_stride, void* y, int64_t m, int64_t n, int64_t k) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
-  const int64_t row = item.get_global_id(0), column = item.get_global_id(1);
-  if (column >= n) return;
+  const int64_t row = item.get_global_id(0), lane_column = item.get_global_id(1);
+  // A lane beyond N repeats the last column: it must not leave before the sum is complete. For the lanes that remain, Intel's
+  // CPU compiler would make a loop of its own that adds the quads in another order.
+  const int64_t column = sycl::min(lane_column, n - 1);
   const int64_t row_blocks = k / kBlock;
   float acc = 0.0f;
   for (int64_t quad = 0; quad < row_blocks; quad += kQuad) {
@@ -42,6 +44,7 @@ gemm_w4a16(const void* x, const uint8_t* w, const uint8_t* w_scale, int64_t w_sc
     }
     acc = add_quad(acc, p[0], p[1], p[2], p[3]);
   }
+  if (lane_column >= n) return;
   if (bias != nullptr) acc += bias[row * bias_row_stride + column * bias_column_stride];
   store<kDType>(y, row * n + column, acc);
 }
