@@ -24,12 +24,6 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INT_OF_SIZE[tensor.element_size()])
 
 
-def canonical(tensor: Tensor) -> Tensor:
-    """Every NaN as the one NaN that the ops return; an Inf - Inf of the processor has its sign bit set."""
-    nan = torch.tensor(NAN_BITS[tensor.dtype], dtype=bits(tensor).dtype).view(tensor.dtype)
-    return torch.where(tensor.isnan(), nan, tensor)
-
-
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     """Fails with the first differing indices, their values and bits. Codes and scales compare equal to their bytes."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"

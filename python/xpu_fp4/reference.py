@@ -75,6 +75,16 @@ def values(q: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale[..., None] == NAN_SCALE, torch.nan, value).flatten(-2)
 
 
+def canonical_nan(y: Tensor) -> Tensor:
+    """Every NaN as the one that the ops return: torch and processors make others, depending on how they got there."""
+    bits, integer = {
+        torch.float32: (0x7FC00000, torch.int32),
+        torch.float16: (0x7E00, torch.int16),
+        torch.bfloat16: (0x7FC0, torch.int16),
+    }[y.dtype]
+    return torch.where(y.isnan(), torch.tensor(bits, dtype=integer).view(y.dtype), y)
+
+
 def _add_in_quads(shares: Tensor) -> Tensor:
     """shares [blocks, M, N] float32 -> their sum in the defined order: pairs, pairs of pairs, then quad after quad."""
     missing = -shares.shape[0] % QUAD
@@ -97,4 +107,4 @@ def gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dt
     y = _add_in_quads(products)
     if bias is not None:
         y = y + bias.float()
-    return torch.where(y.isnan(), torch.nan, y).to(dtype)  # one NaN, whatever the processor made
+    return canonical_nan(y.to(dtype))
