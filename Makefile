@@ -46,9 +46,11 @@ ctest: $(VENV)/.build $(VENV)/.test
 	ctest --test-dir build/cmake-native --output-on-failure
 	ctest --test-dir build/cmake --output-on-failure
 
-# GoogleTest comes from the system: as root it is installed, otherwise CMake's error names the package.
+# GoogleTest comes from the system: as root it is installed, otherwise CMake's error names the package. With Python's headers
+# torch.compile's own compiler is tested too.
 define install_gtest
-if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then apt-get update -qq && apt-get install -y -qq libgtest-dev; fi
+if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+  apt-get update -qq && apt-get install -y -qq libgtest-dev python3-dev > /dev/null; fi
 endef
 
 # ---- the virtual environment: a stamp per dependency group of pyproject.toml ----

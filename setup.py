@@ -24,6 +24,9 @@ PACKAGE = "xpu_fp4"
 SYCL_BACKEND = "_sycl_backend"
 # The numerics count every rounding: no contraction, no reordering.
 FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# Exceptions cross from one library to the other and into torch, so all must share one C++ runtime; some builds of Python (those
+# that uv installs) have -static-libstdc++ among their link options.
+LINK = ["-lstdc++"]
 TORCH_IS_XPU = torch.version.xpu is not None
 
 
@@ -63,7 +66,9 @@ def sycl_flags(sycl: Path) -> list[str]:
 
 def op_library(sycl: Path | None) -> Extension:
     files = [path for path in sources("cpu", "torch") if TORCH_IS_XPU or Path(path).name != "xpu.cpp"]
-    flags = list(FLAGS)
+    # at::parallel_for is inline and serial without OpenMP. Not a link option: torch brings the OpenMP runtime that it uses
+    # itself, and its functions are found there; a second runtime would have a pool and a thread count of its own.
+    flags = [*FLAGS, "-fopenmp"]
     if sycl is not None:
         flags += sycl_flags(sycl)
         flags += [f'-DXPU_FP4_SYCL_LIB_DIR="{sycl / "lib"}"', f'-DXPU_FP4_SYCL_BACKEND_FILE="{SYCL_BACKEND}.abi3.so"']
@@ -72,7 +77,7 @@ def op_library(sycl: Path | None) -> Extension:
         f"{PACKAGE}._xpu_C",
         [*files, str(CSRC / "sycl/loader.cpp")],
         extra_compile_args={"cxx": flags},
-        extra_link_args=["-ldl"],
+        extra_link_args=[*LINK, "-ldl"],
         py_limited_api=True,
     )
 
@@ -89,6 +94,7 @@ def sycl_backend(sycl: Path) -> Extension:
         extra_compile_args={"cxx": [*FLAGS, *sycl_flags(sycl)]},
         library_dirs=[str(sycl / "lib")],
         libraries=["sycl"],
+        extra_link_args=LINK,
         language="c++",
         py_limited_api=True,
     )

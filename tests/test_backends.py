@@ -112,6 +112,22 @@ print(len(results), all(torch.equal(r, results[0]) for r in results))
     assert result.stdout.strip() == "8 True", result.stderr
 
 
+def test_native_kernels_use_torchs_threads() -> None:
+    code = """
+import os, torch, xpu_fp4
+x, (q, scale) = torch.randn(256, 64), xpu_fp4.quantize(torch.randn(256, 64))
+started = []
+for threads in (1, 5):
+    torch.set_num_threads(threads)
+    before = len(os.listdir("/proc/self/task"))
+    xpu_fp4.linear(x, q, scale)
+    started.append(len(os.listdir("/proc/self/task")) - before)
+print(started)
+"""
+    result = python(code, OMP_NUM_THREADS="1")
+    assert result.stdout.strip() == "[0, 4]", result.stdout + result.stderr
+
+
 def test_a_forked_child_computes(backend: str) -> None:
     code = """
 import os, torch, xpu_fp4

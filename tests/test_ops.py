@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops as torch sees them: schemas, fakes, tracing, and the error of every argument."""
 
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,9 +90,12 @@ class Block(torch.nn.Module):
         return y + xpu_fp4.dequantize(q, scale).sum()
 
 
-def test_full_graph_compiles_and_gives_the_eager_bits() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_full_graph_compiles_and_gives_the_eager_bits(compiler: str) -> None:
+    if compiler == "inductor" and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("torch's inductor needs Python's headers (Debian: python3-dev)")
     module = Block()
-    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    compiled = torch.compile(module, backend=compiler, fullgraph=True, dynamic=True)
     for rows in (1, 3, 8):
         x = torch.randn(rows, K)
         assert torch.equal(compiled(x), module(x))
