@@ -24,9 +24,6 @@ PACKAGE = "xpu_fp4"
 SYCL_BACKEND = "_sycl_backend"
 # The numerics count every rounding: no contraction, no reordering.
 FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-# Exceptions cross from one library to the other and into torch, so all must share one C++ runtime; some builds of Python (those
-# that uv installs) have -static-libstdc++ among their link options.
-LINK = ["-lstdc++"]
 TORCH_IS_XPU = torch.version.xpu is not None
 
 
@@ -77,7 +74,7 @@ def op_library(sycl: Path | None) -> Extension:
         f"{PACKAGE}._xpu_C",
         [*files, str(CSRC / "sycl/loader.cpp")],
         extra_compile_args={"cxx": flags},
-        extra_link_args=[*LINK, "-ldl"],
+        extra_link_args=["-ldl"],
         py_limited_api=True,
     )
 
@@ -94,7 +91,6 @@ def sycl_backend(sycl: Path) -> Extension:
         extra_compile_args={"cxx": [*FLAGS, *sycl_flags(sycl)]},
         library_dirs=[str(sycl / "lib")],
         libraries=["sycl"],
-        extra_link_args=LINK,
         language="c++",
         py_limited_api=True,
     )
