@@ -51,7 +51,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(code: str, library: Path, *, package_installed: bool = False, **environment: str) -> str:
     """The output of a process that must end well; an abort of the dispatcher shows as a signal."""
-    path = os.pathsep.join([str(library.parent)] if package_installed else [])
+    path = os.environ.get("PYTHONPATH", "") + (os.pathsep + str(library.parent) if package_installed else "")
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PRELUDE.format(library=str(library)) + code],
         env=os.environ | {"PYTHONPATH": path} | environment,
