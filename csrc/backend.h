@@ -24,7 +24,7 @@ struct GroupQuantArgs {
   const void* x;
   DType x_dtype;
   int64_t rows, k;
-  float eps;
+  uint8_t scale_floor;  // the least scale byte
   uint8_t* q;
   float* scale;
   int64_t scale_row_stride, scale_block_stride;

@@ -72,6 +72,7 @@ const std::vector<const KernelTable*>& all_kernels() {
 
 const KernelTable& best_kernels() {
   const char* wanted = std::getenv("XPU_FP4_CPU_ISA");
+  if (wanted != nullptr && *wanted == '\0') wanted = nullptr;
   for (const KernelTable* table : all_kernels()) {
     if (table->supported() && (wanted == nullptr || std::strcmp(wanted, table->isa) == 0)) return *table;
   }

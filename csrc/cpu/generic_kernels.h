@@ -64,11 +64,10 @@ void quantize(const QuantizeArgs& args, Range blocks) {
 
 void group_quant(const GroupQuantArgs& args, Range blocks) {
   const int64_t row_blocks = args.k / kBlock;
-  const uint8_t floor_byte = group_quant::floor_from_eps(args.eps);
   with_dtype(args.x_dtype, [&](auto dtype) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const BlockInput in = load_block<dtype>(args.x, block);
-      const uint8_t scale = group_quant::scale_byte(in.amax_bits, floor_byte);
+      const uint8_t scale = group_quant::scale_byte(in.amax_bits, args.scale_floor);
       const int64_t row = block / row_blocks, column = block % row_blocks;
       args.scale[row * args.scale_row_stride + column * args.scale_block_stride] = e8m0::value(scale);
       store_codes(in, scale, args.q + block * kBlockBytes, group_quant::quantize_element);
@@ -161,7 +160,7 @@ void add_bias_and_store(const Bias& bias, void* y, int64_t n, int64_t row, Range
 // The loop nest of both products. load_row(row, quad, blocks) gives the activations of a quad.
 template <DType T, class Args, class LoadRow, class Share>
 void multiply(const Args& args, Range rows, Range columns, const LoadRow& load_row, const Share& share) {
-  static thread_local WeightPanel panel;
+  WeightPanel panel;
   const int64_t row_blocks = args.k / kBlock, quads = (row_blocks + kQuad - 1) / kQuad;
   std::vector<std::array<float, kLanes>> acc(static_cast<size_t>(rows.end - rows.begin));
   for (int64_t first = columns.begin; first < columns.end; first += kLanes) {

@@ -21,14 +21,15 @@ constexpr unsigned quantize_element(float x, float reciprocal_scale) {
 constexpr float dequantize_element(unsigned code, uint8_t scale) { return e2m1::value(code) * e8m0::value(scale); }
 
 /// The compatibility quantizer (vllm-xpu-kernels' numbers): its scale is 2^ceil(log2(max(amax / 6, eps))), so the rceil rule
-/// with a floor.
+/// with a floor. Evaluated exactly; float32 log2 would round away an amax one ulp above 6 * 2^e.
 namespace group_quant {
 
-/// Scale byte of eps: 2^ceil(log2(eps)), not below 2^-127. eps must be positive and finite.
-constexpr uint8_t floor_from_eps(float eps) {
-  const uint32_t b = bits_of(eps), byte = (b >> 23) + ((b & 0x7FFFFFu) != 0 ? 1u : 0u);
-  const bool at_most_smallest = b <= bits_of(pow2(-e8m0::kBias));
-  return static_cast<uint8_t>(at_most_smallest ? 0u : byte < 254u ? byte : 254u);
+/// Scale byte of eps: 2^ceil(log2(eps)), within what e8m0 can hold. eps must be positive and finite.
+constexpr uint8_t floor_from_eps(double eps) {
+  const uint64_t b = __builtin_bit_cast(uint64_t, eps);
+  const int exponent = static_cast<int>(b >> 52) - 1023 + ((b & 0xFFFFFFFFFFFFFu) != 0 ? 1 : 0);
+  const int byte = exponent + e8m0::kBias;
+  return static_cast<uint8_t>(byte < 0 ? 0 : byte < 254 ? byte : 254);
 }
 
 constexpr uint8_t scale_byte(uint32_t amax_bits, uint8_t floor_byte) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// IEEE-754 bit patterns: float32 <-> float16 and bfloat16, powers of two. Integer arithmetic only, so the result depends
-// neither on the rounding mode nor on flush-to-zero. Host and device.
+// IEEE-754 bit patterns: float32 <-> float16 and bfloat16, powers of two. Integer arithmetic, and exact operations on normal
+// floats, so that no result depends on the rounding mode or on flush-to-zero. Host and device.
 #pragma once
 #include <cstdint>
 
@@ -34,8 +34,7 @@ constexpr float float_from_bf16(uint16_t h) { return float_of(static_cast<uint32
 constexpr float float_from_f16(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   const uint32_t exponent = (h >> 10) & 31u, mantissa = h & 0x3FFu;
-  // A subnormal is mantissa * 2^-24: read 2^-14 + that as a normal float, and take 2^-14 away. Both steps are exact.
-  const float subnormal = float_of((113u << 23) | (mantissa << 13)) - pow2(-14);
+  const float subnormal = static_cast<float>(mantissa) * pow2(-24);
   const uint32_t normal = ((exponent + 112u) << 23) | (mantissa << 13);
   const uint32_t special = kInfBits | (mantissa << 13);
   const uint32_t magnitude = exponent == 0 ? bits_of(subnormal) : exponent == 31 ? special : normal;

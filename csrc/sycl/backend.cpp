@@ -50,7 +50,7 @@ class SyclBackend final : public Backend {
   void group_quant(const GroupQuantArgs& args) const override {
     const int64_t vectors = args.rows * args.k * size_of(args.x_dtype) / 16;
     launch("quantize.cpp", "group_quantize", args.x_dtype, alignment_of({args.x}), linear_range(vectors), args.x, args.q,
-           args.scale, vectors, args.k / kBlock, args.scale_row_stride, args.scale_block_stride, args.eps);
+           args.scale, vectors, args.k / kBlock, args.scale_row_stride, args.scale_block_stride, args.scale_floor);
   }
 
   void dequantize(const DequantizeArgs& args) const override {
@@ -104,7 +104,11 @@ DeviceInfo describe(const sycl::device& device) {
 
 sycl::queue cpu_queue() {
   try {
-    return sycl::queue(sycl::cpu_selector_v, sycl::property::queue::in_order{});
+    // The default handler of asynchronous errors ends the process; this one lets wait_and_throw raise them.
+    const auto rethrow = [](const sycl::exception_list& errors) {
+      for (const std::exception_ptr& error : errors) std::rethrow_exception(error);
+    };
+    return sycl::queue(sycl::cpu_selector_v, rethrow, sycl::property::queue::in_order{});
   } catch (const sycl::exception& error) {
     throw std::runtime_error(
         std::string("xpu_fp4: SYCL has no CPU device: ") + error.what() +
@@ -135,7 +139,9 @@ class SyclPlugin final : public Plugin {
   }
 
   std::unique_ptr<Backend> on_queue(void* queue) const override {
-    return std::make_unique<SyclBackend>(*static_cast<sycl::queue*>(queue), false);
+    const auto& stream = *static_cast<sycl::queue*>(queue);
+    if (!stream.is_in_order()) throw std::runtime_error("xpu_fp4: the queue must be in-order: an op's kernels rely on it");
+    return std::make_unique<SyclBackend>(stream, false);
   }
 };
 

@@ -48,8 +48,11 @@ std::vector<fs::path> search_folders() {
   std::vector<fs::path> folders;
   if (const auto root = environment("CMPLR_ROOT"); !root.empty()) folders.push_back(fs::path(root) / "lib");
   if (const auto root = environment("ONEAPI_ROOT"); !root.empty()) folders.push_back(fs::path(root) / "compiler/latest/lib");
-  // site-packages/xpu_fp4 -> the environment's lib, where pip puts the runtime
-  folders.push_back((own_folder() / "../../..").lexically_normal());
+  // PREFIX/lib/python3.x/site-packages/xpu_fp4 -> PREFIX/lib, where pip puts the runtime
+  const fs::path packages = own_folder().parent_path();
+  if (packages.filename() == "site-packages" || packages.filename() == "dist-packages") {
+    folders.push_back((packages / "../../../lib").lexically_normal());
+  }
   folders.emplace_back(XPU_FP4_SYCL_LIB_DIR);
   return folders;
 }
@@ -67,10 +70,16 @@ void offer_cpu_device(const fs::path& folder) {
 
 void load_runtime() {
   configure_cache();
-  const bool restricted = !environment("XPU_FP4_SYCL_LIB_DIR").empty();
-  if (void* library = restricted ? nullptr : dlopen(kSyclLibrary, RTLD_NOW | RTLD_NOLOAD)) {
+  const std::string only = environment("XPU_FP4_SYCL_LIB_DIR");
+  if (void* library = dlopen(kSyclLibrary, RTLD_NOW | RTLD_NOLOAD)) {
+    // A process can have one SYCL runtime only.
     loaded_runtime = path_of(library);
-    return offer_cpu_device(fs::path(loaded_runtime).parent_path());
+    const fs::path folder = fs::path(loaded_runtime).parent_path();
+    std::error_code ignored;
+    if (!only.empty() && !fs::equivalent(folder, only, ignored)) {
+      throw std::runtime_error("xpu_fp4: XPU_FP4_SYCL_LIB_DIR is " + only + ", but the process has loaded " + loaded_runtime);
+    }
+    return offer_cpu_device(folder);
   }
   std::string tried;
   for (const fs::path& folder : search_folders()) {
@@ -86,7 +95,7 @@ void load_runtime() {
     }
     tried += "\n  " + std::string(dlerror());
   }
-  if (!restricted) {
+  if (only.empty()) {
     if (void* library = dlopen(kSyclLibrary, RTLD_NOW | RTLD_GLOBAL)) {
       loaded_runtime = path_of(library);
       return offer_cpu_device(fs::path(loaded_runtime).parent_path());
@@ -134,12 +143,14 @@ std::string cache_dir() {
   if (const auto dir = environment("XPU_FP4_CACHE_DIR"); !dir.empty()) return dir;
   if (const auto dir = environment("XDG_CACHE_HOME"); !dir.empty()) return dir + "/xpu_fp4";
   if (const auto home = environment("HOME"); !home.empty()) return home + "/.cache/xpu_fp4";
-  return (fs::temp_directory_path() / "xpu_fp4").string();
+  return "";
 }
 
 void configure_cache() {
+  const std::string dir = cache_dir();
+  if (dir.empty()) return;
   set_unless_set("SYCL_CACHE_PERSISTENT", "1");
-  set_unless_set("SYCL_CACHE_DIR", cache_dir());
+  set_unless_set("SYCL_CACHE_DIR", dir);
 }
 
 std::string runtime_path() {

@@ -9,20 +9,21 @@
 namespace xpu_fp4::syclrt {
 
 /// The loaded backend; loads it on the first call. Thread-safe; a failed attempt is made anew on the next call.
-/// The runtime is looked for, in this order: in XPU_FP4_SYCL_LIB_DIR (nowhere else, if that is set); where the process has it
-/// loaded already; $CMPLR_ROOT/lib; $ONEAPI_ROOT/compiler/latest/lib; the environment's lib folder (pip); where it was found
+/// The runtime is looked for, in this order: where the process has it loaded already; in XPU_FP4_SYCL_LIB_DIR (nowhere else, if
+/// that is set); $CMPLR_ROOT/lib; $ONEAPI_ROOT/compiler/latest/lib; the environment's lib folder (pip); where it was found
 /// when this library was built; the system's library path.
 /// Throws std::runtime_error that says what is missing and what was tried.
 const Plugin& load_plugin();
 
 /// Where compiled kernels are kept: $XPU_FP4_CACHE_DIR, else xpu_fp4 in the user's cache directory. A SYCL_CACHE_DIR of the
-/// user's own has precedence.
+/// user's own has precedence. Empty, so no cache, where none of these is known.
 std::string cache_dir();
 
-/// Turns SYCL's on-disk cache on in cache_dir(), unless the user has settings of their own. Must run before SYCL's first use.
+/// Turns SYCL's on-disk cache on in cache_dir(), unless the user has settings of their own. Must run before SYCL's first use,
+/// and holds for the whole process: it sets SYCL's environment variables.
 void configure_cache();
 
-/// The file from which the SYCL runtime was loaded; empty before load_plugin() has succeeded.
+/// The file from which the SYCL runtime was loaded; empty before that.
 std::string runtime_path();
 
 }  // namespace xpu_fp4::syclrt

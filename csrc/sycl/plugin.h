@@ -25,7 +25,8 @@ class Plugin {
   virtual std::vector<DeviceInfo> devices() const = 0;
   /// The kernels on Intel's OpenCL CPU device; calls return when the result is there. Throws if there is no such device.
   virtual const Backend& cpu() const = 0;
-  /// The kernels on a `sycl::queue*`, which the caller keeps alive; calls return at once, the queue orders them.
+  /// The kernels on an in-order `sycl::queue*`; calls return at once, the queue orders them, and the caller keeps their
+  /// operands until then. Throws if the queue is out-of-order.
   virtual std::unique_ptr<Backend> on_queue(void* queue) const = 0;
 };
 

@@ -30,6 +30,7 @@ std::vector<std::string> build_options(const Variant& variant, const Target& tar
   const auto define = [](const char* macro, int value) { return "-D" + std::string(macro) + "=" + std::to_string(value); };
   std::vector<std::string> options = {
       "-ffp-contract=off",  // the numerics count every rounding
+      "-fno-sycl-id-queries-fit-in-int",
 #if __LIBSYCL_MAJOR_VERSION < 9
       "-fno-sycl-device-lib=all",  // 2025.3's pip package lacks the device library; 2026.1 does not know the option
 #endif
@@ -84,6 +85,9 @@ class ProgramCache {
         promise.set_value(build(queue.get_context(), queue.get_device(), variant));
       } catch (...) {
         promise.set_exception(std::current_exception());
+        // Those who wait get the error; the next call tries again, since a full disk or memory may pass.
+        const std::lock_guard lock(mutex_);
+        per_device_[{queue.get_context(), queue.get_device()}].erase(key);
       }
     }
     return future.get();
@@ -103,13 +107,23 @@ class ProgramCache {
 
 }  // namespace
 
-Target target_of(const sycl::device& device) {
+namespace {
+Target query_target(const sycl::device& device) {
   if (!device.is_gpu() || !device.has(sycl::aspect::ext_intel_matrix)) return {stand_in_sub_group(), false};
   // The width of the matrix unit is the N of the int8 products that the device lists.
   for (const auto& shape : device.get_info<syclexp::info::device::matrix_combinations>()) {
     if (shape.atype == syclexp::matrix::matrix_type::sint8 && shape.nsize != 0) return {static_cast<int>(shape.nsize), true};
   }
   return {stand_in_sub_group(), false};
+}
+}  // namespace
+
+Target target_of(const sycl::device& device) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& known = *new std::unordered_map<sycl::device, Target>;  // every launch asks, and the answer takes driver calls
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(device);
+  return found != known.end() ? found->second : known.emplace(device, query_target(device)).first->second;
 }
 
 sycl::kernel get_kernel(const sycl::queue& queue, const Variant& variant, const std::string& name) {

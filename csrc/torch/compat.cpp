@@ -3,6 +3,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/jit/frontend/function_schema_parser.h>
 
 #include <array>
@@ -18,7 +19,8 @@ struct CompatOp {
   const char* library_namespace;
   const char* schema;
   void (*CompatBinding::*bind)(torch::Library&);
-  bool ours;  // defined or overridden by us
+  bool writes;  // to an argument
+  bool ours;    // defined or overridden by us
 
   std::string name() const { return std::string(library_namespace) + "::" + torch::jit::parseSchema(schema).name(); }
 };
@@ -30,8 +32,8 @@ std::vector<CompatBinding>& bindings() {
 
 std::array<CompatOp, 2>& compat_ops() {
   static std::array<CompatOp, 2> ops = {{
-      {schema::kFp4GemmNamespace, schema::kFp4Gemm, &CompatBinding::bind_fp4_gemm, false},
-      {schema::kGroupQuantNamespace, schema::kGroupQuant, &CompatBinding::bind_group_quant, false},
+      {schema::kFp4GemmNamespace, schema::kFp4Gemm, &CompatBinding::bind_fp4_gemm, false, false},
+      {schema::kGroupQuantNamespace, schema::kGroupQuant, &CompatBinding::bind_group_quant, true, false},
   }};
   return ops;
 }
@@ -53,7 +55,17 @@ void implement(CompatOp& op) {
 bool is_defined(const CompatOp& op) { return c10::Dispatcher::singleton().findSchema({op.name(), ""}).has_value(); }
 
 void define(CompatOp& op) {
+  const auto in = [&](c10::DispatchKey key) -> torch::Library& {
+    return new_library(torch::Library::IMPL, op.library_namespace, key);
+  };
+  const std::string name = torch::jit::parseSchema(op.schema).name();
   new_library(torch::Library::FRAGMENT, op.library_namespace, std::nullopt).def(op.schema);
+  // No derivative: backward raises instead of giving no gradient.
+  in(c10::DispatchKey::Autograd).impl(name.c_str(), torch::autograd::autogradNotImplementedFallback());
+  in(c10::DispatchKey::ADInplaceOrView).impl(name.c_str(), torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+  // torch's own handling of lazily negated tensors aborts on an op that writes to an argument and returns nothing; ours refuses
+  // such arguments.
+  if (op.writes) in(c10::DispatchKey::Negative).impl(name.c_str(), torch::CppFunction::makeFallthrough());
   implement(op);
 }
 

@@ -24,8 +24,11 @@ thread_local std::optional<CpuBackend> thread_choice;
 
 CpuBackend choice() {
   if (thread_choice) return *thread_choice;
-  const char* variable = std::getenv("XPU_FP4_CPU_BACKEND");
-  return variable == nullptr || *variable == '\0' ? CpuBackend::native : parse(variable, "XPU_FP4_CPU_BACKEND");
+  static const CpuBackend of_process = [] {
+    const char* variable = std::getenv("XPU_FP4_CPU_BACKEND");
+    return variable == nullptr || *variable == '\0' ? CpuBackend::native : parse(variable, "XPU_FP4_CPU_BACKEND");
+  }();
+  return of_process;
 }
 
 std::string name_of(CpuBackend backend) { return backend == CpuBackend::native ? "native" : "sycl"; }
@@ -35,8 +38,13 @@ void torch_parallel_for(int64_t n, int64_t grain, const std::function<void(int64
   at::parallel_for(0, n, grain, body);
 }
 
+const cpu::KernelTable& native_kernels() {
+  static const cpu::KernelTable& kernels = cpu::best_kernels();
+  return kernels;
+}
+
 const Backend& native_backend() {
-  static const auto backend = cpu::make_backend(cpu::best_kernels(), torch_parallel_for);
+  static const auto backend = cpu::make_backend(native_kernels(), torch_parallel_for);
   return *backend;
 }
 
@@ -46,10 +54,14 @@ const Backend& cpu_backend() { return choice() == CpuBackend::native ? native_ba
 
 std::string cpu_backend_name() { return name_of(choice()); }
 
-void set_cpu_backend(std::string_view name) {
-  thread_choice = name.empty() ? std::nullopt : std::optional(parse(name, "the CPU backend"));
+std::string native_isa() { return native_kernels().isa; }
+
+void set_cpu_backend(std::optional<std::string_view> name) {
+  thread_choice = name ? std::optional(parse(*name, "the CPU backend")) : std::nullopt;
 }
 
-std::string cpu_backend_override() { return thread_choice ? name_of(*thread_choice) : ""; }
+std::optional<std::string> cpu_backend_override() {
+  return thread_choice ? std::optional(name_of(*thread_choice)) : std::nullopt;
+}
 
 }  // namespace xpu_fp4

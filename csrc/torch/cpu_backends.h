@@ -11,16 +11,20 @@
 
 namespace xpu_fp4 {
 
-/// The backend of the current thread. Raises c10::Error if it cannot run, or if the environment variable names none.
+/// The backend of the current thread. Raises c10::Error if the environment variable names none, and std::runtime_error with the
+/// reason if the backend cannot run.
 const Backend& cpu_backend();
 
 /// Its name.
 std::string cpu_backend_name();
 
-/// Chooses for the current thread; "" returns it to the process's choice. Raises c10::Error for other names.
-void set_cpu_backend(std::string_view name);
+/// The instruction set of the native kernels in use.
+std::string native_isa();
 
-/// The current thread's own choice, or "".
-std::string cpu_backend_override();
+/// Chooses for the current thread; none returns it to the process's choice. Raises c10::Error for other names.
+void set_cpu_backend(std::optional<std::string_view> name);
+
+/// The current thread's own choice.
+std::optional<std::string> cpu_backend_override();
 
 }  // namespace xpu_fp4

@@ -5,7 +5,6 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
-#include "../cpu/kernels.h"
 #include "../sycl/loader.h"
 #include "bind.h"
 #include "compat.h"
@@ -43,9 +42,9 @@ TORCH_LIBRARY(xpu_fp4, library) {
     library.def(definition, tags);
   }
   library.def("_cpu_backend() -> str", cpu_backend_name);
-  library.def("_cpu_backend_override() -> str", cpu_backend_override);
-  library.def("_set_cpu_backend(str name) -> ()", set_cpu_backend);
-  library.def("_native_isa() -> str", [] { return std::string(cpu::best_kernels().isa); });
+  library.def("_cpu_backend_override() -> str?", cpu_backend_override);
+  library.def("_set_cpu_backend(str? name) -> ()", set_cpu_backend);
+  library.def("_native_isa() -> str", native_isa);
   library.def("_sycl_devices() -> str[]", describe_sycl_devices);
   library.def("_sycl_runtime() -> str", syclrt::runtime_path);
   library.def("_sycl_cache_dir() -> str", syclrt::cache_dir);

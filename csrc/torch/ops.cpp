@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <utility>
 
 #include "../format/block.h"
 
@@ -24,8 +25,7 @@ struct Argument {
 
 #define XPU_FP4_CHECK(argument, condition, ...) TORCH_CHECK(condition, (argument).op, ": ", (argument).name, " ", __VA_ARGS__)
 
-void check_dense_on(const Argument& arg, const at::Device& device) {
-  XPU_FP4_CHECK(arg, arg.tensor.layout() == at::kStrided, "must be a dense tensor, got layout ", arg.tensor.layout());
+void check_device(const Argument& arg, const at::Device& device) {
   XPU_FP4_CHECK(arg, arg.tensor.device() == device, "is on ", arg.tensor.device(), ", expected ", device,
                 " like the first argument");
 }
@@ -84,6 +84,32 @@ DType check_out_dtype(const char* op, const char* name, ScalarType type) {
   return dtype_of(type);
 }
 
+// Scales of the compatibility quantizer: contiguous, or with two dimensions rows or columns at any distance. Returns whether it
+// is by columns.
+bool check_scale_layout(const Argument& arg) {
+  const Tensor& s = arg.tensor;
+  const bool by_rows = s.is_contiguous() || (s.dim() == 2 && s.stride(1) == 1 && s.stride(0) >= s.size(1));
+  const bool by_columns = s.dim() == 2 && s.stride(0) == 1 && s.stride(1) >= s.size(0);
+  XPU_FP4_CHECK(arg, by_rows || by_columns, "must be contiguous or, with two dimensions, row-major or column-major, got shape ",
+                s.sizes(), " with strides ", s.strides());
+  return !by_rows;
+}
+
+// The bytes from the first to the last element.
+std::pair<const uint8_t*, const uint8_t*> byte_range(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  const auto* first = static_cast<const uint8_t*>(tensor.const_data_ptr());
+  return {first, first + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+}
+
+void check_no_overlap(const Argument& written, const Argument& other) {
+  if (written.tensor.numel() == 0 || other.tensor.numel() == 0) return;
+  const auto [first, last] = byte_range(written.tensor);
+  const auto [other_first, other_last] = byte_range(other.tensor);
+  XPU_FP4_CHECK(written, last <= other_first || other_last <= first, "shares memory with ", other.name);
+}
+
 // ---- shapes ----
 
 std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
@@ -123,10 +149,9 @@ struct HeldBias {
 };
 
 HeldBias hold_bias(const Argument& arg, IntArrayRef y_shape) {
-  check_dense_on(arg, arg.tensor.device());
   check_float(arg);
-  // The last two dimensions of y; a 3-D y repeats the bias for every matrix of the batch.
-  const std::vector<int64_t> matrix(y_shape.end() - std::min<int64_t>(2, static_cast<int64_t>(y_shape.size())), y_shape.end());
+  // The last two dimensions of y, of which a vector has one row; a 3-D y repeats the bias for every matrix of the batch.
+  const std::vector<int64_t> matrix = {y_shape.size() > 1 ? y_shape[y_shape.size() - 2] : 1, y_shape.back()};
   const IntArrayRef sizes = arg.tensor.sizes();
   bool fits = sizes.size() <= matrix.size();
   for (size_t i = 1; fits && i <= sizes.size(); ++i) {
@@ -135,14 +160,13 @@ HeldBias hold_bias(const Argument& arg, IntArrayRef y_shape) {
   XPU_FP4_CHECK(arg, fits, "has shape ", sizes,
                 ", expected a scalar, [N], [M, 1] or [M, N] with [M, N] = ", IntArrayRef(matrix));
   const Tensor spread = arg.tensor.to(at::kFloat).expand(matrix);
-  const bool is_matrix = matrix.size() == 2;
-  const bool varies_by_row = is_matrix && spread.stride(0) != 0;
+  const bool varies_by_row = spread.stride(0) != 0;
   if (y_shape.size() > 2 && varies_by_row) {
     // Rows are counted through the batch: write the repetition out.
     const Tensor full = spread.expand(y_shape).contiguous();
     return {full, {full.const_data_ptr<float>(), y_shape.back(), 1}};
   }
-  return {spread, {spread.const_data_ptr<float>(), varies_by_row ? spread.stride(0) : 0, spread.stride(-1)}};
+  return {spread, {spread.const_data_ptr<float>(), spread.stride(0), spread.stride(1)}};
 }
 
 HeldBias hold_linear_bias(const Argument& arg, int64_t n) {
@@ -159,20 +183,19 @@ LinearShape check_linear(const char* op, const Tensor& x, const Tensor& weight, 
                          const std::optional<Tensor>& bias) {
   const Argument x_arg{op, "x", x}, w_arg{op, "weight", weight}, scale_arg{op, "weight_scale", weight_scale};
   const at::Device device = x.device();
-  check_dense_on(x_arg, device);
   check_float(x_arg);
   const int64_t k = check_k(x_arg, 1);
-  check_dense_on(w_arg, device);
+  check_device(w_arg, device);
   check_codes(w_arg);
   XPU_FP4_CHECK(w_arg, weight.dim() == 2, "must be [N, K/2], got shape ", weight.sizes());
   const int64_t n = weight.size(0);
   check_shape(w_arg, {n, k / 2}, "[N, K/2], K is the last dimension of x");
   check_contiguous(w_arg);
-  check_dense_on(scale_arg, device);
+  check_device(scale_arg, device);
   check_scales(scale_arg);
   check_shape(scale_arg, {n, k / kBlock}, "[N, K/32]");
   check_contiguous(scale_arg);
-  if (bias) check_dense_on({op, "bias", *bias}, device);
+  if (bias) check_device({op, "bias", *bias}, device);
   return {rows_of(x), n, k};
 }
 
@@ -184,7 +207,6 @@ Weight row_major_weight(const Tensor& weight, const Tensor& scale, int64_t k) {
 
 std::tuple<Tensor, Tensor> quantize(const Backend& backend, const Tensor& x, std::string_view scale_mode) {
   const Argument arg{"mxfp4_quantize", "x", x};
-  check_dense_on(arg, x.device());
   check_float(arg);
   check_k(arg, 1);
   const auto [q, scale] = quantize_checked(backend, x, parse_scale_mode(arg.op, scale_mode));
@@ -194,10 +216,9 @@ std::tuple<Tensor, Tensor> quantize(const Backend& backend, const Tensor& x, std
 Tensor dequantize(const Backend& backend, const Tensor& q, const Tensor& scale, ScalarType dtype) {
   const char* op = "mxfp4_dequantize";
   const Argument q_arg{op, "q", q}, scale_arg{op, "scale", scale};
-  check_dense_on(q_arg, q.device());
   check_codes(q_arg);
   const int64_t k = check_k(q_arg, 2);
-  check_dense_on(scale_arg, q.device());
+  check_device(scale_arg, q.device());
   check_scales(scale_arg);
   check_shape(scale_arg, with_last(q, k / kBlock), "q's, with K/32 last");
   const DType out_dtype = check_out_dtype(op, "dtype", dtype);
@@ -211,27 +232,26 @@ Tensor gemm(const Backend& backend, const GemmNames& names, const Tensor& a, con
             const Tensor& b_scale, std::optional<ScalarType> out_dtype, const std::optional<Tensor>& bias) {
   const Argument a_arg{names.op, names.a, a}, b_arg{names.op, names.b, b};
   const Argument a_scale_arg{names.op, names.a_scale, a_scale}, b_scale_arg{names.op, names.b_scale, b_scale};
-  check_dense_on(a_arg, a.device());
   check_codes(a_arg);
   const int64_t k = check_k(a_arg, 2);
-  check_dense_on(b_arg, a.device());
+  check_device(b_arg, a.device());
   check_codes(b_arg);
   XPU_FP4_CHECK(b_arg, b.dim() == 2 && b.size(0) == k / 2, "has shape ", b.sizes(), ", expected [K/2, N] with K/2 = ", k / 2,
                 ", the last dimension of ", names.a);
   XPU_FP4_CHECK(b_arg, b.t().is_contiguous(), "must be the .t() view of a contiguous [N, K/2], got shape ", b.sizes(),
                 " with strides ", b.strides());
   const int64_t n = b.size(1);
-  check_dense_on(a_scale_arg, a.device());
+  check_device(a_scale_arg, a.device());
   check_scales(a_scale_arg);
   check_shape(a_scale_arg, with_last(a, k / kBlock), "the codes', with K/32 last");
-  check_dense_on(b_scale_arg, a.device());
+  check_device(b_scale_arg, a.device());
   check_scales(b_scale_arg);
   check_shape(b_scale_arg, {k / kBlock, n}, "[K/32, N], the transpose of a checkpoint's scales, made contiguous");
   check_contiguous(b_scale_arg);
   const ScalarType y_type = out_dtype.value_or(at::kHalf);
   const DType y_dtype = check_out_dtype(names.op, "out_dtype", y_type);
   const std::vector<int64_t> y_shape = with_last(a, n);
-  if (bias) check_dense_on({names.op, names.bias, *bias}, a.device());
+  if (bias) check_device({names.op, names.bias, *bias}, a.device());
   const HeldBias held = bias ? hold_bias({names.op, names.bias, *bias}, y_shape) : HeldBias{};
 
   const Tensor dense_a = a.contiguous(), dense_a_scale = a_scale.contiguous();
@@ -278,27 +298,28 @@ void group_quant(const Backend& backend, const Tensor& input, const Tensor& outp
   const char* op = "per_token_group_quant_mxfp4";
   const Argument in_arg{op, "input", input}, q_arg{op, "output_q", output_q}, s_arg{op, "output_s", output_s};
   TORCH_CHECK(group_size == kBlock, op, ": group_size is ", group_size, ", expected ", kBlock);
-  // Also false for NaN. As a float it must not become 0 or Inf.
-  TORCH_CHECK(static_cast<float>(eps) > 0.0f && std::isfinite(static_cast<float>(eps)), op, ": eps is ", eps,
-              ", expected a positive finite float32");
-  check_dense_on(in_arg, input.device());
+  TORCH_CHECK(eps > 0 && std::isfinite(eps), op, ": eps is ", eps, ", expected a positive finite number");
+  for (const Argument& arg : {in_arg, q_arg, s_arg}) {
+    XPU_FP4_CHECK(arg, !arg.tensor.is_neg(), "is a lazily negated view, expected a plain tensor (resolve_neg())");
+  }
   check_float(in_arg);
   const int64_t k = check_k(in_arg, 1);
   check_contiguous(in_arg);
-  check_dense_on(q_arg, input.device());
+  check_device(q_arg, input.device());
   XPU_FP4_CHECK(q_arg, output_q.scalar_type() == at::kByte, "must be uint8, got ", output_q.scalar_type());
   check_shape(q_arg, with_last(input, k / 2), "input's, with K/2 last");
   check_contiguous(q_arg);
-  check_dense_on(s_arg, input.device());
+  check_device(s_arg, input.device());
   XPU_FP4_CHECK(s_arg, output_s.scalar_type() == at::kFloat, "must be float32, got ", output_s.scalar_type());
   check_shape(s_arg, with_last(input, k / kBlock), "input's, with K/32 last");
-  const bool column_major = output_s.dim() == 2 && !output_s.is_contiguous() && output_s.t().is_contiguous();
-  XPU_FP4_CHECK(s_arg, output_s.is_contiguous() || column_major,
-                "must be contiguous, or column-major with two dimensions, got shape ", output_s.sizes(), " with strides ",
-                output_s.strides());
-  backend.group_quant({input.const_data_ptr(), dtype_of(input.scalar_type()), rows_of(input), k, static_cast<float>(eps),
-                       static_cast<uint8_t*>(output_q.data_ptr()), output_s.data_ptr<float>(), column_major ? 1 : k / kBlock,
-                       column_major ? output_s.stride(1) : 1});
+  const bool by_columns = check_scale_layout(s_arg);
+  check_no_overlap(q_arg, in_arg);
+  check_no_overlap(s_arg, in_arg);
+  check_no_overlap(s_arg, q_arg);
+  const int64_t row_stride = output_s.dim() == 2 ? output_s.stride(0) : k / kBlock;
+  backend.group_quant({input.const_data_ptr(), dtype_of(input.scalar_type()), rows_of(input), k,
+                       group_quant::floor_from_eps(eps), static_cast<uint8_t*>(output_q.data_ptr()), output_s.data_ptr<float>(),
+                       row_stride, by_columns ? output_s.stride(1) : 1});
 }
 
 }  // namespace xpu_fp4::ops

@@ -43,7 +43,8 @@ Tensor linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weigh
                     const std::optional<Tensor>& bias);
 
 /// vllm-xpu-kernels' quantizer: input [..., K] contiguous -> output_q uint8 [..., K/2] contiguous and output_s float32
-/// [..., K/32], contiguous or, with two dimensions, column-major. group_size must be 32, eps positive and finite.
+/// [..., K/32], contiguous or, with two dimensions, row-major or column-major with any stride between. group_size must be 32,
+/// eps positive and finite. The outputs must not share memory with each other or the input.
 void group_quant(const Backend& backend, const Tensor& input, const Tensor& output_q, const Tensor& output_s,
                  int64_t group_size, double eps);
 

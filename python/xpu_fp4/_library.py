@@ -14,7 +14,13 @@ BLOCK = 32
 
 if not LIBRARY.exists():
     raise ImportError(f"xpu_fp4 is not built: {LIBRARY} does not exist. Build it: pip install --no-build-isolation -e .")
-torch.ops.load_library(LIBRARY)
+try:
+    torch.ops.load_library(LIBRARY)
+except OSError as error:
+    raise ImportError(
+        f"xpu_fp4's library does not fit torch {torch.__version__}: it must be built against the torch it runs with. "
+        f"Build it again: pip install --no-build-isolation --force-reinstall --no-deps . ({error})"
+    ) from error
 ops = torch.ops.xpu_fp4
 
 

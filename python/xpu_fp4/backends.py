@@ -22,6 +22,10 @@ class Backend:
 
 
 def _native() -> Backend:
+    try:
+        ops._native_isa()
+    except RuntimeError as error:
+        return Backend("native", False, _reason(error))
     return Backend("native", True, f"{ops._native_isa()} kernels, {torch.get_num_threads()} threads")
 
 
@@ -64,7 +68,8 @@ def cpu_backend(name: str) -> Iterator[None]:
     """Serves CPU tensors with the backend `native` or `sycl`, in this thread, inside the context.
 
     The process's choice is the environment variable XPU_FP4_CPU_BACKEND, `native` by default. Both give the same bits. Raises
-    RuntimeError for other names; where the backend cannot run, the ops raise the reason.
+    RuntimeError for other names; where the backend cannot run, the ops raise the reason. Not inside a function that
+    torch.compile traces: enter it around the call.
     """
     previous = ops._cpu_backend_override()
     ops._set_cpu_backend(name)

@@ -10,6 +10,7 @@ vllm-xpu-kernels defines the same names, and two C++ definitions of one op abort
 
 import importlib.util
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -40,16 +41,32 @@ def override_vllm_ops() -> list[str]:
     """Puts our implementations in place of existing ones, and defines the missing ones.
 
     Returns the names whose implementation was replaced; torch warns once for each. Raises RuntimeError if an existing op has
-    another schema than vllm-xpu-kernels'.
+    another schema than vllm-xpu-kernels', or if that package is installed and has not defined its ops yet: if we did, loading
+    it later would abort the process.
     """
+    missing = [name for name in _FAKES if not _is_defined(name)]
+    if missing and _is_installed("vllm_xpu_kernels"):
+        raise RuntimeError(
+            f"{', '.join(missing)}: not defined yet. Import vllm_xpu_kernels._C and vllm_xpu_kernels._xpu_C first"
+        )
     replaced: list[str] = ops._override_compat_ops()
     _register_fakes(list(_FAKES))
     return replaced
 
 
+def _is_installed(package: str) -> bool:
+    # A stand-in among the modules has no specification, and find_spec raises over it.
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+def _is_defined(name: str) -> bool:
+    namespace, _, op = name.partition("::")
+    return hasattr(getattr(torch.ops, namespace), op)
+
+
 def _define_at_import() -> None:
     wanted = os.environ.get("XPU_FP4_COMPAT_OPS", "1") != "0"
-    if wanted and importlib.util.find_spec("vllm_xpu_kernels") is None:
+    if wanted and not _is_installed("vllm_xpu_kernels"):
         define_vllm_ops()
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops as typed functions. The same as `torch.ops.xpu_fp4.*`; errors are RuntimeError and name the argument."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ ScaleMode = Literal["floor", "ceil", "even", "rceil"]
 
 Mode = Literal["w4a4", "w4a16"]
 """Whether a linear quantizes its input to MXFP4 as well as its weight."""
+
+
+def check_mode(mode: str) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f'mode is {mode!r}, expected "w4a4" or "w4a16"')
 
 
 def quantize(x: Tensor, scale_mode: ScaleMode = "even") -> tuple[Tensor, Tensor]:
@@ -45,8 +50,7 @@ def linear(
 
     `w4a4` quantizes x with scale_mode, and its result is defined to the bit; `w4a16` takes x as it is and sums in float32.
     """
-    if mode not in ("w4a4", "w4a16"):
-        raise ValueError(f'mode is {mode!r}, expected "w4a4" or "w4a16"')
+    check_mode(mode)
     out: Tensor
     if mode == "w4a4":
         out = ops.mxfp4_linear(x, weight, weight_scale, bias, scale_mode)

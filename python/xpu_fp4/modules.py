@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import Mode, ScaleMode, dequantize, linear, quantize
+from .functional import Mode, ScaleMode, check_mode, dequantize, linear, quantize
 
 
 class MXFP4Linear(nn.Module):
@@ -36,6 +36,7 @@ class MXFP4Linear(nn.Module):
         super().__init__()
         if in_features % 32 != 0:
             raise ValueError(f"in_features is {in_features}, expected a multiple of 32")
+        check_mode(mode)
         self.in_features = in_features
         self.out_features = out_features
         self.mode = mode

@@ -97,11 +97,13 @@ TEST(E8m0, ScaleRulesHoldAroundEveryThreshold) {
 }
 
 TEST(GroupQuant, EpsBoundsTheScaleFromBelow) {
-  EXPECT_EQ(group_quant::floor_from_eps(1e-10f), 127 - 33);
-  EXPECT_EQ(group_quant::floor_from_eps(0.25f), 125);
-  EXPECT_EQ(group_quant::floor_from_eps(std::nextafter(0.25f, 1.0f)), 126);
-  EXPECT_EQ(group_quant::floor_from_eps(std::numeric_limits<float>::denorm_min()), 0);
-  EXPECT_EQ(group_quant::floor_from_eps(std::ldexp(1.0f, -126)), 1);
+  EXPECT_EQ(group_quant::floor_from_eps(1e-10), 127 - 33);
+  EXPECT_EQ(group_quant::floor_from_eps(0.25), 125);
+  EXPECT_EQ(group_quant::floor_from_eps(std::nextafter(0.25, 1.0)), 126);
+  EXPECT_EQ(group_quant::floor_from_eps(std::numeric_limits<double>::denorm_min()), 0);
+  EXPECT_EQ(group_quant::floor_from_eps(std::ldexp(1.1, -127)), 1);
+  EXPECT_EQ(group_quant::floor_from_eps(1e300), 254);
+  EXPECT_EQ(group_quant::floor_from_eps(std::ldexp(1.0, -126)), 1);
   EXPECT_EQ(group_quant::scale_byte(kInfBits, 3), e8m0::kNan);
 }
 

@@ -53,11 +53,11 @@ XPU_FP4_KERNEL(1) quantize(const uint8_t* x, uint8_t* q, uint8_t* scales, int64_
 
 XPU_FP4_KERNEL(1)
 group_quantize(const uint8_t* x, uint8_t* q, float* scales, int64_t vectors, int64_t row_blocks, int64_t scale_row_stride,
-               int64_t scale_block_stride, float eps) {
+               int64_t scale_block_stride, uint8_t scale_floor) {
   const int64_t id = syclext::this_work_item::get_nd_item<1>().get_global_linear_id();
   const LaneInput in = load_lane(x, sycl::min(id, vectors - 1));
   if (id >= vectors) return;
-  const uint8_t scale = group_quant::scale_byte(in.amax_bits, group_quant::floor_from_eps(eps));
+  const uint8_t scale = group_quant::scale_byte(in.amax_bits, scale_floor);
   store_codes(in, scale, q + id * (kVector / 2), [](float x, float r) { return group_quant::quantize_element(x, r); });
   const int64_t block = id / kLanesPerBlock, row = block / row_blocks;
   if (id % kLanesPerBlock == 0) {
