@@ -57,6 +57,8 @@ def test_environment_chooses_for_the_process() -> None:
     assert 'XPU_FP4_CPU_BACKEND is "gpu", expected "native" or "sycl"' in wrong.stderr
     wrong = python("import torch, xpu_fp4; xpu_fp4.quantize(torch.ones(32))", XPU_FP4_CPU_ISA="mmx")
     assert 'XPU_FP4_CPU_ISA is "mmx"' in wrong.stderr
+    reported = python("import xpu_fp4; print(xpu_fp4.backends()['native'].detail)", XPU_FP4_CPU_ISA="mmx")
+    assert 'XPU_FP4_CPU_ISA is "mmx"' in reported.stdout
 
 
 def test_import_neither_loads_sycl_nor_asks_for_a_backend() -> None:
@@ -76,6 +78,16 @@ def test_without_a_sycl_runtime_the_native_backend_works_and_sycl_says_why(tmp_p
     assert "dpcpp-cpp-rt" in report.stdout
     required = python("from xpu_fp4.cli import main; main(['doctor', '--require', 'sycl'])", **nowhere)
     assert required.returncode == 1
+
+
+def test_a_second_sycl_runtime_is_refused(backend: str, tmp_path: Path) -> None:
+    if backend == "native":
+        pytest.skip("about the sycl backend")
+    loaded = ops._sycl_runtime()
+    code = f"import ctypes; ctypes.CDLL({loaded!r}); import torch, xpu_fp4; xpu_fp4.quantize(torch.ones(32))"
+    result = python(code, XPU_FP4_CPU_BACKEND="sycl", XPU_FP4_SYCL_LIB_DIR=str(tmp_path))
+    assert result.returncode == 1
+    assert f"the process has loaded {loaded}" in result.stderr
 
 
 def test_without_a_cpu_device_the_sycl_backend_says_what_is_missing(backend: str) -> None:

@@ -118,4 +118,6 @@ def test_quantize_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="in_features is 40"):
         MXFP4Linear(40, N)
     with pytest.raises(ValueError, match="mode is 'w8a8'"):
+        MXFP4Linear(K, N, mode="w8a8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mode is 'w8a8'"):
         xpu_fp4.linear(torch.ones(K), torch.zeros(N, K // 2), torch.zeros(N, 3), mode="w8a8")  # type: ignore[arg-type]

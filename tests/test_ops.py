@@ -118,6 +118,35 @@ def test_backward_through_an_op_is_an_error() -> None:
         y.sum().backward()
 
 
+def test_backward_through_the_compatibility_op_is_an_error() -> None:
+    given = dict(zip(FP4_GEMM_NAMES, gemm_arguments().values(), strict=True)) | {"bias_": torch.randn(N, requires_grad=True)}
+    with pytest.raises(RuntimeError, match="derivative for _xpu_C::fp4_gemm is not implemented"):
+        torch.ops._xpu_C.fp4_gemm(**given).sum().backward()
+
+
+def test_outputs_that_share_memory_are_refused() -> None:
+    x = torch.zeros(4, 64)
+    memory = x.view(torch.uint8).view(-1)
+    q, scale = torch.empty(4, 32, dtype=torch.uint8), torch.empty(4, 2)
+    op = torch.ops._C.per_token_group_quant_mxfp4
+    with pytest.raises(RuntimeError, match="output_q shares memory with input"):
+        op(x, memory[-128:].view(4, 32), scale, 32, 1e-10)
+    with pytest.raises(RuntimeError, match="output_s shares memory with input"):
+        op(x, q, x[:, :2], 32, 1e-10)
+    with pytest.raises(RuntimeError, match="output_s shares memory with output_q"):
+        op(x, q, q.view(-1)[96:].view(torch.float32).view(4, 2), 32, 1e-10)
+
+
+def test_scales_may_have_a_stride_between_rows_or_columns() -> None:
+    x = torch.randn(5, 64)
+    q, plain = torch.empty(5, 32, dtype=torch.uint8), torch.empty(5, 2)
+    torch.ops._C.per_token_group_quant_mxfp4(x, q, plain, 32, 1e-10)
+    for strides in ((1, 8), (4, 1)):
+        padded = torch.empty_strided((5, 2), strides)
+        torch.ops._C.per_token_group_quant_mxfp4(x, q, padded, 32, 1e-10)
+        assert torch.equal(padded, plain)
+
+
 def swap(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:  # noqa: ANN401
     return lambda arguments: arguments | changes
 
@@ -289,11 +318,16 @@ ERRORS: list[tuple[Any, Callable[[], dict[str, Any]], Change, str]] = [
             (swap(output_q=codes(K // 2, M).t()), "output_q must be contiguous"),
             (swap(output_s=torch.ones(M, 4)), r"output_s has shape \[5, 4\], expected \[5, 3\]"),
             (swap(output_s=torch.ones(M, 3).half()), "output_s must be float32, got Half"),
-            (swap(output_s=torch.ones(M, 6)[:, ::2]), "output_s must be contiguous, or column-major"),
+            (
+                swap(output_s=torch.ones(M, 6)[:, ::2]),
+                "output_s must be contiguous or, with two dimensions, row-major or column-major",
+            ),
             (swap(group_size=64), "group_size is 64, expected 32"),
-            (swap(eps=0.0), "eps is 0, expected a positive finite float32"),
+            (swap(eps=0.0), "eps is 0, expected a positive finite number"),
             (swap(eps=float("nan")), "eps is nan"),
-            (swap(eps=1e-60), "eps is 1e-60"),
+            (swap(eps=float("inf")), "eps is inf"),
+            (swap(input=torch._neg_view(torch.ones(M, K))), "input is a lazily negated view"),
+            (swap(output_s=torch._neg_view(torch.ones(M, 3))), "output_s is a lazily negated view"),
         )
     ],
 ]

@@ -22,7 +22,12 @@ TORCH_LIBRARY(_xpu_C, m) {
   m.def("fp4_gemm(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, ScalarType? out_dtype, Tensor? bias_) -> Tensor");
   m.impl("fp4_gemm", at::kCPU, &sevens);
 }
+TORCH_LIBRARY(_C, m) {
+  m.def("per_token_group_quant_mxfp4(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps) -> ()");
+}
 """
+
+BOTH = ["_xpu_C::fp4_gemm", "_C::per_token_group_quant_mxfp4"]
 
 PRELUDE = """
 import torch
@@ -69,12 +74,30 @@ def test_ours_is_defined_where_nobody_else_does(stand_in: Path) -> None:
 
 def test_theirs_loaded_first_stays_until_it_is_overridden(stand_in: Path) -> None:
     code = "load_theirs(); import xpu_fp4; print(call()); print(xpu_fp4.override_vllm_ops(), call())"
-    assert run(code, stand_in) == "7.0\n['_xpu_C::fp4_gemm'] 0.0"
+    assert run(code, stand_in) == f"7.0\n{BOTH} 0.0"
 
 
 def test_theirs_loaded_later_works_if_their_package_is_installed(stand_in: Path) -> None:
     code = "import xpu_fp4; load_theirs(); print(call()); print(xpu_fp4.override_vllm_ops(), call())"
-    assert run(code, stand_in, package_installed=True) == "7.0\n['_xpu_C::fp4_gemm'] 0.0"
+    assert run(code, stand_in, package_installed=True) == f"7.0\n{BOTH} 0.0"
+
+
+def test_an_override_before_theirs_is_loaded_is_refused(stand_in: Path) -> None:
+    code = """
+import xpu_fp4
+try: xpu_fp4.override_vllm_ops()
+except RuntimeError as error: print("Import vllm_xpu_kernels._C" in str(error))
+load_theirs(); print(call())
+"""
+    assert run(code, stand_in, package_installed=True) == "True\n7.0"
+
+
+def test_a_stand_in_module_counts_as_their_package(stand_in: Path) -> None:
+    code = """
+import sys, types; sys.modules["vllm_xpu_kernels"] = types.ModuleType("vllm_xpu_kernels")
+import xpu_fp4; load_theirs(); print(call())
+"""
+    assert run(code, stand_in) == "7.0"
 
 
 def test_the_override_gives_their_op_our_fake(stand_in: Path) -> None:

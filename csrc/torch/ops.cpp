@@ -160,13 +160,14 @@ HeldBias hold_bias(const Argument& arg, IntArrayRef y_shape) {
   XPU_FP4_CHECK(arg, fits, "has shape ", sizes,
                 ", expected a scalar, [N], [M, 1] or [M, N] with [M, N] = ", IntArrayRef(matrix));
   const Tensor spread = arg.tensor.to(at::kFloat).expand(matrix);
-  const bool varies_by_row = spread.stride(0) != 0;
-  if (y_shape.size() > 2 && varies_by_row) {
+  // Of a single row the stride means nothing, and the linears give one row for all of theirs.
+  const int64_t row_stride = matrix[0] == 1 ? 0 : spread.stride(0);
+  if (y_shape.size() > 2 && row_stride != 0) {
     // Rows are counted through the batch: write the repetition out.
     const Tensor full = spread.expand(y_shape).contiguous();
     return {full, {full.const_data_ptr<float>(), y_shape.back(), 1}};
   }
-  return {spread, {spread.const_data_ptr<float>(), spread.stride(0), spread.stride(1)}};
+  return {spread, {spread.const_data_ptr<float>(), row_stride, spread.stride(1)}};
 }
 
 HeldBias hold_linear_bias(const Argument& arg, int64_t n) {
