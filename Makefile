@@ -39,6 +39,7 @@ pytest: build $(VENV)/.test
 # Twice: with the SYCL backend, and as on a machine that has none.
 ctest: $(VENV)/.build $(VENV)/.test
 	$(if $(wildcard /usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h),,$(install_gtest))
+	mkdir -p build
 	cmake -S . -B build/cmake -G Ninja -DXPU_FP4_SYCL_ROOT=$(VENV) -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }
 	cmake --build build/cmake
 	cmake -S . -B build/cmake-native -G Ninja -DXPU_FP4_SYCL_ROOT= -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }

@@ -18,6 +18,6 @@ for package in "$folder"/packages/*.deb; do dpkg -x "$package" "$folder/unpacked
 libraries=$folder/unpacked/usr/lib/x86_64-linux-gnu
 cat > "$folder/ocloc" << WRAPPER
 #!/bin/sh
-exec "$libraries/ld-linux-x86-64.so.2" --library-path "$libraries" "$(ls "$folder"/root/usr/bin/ocloc-*)" "\$@"
+exec "$libraries/ld-linux-x86-64.so.2" --library-path "$libraries" "$(ls "$folder"/unpacked/usr/bin/ocloc-*)" "\$@"
 WRAPPER
 chmod +x "$folder/ocloc"

@@ -105,9 +105,6 @@ class ProgramCache {
   std::unordered_map<Place, std::map<Key, std::shared_future<Program>>, Hash> per_device_;
 };
 
-}  // namespace
-
-namespace {
 Target query_target(const sycl::device& device) {
   if (!device.is_gpu() || !device.has(sycl::aspect::ext_intel_matrix)) return {stand_in_sub_group(), false};
   // The width of the matrix unit is the N of the int8 products that the device lists.
@@ -116,6 +113,7 @@ Target query_target(const sycl::device& device) {
   }
   return {stand_in_sub_group(), false};
 }
+
 }  // namespace
 
 Target target_of(const sycl::device& device) {
