@@ -39,11 +39,13 @@ struct DequantizeArgs {
   DType out_dtype;
 };
 
-/// A weight W [n, k]: packed codes [n, k/2], and scale bytes with a stride per row of W and one per block of 32.
+/// A weight W [n, k]: packed codes [n, k/2], and scale bytes with a stride per row of W and one per block of 32; or, where
+/// strips is not null, only that: W as prepack lays it out (format/strips.h), for backends that say they take it.
 struct Weight {
   const uint8_t* codes;
   const uint8_t* scale;
   int64_t scale_row_stride, scale_block_stride;
+  const uint8_t* strips = nullptr;
 };
 
 /// A float32 bias over the output [m, n]; data is null where there is none.
@@ -60,6 +62,17 @@ struct GemmArgs {
   Bias bias;
   void* y;
   DType y_dtype;
+  int64_t m, n, k;
+};
+
+/// Y [m, n] = quantize(X) [m, k] x W [n, k]^T + bias; Y has X's dtype.
+struct LinearArgs {
+  const void* x;
+  DType dtype;
+  ScaleMode mode;
+  Weight w;
+  Bias bias;
+  void* y;
   int64_t m, n, k;
 };
 
@@ -82,6 +95,11 @@ class Backend {
   virtual void dequantize(const DequantizeArgs& args) const = 0;
   virtual void gemm(const GemmArgs& args) const = 0;
   virtual void gemm_w4a16(const GemmW4A16Args& args) const = 0;
+
+  /// Whether weights may come as strips.
+  virtual bool takes_strips() const { return false; }
+  /// Quantizes and multiplies in one go, without codes in memory; false where there is no such kernel: nothing was done then.
+  virtual bool linear(const LinearArgs& args) const { return false; }
 };
 
 }  // namespace xpu_fp4

@@ -5,21 +5,44 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstddef>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "../format/block.h"
 #include "float_environment.h"
+#include "panels.h"
 
 namespace xpu_fp4::cpu {
 namespace {
 
 // Blocks per task: 64 KiB of float32 input, so that starting a task costs little beside it.
 constexpr int64_t kBlocksPerTask = 512;
-// Output rectangle of a task: the columns' weights are unpacked once for all its rows.
+// Output rectangle of a W4A16 task: the columns' weights are unpacked once for all its rows.
 constexpr int64_t kTaskRows = 128, kTaskColumns = 32;
+// W4A4: rows whose activations are expanded at a time, which bounds the memory of a call: 1.6 KiB a row and 1024 of K.
+constexpr int64_t kChunkRows = 1024;
+// A task is a panel of columns for so many rows; tasks that follow each other share the panel.
+constexpr int64_t kW4A4TaskRows = 256;
+// Multiplications that are worth a thread, and blocks of A.
+constexpr int64_t kTaskWork = int64_t{1} << 18, kExpandBlocks = 2048;
+
+// Uninitialised memory on a cache line's boundary.
+class AlignedBuffer {
+ public:
+  explicit AlignedBuffer(size_t bytes) : data_(static_cast<std::byte*>(::operator new(bytes, kAlignment))) {}
+  ~AlignedBuffer() { ::operator delete(data_, kAlignment); }
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+  std::byte* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  std::byte* data_;
+};
 
 class NativeBackend final : public Backend {
  public:
@@ -29,10 +52,60 @@ class NativeBackend final : public Backend {
   void quantize(const QuantizeArgs& args) const override { over_blocks(args, kernels_.quantize); }
   void group_quant(const GroupQuantArgs& args) const override { over_blocks(args, kernels_.group_quant); }
   void dequantize(const DequantizeArgs& args) const override { over_blocks(args, kernels_.dequantize); }
-  void gemm(const GemmArgs& args) const override { over_tiles(args, kernels_.gemm); }
+  void gemm(const GemmArgs& args) const override {
+    multiply({args.a, args.a_scale, nullptr, DType::f32, ScaleMode::even, args.m, args.k},
+             {args.w, args.bias, args.y, args.y_dtype, args.n, args.k});
+  }
+  bool linear(const LinearArgs& args) const override {
+    multiply({nullptr, nullptr, args.x, args.dtype, args.mode, args.m, args.k},
+             {args.w, args.bias, args.y, args.dtype, args.n, args.k});
+    return true;
+  }
+  bool takes_strips() const override { return true; }
   void gemm_w4a16(const GemmW4A16Args& args) const override { over_tiles(args, kernels_.gemm_w4a16); }
 
  private:
+  void multiply(const ActivationSource& source, const ProductArgs& args) const {
+    const W4A4Kernels& kernels = kernels_.w4a4(source.rows);
+    const int64_t quads = strips::quads(args.k), groups = ceil_div(std::min(source.rows, kChunkRows), kernels.group_rows);
+    const size_t group_bytes = static_cast<size_t>(quads) * kernels.group_quad_bytes;
+    const AlignedBuffer activations(static_cast<size_t>(groups) * group_bytes);
+    for (int64_t first = 0; first < source.rows; first += kChunkRows) {
+      const int64_t rows = std::min(kChunkRows, source.rows - first);
+      parallel_for_(ceil_div(rows, kernels.group_rows), ceil_div(kExpandBlocks, kernels.group_rows * (args.k / kBlock) + 1),
+                    [&](int64_t begin, int64_t end) {
+        const DefaultFloatEnvironment environment;
+        for (int64_t group = begin; group < end; ++group) {
+          const int64_t row = group * kernels.group_rows;
+          kernels.expand(source, first + row, static_cast<int>(std::min<int64_t>(kernels.group_rows, rows - row)),
+                         activations.data() + static_cast<size_t>(group) * group_bytes);
+        }
+      });
+      multiply_rows(kernels, args, activations.data(), first, rows);
+    }
+  }
+
+  static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+  // One chunk of rows with every panel of columns.
+  void multiply_rows(const W4A4Kernels& kernels, const ProductArgs& args, const void* activations, int64_t first_row,
+                     int64_t rows) const {
+    const int64_t parts = ceil_div(rows, kW4A4TaskRows), panels = ceil_div(args.n, kernels.panel_columns);
+    const int64_t work = std::min(rows, kW4A4TaskRows) * kernels.panel_columns * (args.k + 1);
+    parallel_for_(panels * parts, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
+      const DefaultFloatEnvironment environment;
+      // Tasks of one panel, and whole panels, are run as one.
+      while (begin < end) {
+        const int64_t panel = begin / parts, part = begin % parts;
+        const bool whole = part == 0 && end - begin >= parts;
+        const int64_t last_part = std::min(parts, part + end - begin), panel_end = whole ? panel + (end - begin) / parts : panel + 1;
+        kernels.multiply(args, activations, first_row, {part * kW4A4TaskRows, std::min(rows, last_part * kW4A4TaskRows)},
+                         {panel, panel_end});
+        begin += (panel_end - panel) * (last_part - part);
+      }
+    });
+  }
+
   template <class Args>
   void over_blocks(const Args& args, void (*kernel)(const Args&, Range)) const {
     parallel_for_(args.rows * (args.k / kBlock), kBlocksPerTask, [&](int64_t begin, int64_t end) {
@@ -63,7 +136,7 @@ class NativeBackend final : public Backend {
 
 const std::vector<const KernelTable*>& all_kernels() {
 #if defined(__x86_64__)
-  static const std::vector<const KernelTable*> tables = {&kAvx512, &kPortable};
+  static const std::vector<const KernelTable*> tables = {&kAmx, &kAvx512Vbmi, &kAvx512Vnni, &kAvx2, &kPortable};
 #else
   static const std::vector<const KernelTable*> tables = {&kPortable};
 #endif

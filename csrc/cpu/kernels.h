@@ -2,6 +2,7 @@
 // The native kernels, one table of them per instruction set; the best table that the processor can run is chosen at run time.
 // A kernel computes a part of its output, serially; cpu/backend.cpp spreads the parts over threads.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -14,6 +15,20 @@ struct Range {
   int64_t begin, end;
 };
 
+struct ActivationSource;
+struct ProductArgs;
+
+/// W4A4 in two steps (panels.h): groups of rows of A are expanded, then multiplied with panels of columns.
+struct W4A4Kernels {
+  int group_rows, panel_columns;
+  /// Bytes of one group's quad (K = 128).
+  size_t group_quad_bytes;
+  /// Rows [first_row, first_row + rows) of A, rows <= group_rows, to out: the group's quads one after the other.
+  void (*expand)(const ActivationSource&, int64_t first_row, int rows, void* out);
+  /// A rectangle of Y: rows, the first of a group, count from the first expanded row, which is first_row of A and Y.
+  void (*multiply)(const ProductArgs&, const void* activations, int64_t first_row, Range rows, Range panels);
+};
+
 struct KernelTable {
   const char* isa;
   bool (*supported)();
@@ -21,15 +36,16 @@ struct KernelTable {
   void (*quantize)(const QuantizeArgs&, Range blocks);
   void (*group_quant)(const GroupQuantArgs&, Range blocks);
   void (*dequantize)(const DequantizeArgs&, Range blocks);
+  /// The kernels for an A of m rows.
+  const W4A4Kernels& (*w4a4)(int64_t m);
   /// A rectangle of the output.
-  void (*gemm)(const GemmArgs&, Range rows, Range columns);
   void (*gemm_w4a16)(const GemmW4A16Args&, Range rows, Range columns);
 };
 
 /// Any processor.
 extern const KernelTable kPortable;
 #if defined(__x86_64__)
-extern const KernelTable kAvx512;
+extern const KernelTable kAvx2, kAvx512Vnni, kAvx512Vbmi, kAmx;
 #endif
 
 /// Every table of this build, best first; the last runs anywhere.

@@ -38,6 +38,26 @@ void bind_ops(torch::Library& library) {
   });
 }
 
+// Prepacked weights are the native kernels', so these are for CPU tensors.
+template <class GetBackend>
+void bind_prepacked_ops(torch::Library& library) {
+  using at::Tensor;
+  library.impl("mxfp4_prepack", ops::prepack);
+  library.impl("mxfp4_unprepack", ops::unprepack);
+  library.impl("mxfp4_gemm_prepacked", [](const Tensor& a, const Tensor& a_scale, const Tensor& b, int64_t out_features,
+                                          std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias) {
+    return ops::gemm_prepacked(*GetBackend{}(), a, a_scale, b, out_features, out_dtype, bias);
+  });
+  library.impl("mxfp4_linear_prepacked", [](const Tensor& x, const Tensor& weight, int64_t out_features,
+                                            const std::optional<Tensor>& bias, std::string_view scale_mode) {
+    return ops::linear_prepacked(*GetBackend{}(), x, weight, out_features, bias, scale_mode);
+  });
+  library.impl("mxfp4_linear_w4a16_prepacked",
+               [](const Tensor& x, const Tensor& weight, int64_t out_features, const std::optional<Tensor>& bias) {
+    return ops::linear_w4a16_prepacked(*GetBackend{}(), x, weight, out_features, bias);
+  });
+}
+
 template <class GetBackend>
 void bind_fp4_gemm(torch::Library& library) {
   using at::Tensor;

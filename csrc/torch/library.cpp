@@ -38,7 +38,8 @@ std::vector<std::string> describe_sycl_devices() {
 TORCH_LIBRARY(xpu_fp4, library) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   for (const char* definition :
-       {schema::kQuantize, schema::kDequantize, schema::kGemm, schema::kLinear, schema::kLinearW4A16}) {
+       {schema::kQuantize, schema::kDequantize, schema::kGemm, schema::kLinear, schema::kLinearW4A16, schema::kPrepack,
+        schema::kUnprepack, schema::kGemmPrepacked, schema::kLinearPrepacked, schema::kLinearW4A16Prepacked}) {
     library.def(definition, tags);
   }
   library.def("_cpu_backend() -> str", cpu_backend_name);
@@ -54,11 +55,15 @@ TORCH_LIBRARY(xpu_fp4, library) {
 
 // The ops have no derivative: backward through one raises instead of giving no gradient.
 TORCH_LIBRARY_IMPL(xpu_fp4, Autograd, library) {
-  for (const char* op : {"mxfp4_quantize", "mxfp4_dequantize", "mxfp4_gemm", "mxfp4_linear", "mxfp4_linear_w4a16"}) {
+  for (const char* op : {"mxfp4_quantize", "mxfp4_dequantize", "mxfp4_gemm", "mxfp4_linear", "mxfp4_linear_w4a16", "mxfp4_prepack",
+                         "mxfp4_unprepack", "mxfp4_gemm_prepacked", "mxfp4_linear_prepacked", "mxfp4_linear_w4a16_prepacked"}) {
     library.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }
 
-TORCH_LIBRARY_IMPL(xpu_fp4, CPU, library) { bind_ops<GetCpuBackend>(library); }
+TORCH_LIBRARY_IMPL(xpu_fp4, CPU, library) {
+  bind_ops<GetCpuBackend>(library);
+  bind_prepacked_ops<GetCpuBackend>(library);
+}
 
 }  // namespace xpu_fp4

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
 #include <utility>
 
+#include "../cpu/prepack.h"
 #include "../format/block.h"
 
 namespace xpu_fp4::ops {
@@ -175,17 +177,16 @@ HeldBias hold_linear_bias(const Argument& arg, int64_t n) {
   return hold_bias(arg, {n});
 }
 
-struct LinearShape {
-  int64_t m, n, k;
+// A weight and whatever must stay alive for it.
+struct HeldWeight {
+  Weight view;
+  int64_t n;
+  Tensor codes, scale;
 };
 
-// The checks of both linears.
-LinearShape check_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                         const std::optional<Tensor>& bias) {
-  const Argument x_arg{op, "x", x}, w_arg{op, "weight", weight}, scale_arg{op, "weight_scale", weight_scale};
-  const at::Device device = x.device();
-  check_float(x_arg);
-  const int64_t k = check_k(x_arg, 1);
+// A weight [N, K/2] with scales [N, K/32], as checkpoints store it.
+HeldWeight hold_rows(const Argument& w_arg, const Argument& scale_arg, int64_t k, const at::Device& device) {
+  const Tensor &weight = w_arg.tensor, &scale = scale_arg.tensor;
   check_device(w_arg, device);
   check_codes(w_arg);
   XPU_FP4_CHECK(w_arg, weight.dim() == 2, "must be [N, K/2], got shape ", weight.sizes());
@@ -196,12 +197,88 @@ LinearShape check_linear(const char* op, const Tensor& x, const Tensor& weight, 
   check_scales(scale_arg);
   check_shape(scale_arg, {n, k / kBlock}, "[N, K/32]");
   check_contiguous(scale_arg);
-  if (bias) check_device({op, "bias", *bias}, device);
-  return {rows_of(x), n, k};
+  return {{bytes(weight), bytes(scale), k / kBlock, 1}, n, weight, scale};
 }
 
-Weight row_major_weight(const Tensor& weight, const Tensor& scale, int64_t k) {
-  return {bytes(weight), bytes(scale), k / kBlock, 1};
+void check_prepacked(const Argument& arg, int64_t n, int64_t k) {
+  TORCH_CHECK(n >= 0, arg.op, ": out_features is ", n, ", expected 0 or more");
+  XPU_FP4_CHECK(arg, arg.tensor.device().is_cpu(), "is on ", arg.tensor.device(), ", expected cpu: the layout is the native kernels'");
+  XPU_FP4_CHECK(arg, arg.tensor.scalar_type() == at::kByte, "must be uint8, got ", arg.tensor.scalar_type());
+  check_shape(arg, {strips::count(n), strips::quads(k), strips::kRecordBytes}, "what mxfp4_prepack returns for this N and K");
+  check_contiguous(arg);
+}
+
+std::tuple<Tensor, Tensor> unpack(const Tensor& prepacked, int64_t n, int64_t k) {
+  const Tensor codes = at::empty({n, k / 2}, prepacked.options()), scale = at::empty({n, k / kBlock}, prepacked.options());
+  Weight w{};
+  w.strips = bytes(prepacked);
+  at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+    cpu::unpack_rows(w, k, {begin, end}, codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<uint8_t>());
+  });
+  return {codes, scale};
+}
+
+// A prepacked weight; for a backend that does not take it, unpacked again.
+HeldWeight hold_prepacked(const Backend& backend, const Argument& arg, int64_t n, int64_t k) {
+  check_prepacked(arg, n, k);
+  if (backend.takes_strips()) {
+    HeldWeight held{{}, n, arg.tensor, {}};
+    held.view.strips = bytes(arg.tensor);
+    return held;
+  }
+  const auto [codes, scale] = unpack(arg.tensor, n, k);
+  return {{bytes(codes), bytes(scale), k / kBlock, 1}, n, codes, scale};
+}
+
+int64_t check_x(const Argument& x_arg) {
+  check_float(x_arg);
+  return check_k(x_arg, 1);
+}
+
+HeldBias check_linear_bias(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t n) {
+  if (!bias) return {};
+  const Argument arg{op, "bias", *bias};
+  check_device(arg, x.device());
+  return hold_linear_bias(arg, n);
+}
+
+// W4A4 of checked arguments: in one go where the backend can.
+Tensor run_linear(const Backend& backend, const Tensor& x, const HeldWeight& weight, const HeldBias& bias, ScaleMode mode) {
+  const DType dtype = dtype_of(x.scalar_type());
+  const int64_t m = rows_of(x), k = x.size(-1);
+  const Tensor dense = x.contiguous();
+  const Tensor y = at::empty(with_last(x, weight.n), x.options());
+  if (!backend.linear({dense.const_data_ptr(), dtype, mode, weight.view, bias.view, y.data_ptr(), m, weight.n, k})) {
+    const auto [q, scale] = quantize_checked(backend, dense, mode);
+    backend.gemm({bytes(q), bytes(scale), weight.view, bias.view, y.data_ptr(), dtype, m, weight.n, k});
+  }
+  return y;
+}
+
+Tensor run_linear_w4a16(const Backend& backend, const Tensor& x, const HeldWeight& weight, const HeldBias& bias) {
+  const Tensor dense = x.contiguous();
+  const Tensor y = at::empty(with_last(x, weight.n), x.options());
+  backend.gemm_w4a16({dense.const_data_ptr(), dtype_of(x.scalar_type()), weight.view, bias.view, y.data_ptr(), rows_of(x), weight.n,
+                      x.size(-1)});
+  return y;
+}
+
+// The second half of both products of codes: what is left to check, and the product.
+Tensor run_gemm(const Backend& backend, const GemmNames& names, const Tensor& a, const Tensor& a_scale, const HeldWeight& weight,
+                int64_t k, std::optional<ScalarType> out_dtype, const std::optional<Tensor>& bias) {
+  const Argument a_scale_arg{names.op, names.a_scale, a_scale};
+  check_device(a_scale_arg, a.device());
+  check_scales(a_scale_arg);
+  check_shape(a_scale_arg, with_last(a, k / kBlock), "the codes', with K/32 last");
+  const ScalarType y_type = out_dtype.value_or(at::kHalf);
+  const DType y_dtype = check_out_dtype(names.op, "out_dtype", y_type);
+  const std::vector<int64_t> y_shape = with_last(a, weight.n);
+  if (bias) check_device({names.op, names.bias, *bias}, a.device());
+  const HeldBias held = bias ? hold_bias({names.op, names.bias, *bias}, y_shape) : HeldBias{};
+  const Tensor dense_a = a.contiguous(), dense_a_scale = a_scale.contiguous();
+  const Tensor y = at::empty(y_shape, a.options().dtype(y_type));
+  backend.gemm({bytes(dense_a), bytes(dense_a_scale), weight.view, held.view, y.data_ptr(), y_dtype, rows_of(a), weight.n, k});
+  return y;
 }
 
 }  // namespace
@@ -232,7 +309,7 @@ Tensor dequantize(const Backend& backend, const Tensor& q, const Tensor& scale, 
 Tensor gemm(const Backend& backend, const GemmNames& names, const Tensor& a, const Tensor& b, const Tensor& a_scale,
             const Tensor& b_scale, std::optional<ScalarType> out_dtype, const std::optional<Tensor>& bias) {
   const Argument a_arg{names.op, names.a, a}, b_arg{names.op, names.b, b};
-  const Argument a_scale_arg{names.op, names.a_scale, a_scale}, b_scale_arg{names.op, names.b_scale, b_scale};
+  const Argument b_scale_arg{names.op, names.b_scale, b_scale};
   check_codes(a_arg);
   const int64_t k = check_k(a_arg, 2);
   check_device(b_arg, a.device());
@@ -242,56 +319,80 @@ Tensor gemm(const Backend& backend, const GemmNames& names, const Tensor& a, con
   XPU_FP4_CHECK(b_arg, b.t().is_contiguous(), "must be the .t() view of a contiguous [N, K/2], got shape ", b.sizes(),
                 " with strides ", b.strides());
   const int64_t n = b.size(1);
-  check_device(a_scale_arg, a.device());
-  check_scales(a_scale_arg);
-  check_shape(a_scale_arg, with_last(a, k / kBlock), "the codes', with K/32 last");
   check_device(b_scale_arg, a.device());
   check_scales(b_scale_arg);
   check_shape(b_scale_arg, {k / kBlock, n}, "[K/32, N], the transpose of a checkpoint's scales, made contiguous");
   check_contiguous(b_scale_arg);
-  const ScalarType y_type = out_dtype.value_or(at::kHalf);
-  const DType y_dtype = check_out_dtype(names.op, "out_dtype", y_type);
-  const std::vector<int64_t> y_shape = with_last(a, n);
-  if (bias) check_device({names.op, names.bias, *bias}, a.device());
-  const HeldBias held = bias ? hold_bias({names.op, names.bias, *bias}, y_shape) : HeldBias{};
+  const HeldWeight weight = {{bytes(b), bytes(b_scale), 1, n}, n, b, b_scale};
+  return run_gemm(backend, names, a, a_scale, weight, k, out_dtype, bias);
+}
 
-  const Tensor dense_a = a.contiguous(), dense_a_scale = a_scale.contiguous();
-  const Tensor y = at::empty(y_shape, a.options().dtype(y_type));
-  backend.gemm({bytes(dense_a),
-                bytes(dense_a_scale),
-                {bytes(b), bytes(b_scale), 1, n},
-                held.view,
-                y.data_ptr(),
-                y_dtype,
-                rows_of(a),
-                n,
-                k});
-  return y;
+Tensor gemm_prepacked(const Backend& backend, const Tensor& a, const Tensor& a_scale, const Tensor& b, int64_t out_features,
+                      std::optional<ScalarType> out_dtype, const std::optional<Tensor>& bias) {
+  const GemmNames names = {"mxfp4_gemm_prepacked", "a", "b", "a_scale", "", "bias"};
+  const Argument a_arg{names.op, names.a, a};
+  check_codes(a_arg);
+  const int64_t k = check_k(a_arg, 2);
+  const HeldWeight weight = hold_prepacked(backend, {names.op, names.b, b}, out_features, k);
+  return run_gemm(backend, names, a, a_scale, weight, k, out_dtype, bias);
 }
 
 Tensor linear(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
               const std::optional<Tensor>& bias, std::string_view scale_mode) {
   const char* op = "mxfp4_linear";
-  const auto [m, n, k] = check_linear(op, x, weight, weight_scale, bias);
+  const int64_t k = check_x({op, "x", x});
+  const HeldWeight held = hold_rows({op, "weight", weight}, {op, "weight_scale", weight_scale}, k, x.device());
   const ScaleMode mode = parse_scale_mode(op, scale_mode);
-  const HeldBias held = bias ? hold_linear_bias({op, "bias", *bias}, n) : HeldBias{};
-  const auto [q, scale] = quantize_checked(backend, x, mode);
-  const Tensor y = at::empty(with_last(x, n), x.options());
-  backend.gemm({bytes(q), bytes(scale), row_major_weight(weight, weight_scale, k), held.view, y.data_ptr(),
-                dtype_of(x.scalar_type()), m, n, k});
-  return y;
+  return run_linear(backend, x, held, check_linear_bias(op, x, bias, held.n), mode);
+}
+
+Tensor linear_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
+                        const std::optional<Tensor>& bias, std::string_view scale_mode) {
+  const char* op = "mxfp4_linear_prepacked";
+  const int64_t k = check_x({op, "x", x});
+  const HeldWeight held = hold_prepacked(backend, {op, "weight", weight}, out_features, k);
+  const ScaleMode mode = parse_scale_mode(op, scale_mode);
+  return run_linear(backend, x, held, check_linear_bias(op, x, bias, held.n), mode);
 }
 
 Tensor linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                     const std::optional<Tensor>& bias) {
   const char* op = "mxfp4_linear_w4a16";
-  const auto [m, n, k] = check_linear(op, x, weight, weight_scale, bias);
-  const HeldBias held = bias ? hold_linear_bias({op, "bias", *bias}, n) : HeldBias{};
-  const Tensor dense = x.contiguous();
-  const Tensor y = at::empty(with_last(x, n), x.options());
-  backend.gemm_w4a16({dense.const_data_ptr(), dtype_of(x.scalar_type()), row_major_weight(weight, weight_scale, k), held.view,
-                      y.data_ptr(), m, n, k});
-  return y;
+  const int64_t k = check_x({op, "x", x});
+  const HeldWeight held = hold_rows({op, "weight", weight}, {op, "weight_scale", weight_scale}, k, x.device());
+  return run_linear_w4a16(backend, x, held, check_linear_bias(op, x, bias, held.n));
+}
+
+Tensor linear_w4a16_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
+                              const std::optional<Tensor>& bias) {
+  const char* op = "mxfp4_linear_w4a16_prepacked";
+  const int64_t k = check_x({op, "x", x});
+  const HeldWeight held = hold_prepacked(backend, {op, "weight", weight}, out_features, k);
+  return run_linear_w4a16(backend, x, held, check_linear_bias(op, x, bias, held.n));
+}
+
+Tensor prepack(const Tensor& weight, const Tensor& weight_scale) {
+  const char* op = "mxfp4_prepack";
+  const Argument w_arg{op, "weight", weight};
+  check_codes(w_arg);
+  const int64_t k = check_k(w_arg, 2);
+  const HeldWeight held = hold_rows(w_arg, {op, "weight_scale", weight_scale}, k, weight.device());
+  const int64_t quads = strips::quads(k);
+  const Tensor out = at::empty({strips::count(held.n), quads, strips::kRecordBytes}, weight.options().dtype(at::kByte));
+  auto* records = out.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, strips::count(held.n) * quads, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      cpu::prepack_record(held.view, held.n, k, i / quads, i % quads, records + i * strips::kRecordBytes);
+    }
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> unprepack(const Tensor& prepacked, int64_t out_features, int64_t in_features) {
+  const char* op = "mxfp4_unprepack";
+  TORCH_CHECK(in_features >= 0 && in_features % kBlock == 0, op, ": in_features is ", in_features, ", expected a multiple of ", kBlock);
+  check_prepacked({op, "prepacked", prepacked}, out_features, in_features);
+  return unpack(prepacked, out_features, in_features);
 }
 
 void group_quant(const Backend& backend, const Tensor& input, const Tensor& output_q, const Tensor& output_s,

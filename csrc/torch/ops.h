@@ -42,6 +42,21 @@ Tensor linear(const Backend& backend, const Tensor& x, const Tensor& weight, con
 Tensor linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                     const std::optional<Tensor>& bias);
 
+/// weight [N, K/2] and weight_scale [N, K/32], on the CPU, contiguous -> the prepacked layout, uint8 [ceil(N/16), ceil(K/128), 1088]
+/// (format/strips.h).
+Tensor prepack(const Tensor& weight, const Tensor& weight_scale);
+
+/// The way back: codes [N, K/2] and scales [N, K/32], both uint8.
+std::tuple<Tensor, Tensor> unprepack(const Tensor& prepacked, int64_t out_features, int64_t in_features);
+
+/// gemm, linear and linear_w4a16 with a prepacked weight of out_features rows; a's K tells its columns.
+Tensor gemm_prepacked(const Backend& backend, const Tensor& a, const Tensor& a_scale, const Tensor& b, int64_t out_features,
+                      std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
+Tensor linear_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
+                        const std::optional<Tensor>& bias, std::string_view scale_mode);
+Tensor linear_w4a16_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
+                              const std::optional<Tensor>& bias);
+
 /// vllm-xpu-kernels' quantizer: input [..., K] contiguous -> output_q uint8 [..., K/2] contiguous and output_s float32
 /// [..., K/32], contiguous or, with two dimensions, row-major or column-major with any stride between. group_size must be 32,
 /// eps positive and finite. The outputs must not share memory with each other or the input.

@@ -14,6 +14,17 @@ constexpr char kLinear[] =
     "mxfp4_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, str scale_mode=\"even\") -> Tensor";
 constexpr char kLinearW4A16[] = "mxfp4_linear_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor";
 
+/// A weight in the native kernels' own layout (format/strips.h): uint8 [strips, quads, 1088], from prepack.
+constexpr char kPrepack[] = "mxfp4_prepack(Tensor weight, Tensor weight_scale) -> Tensor";
+constexpr char kUnprepack[] = "mxfp4_unprepack(Tensor prepacked, int out_features, int in_features) -> (Tensor weight, Tensor scale)";
+constexpr char kGemmPrepacked[] =
+    "mxfp4_gemm_prepacked(Tensor a, Tensor a_scale, Tensor b, int out_features, ScalarType? out_dtype=None, "
+    "Tensor? bias=None) -> Tensor";
+constexpr char kLinearPrepacked[] =
+    "mxfp4_linear_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None, str scale_mode=\"even\") -> Tensor";
+constexpr char kLinearW4A16Prepacked[] =
+    "mxfp4_linear_w4a16_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None) -> Tensor";
+
 /// The names that vLLM calls. compat.h says when they are defined.
 constexpr char kFp4GemmNamespace[] = "_xpu_C";
 constexpr char kFp4Gemm[] =

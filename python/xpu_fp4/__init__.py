@@ -9,7 +9,7 @@ from ._version import __version__
 from .backends import Backend, backends, cpu_backend
 from .compat import override_vllm_ops
 from .convert import quantize_
-from .functional import Mode, ScaleMode, dequantize, linear, quantize
+from .functional import Mode, ScaleMode, dequantize, linear, linear_prepacked, prepack, quantize, unprepack
 from .modules import MXFP4Linear
 
 __all__ = [
@@ -22,7 +22,10 @@ __all__ = [
     "cpu_backend",
     "dequantize",
     "linear",
+    "linear_prepacked",
     "override_vllm_ops",
+    "prepack",
     "quantize",
     "quantize_",
+    "unprepack",
 ]

@@ -70,3 +70,46 @@ def _fake_linear(
 def _fake_linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     _on_one_device(x, weight=weight, weight_scale=weight_scale, bias=bias)
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
+
+
+STRIP, QUAD, RECORD = 16, 128, 1088  # csrc/format/strips.h: columns, elements and bytes of a prepacked record
+
+
+@torch.library.register_fake("xpu_fp4::mxfp4_prepack")
+def _fake_prepack(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    _on_one_device(weight, weight_scale=weight_scale)
+    n, packed = weight.shape
+    return weight.new_empty([-(-n // STRIP), -(-2 * packed // QUAD), RECORD], dtype=torch.uint8)
+
+
+@torch.library.register_fake("xpu_fp4::mxfp4_unprepack")
+def _fake_unprepack(prepacked: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    weight = prepacked.new_empty([out_features, in_features // 2])
+    return weight, prepacked.new_empty([out_features, in_features // BLOCK])
+
+
+@torch.library.register_fake("xpu_fp4::mxfp4_gemm_prepacked")
+def _fake_gemm_prepacked(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    out_features: int,
+    out_dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    _on_one_device(a, a_scale=a_scale, b=b, bias=bias)
+    return a.new_empty([*a.shape[:-1], out_features], dtype=out_dtype or torch.float16)
+
+
+@torch.library.register_fake("xpu_fp4::mxfp4_linear_prepacked")
+def _fake_linear_prepacked(
+    x: Tensor, weight: Tensor, out_features: int, bias: Tensor | None = None, scale_mode: str = "even"
+) -> Tensor:
+    _on_one_device(x, weight=weight, bias=bias)
+    return x.new_empty([*x.shape[:-1], out_features])
+
+
+@torch.library.register_fake("xpu_fp4::mxfp4_linear_w4a16_prepacked")
+def _fake_linear_w4a16_prepacked(x: Tensor, weight: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
+    _on_one_device(x, weight=weight, bias=bias)
+    return x.new_empty([*x.shape[:-1], out_features])

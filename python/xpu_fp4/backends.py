@@ -63,6 +63,12 @@ def backends() -> dict[str, Backend]:
     return {backend.name: backend for backend in (_native(), _sycl(), _xpu())}
 
 
+def cpu_backend_name() -> str:
+    """The backend that serves CPU tensors in this thread now: `native` or `sycl`."""
+    name: str = ops._cpu_backend()
+    return name
+
+
 @contextmanager
 def cpu_backend(name: str) -> Iterator[None]:
     """Serves CPU tensors with the backend `native` or `sycl`, in this thread, inside the context.

@@ -57,3 +57,37 @@ def linear(
     else:
         out = ops.mxfp4_linear_w4a16(x, weight, weight_scale, bias)
     return out
+
+
+def prepack(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Codes [N, K/2] and scales [N, K/32] on the CPU -> the same weight in the native kernels' own layout, uint8 and opaque.
+
+    Its size is that of codes and scales, with N rounded up to a multiple of 16 and K to one of 128. Results are the same bits.
+    """
+    out: Tensor = ops.mxfp4_prepack(weight, weight_scale)
+    return out
+
+
+def unprepack(prepacked: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """The way back: codes uint8 [N, K/2] and scales uint8 [N, K/32]. Raises RuntimeError where the shape is not that of N, K."""
+    weight, scale = ops.mxfp4_unprepack(prepacked, out_features, in_features)
+    return weight, scale
+
+
+def linear_prepacked(
+    x: Tensor,
+    weight: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    *,
+    mode: Mode = "w4a4",
+    scale_mode: ScaleMode = "even",
+) -> Tensor:
+    """`linear` with a weight from `prepack` of out_features rows."""
+    check_mode(mode)
+    out: Tensor
+    if mode == "w4a4":
+        out = ops.mxfp4_linear_prepacked(x, weight, out_features, bias, scale_mode)
+    else:
+        out = ops.mxfp4_linear_w4a16_prepacked(x, weight, out_features, bias)
+    return out

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A drop-in for nn.Linear whose weight is MXFP4."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .functional import Mode, ScaleMode, check_mode, dequantize, linear, quantize
+from .backends import cpu_backend_name
+from .functional import Mode, ScaleMode, check_mode, dequantize, linear, linear_prepacked, prepack, quantize, unprepack
+
+_WEIGHTS = ("weight_packed", "weight_scale")
 
 
 class MXFP4Linear(nn.Module):
@@ -13,6 +19,10 @@ class MXFP4Linear(nn.Module):
     Parameters carry the names and the layout of compressed-tensors' `mxfp4-pack-quantized`, so a state_dict is that checkpoint
     format: `weight_packed` uint8 [N, K/2], `weight_scale` uint8 [N, K/32] (2^(byte - 127)), `bias` [N]. A new module is all
     zeros.
+
+    On the CPU the first forward (in eval or train mode, but not one that torch.compile traces) moves the weight into the native
+    kernels' layout, which it keeps instead: see `prepack_`. Then `weight_packed` and `weight_scale` are no longer parameters;
+    reading them, `state_dict` and `load_state_dict` go on as before.
 
     Args:
         in_features, out_features: K (a multiple of 32) and N.
@@ -44,6 +54,8 @@ class MXFP4Linear(nn.Module):
         self.weight_packed = _frozen(torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
         self.weight_scale = _frozen(torch.zeros(out_features, in_features // 32, dtype=torch.uint8, device=device))
         self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self._prepacked: Tensor | None
+        self.register_buffer("_prepacked", None, persistent=False)
 
     @classmethod
     def from_linear(
@@ -69,19 +81,79 @@ class MXFP4Linear(nn.Module):
             module.bias = _frozen(source.bias.detach().clone())
         return module.train(source.training)
 
+    @property
+    def is_prepacked(self) -> bool:
+        """Whether the weight is in the native kernels' layout now."""
+        return self._prepacked is not None
+
+    def prepack_(self) -> "MXFP4Linear":
+        """Moves the weight into the native kernels' layout, in place of the two parameters; results are the same bits.
+
+        Memory stays what it was, with N rounded up to a multiple of 16 and K to one of 128. The weight must be on the CPU
+        (RuntimeError). Does nothing the second time.
+        """
+        if self._prepacked is None:
+            self._prepacked = prepack(self.weight_packed.detach(), self.weight_scale.detach())
+            for name in _WEIGHTS:
+                delattr(self, name)
+        return self
+
+    def unprepack_(self) -> "MXFP4Linear":
+        """Makes `weight_packed` and `weight_scale` parameters again: to shard them, to move the module to another device."""
+        if self._prepacked is not None:
+            tensors = self._unprepacked()
+            self._prepacked = None
+            for name, tensor in zip(_WEIGHTS, tensors, strict=True):
+                setattr(self, name, _frozen(tensor))
+        return self
+
+    def _unprepacked(self) -> tuple[Tensor, Tensor]:
+        assert self._prepacked is not None
+        return unprepack(self._prepacked, self.out_features, self.in_features)
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not found: of a prepacked module also the weights.
+        if name in _WEIGHTS and self.__dict__.get("_buffers", {}).get("_prepacked") is not None:
+            return self._unprepacked()[_WEIGHTS.index(name)]
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MXFP4Linear":
+        # .to(), .cuda(), .share_memory() and the like are for the weight as it is stored.
+        return super(MXFP4Linear, self.unprepack_())._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._prepacked is not None:
+            destination.update(zip((prefix + name for name in _WEIGHTS), self._unprepacked(), strict=True))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unprepack_()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes and scales stand for."""
         return dequantize(self.weight_packed, self.weight_scale, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] float32, float16 or bfloat16 -> [..., N] of the same dtype."""
-        return linear(x, self.weight_packed, self.weight_scale, self.bias, mode=self.mode, scale_mode=self.scale_mode)
+        if self._prepacked is None and not torch.compiler.is_compiling() and _can_prepack(self.weight_packed):
+            self.prepack_()
+        if self._prepacked is None:
+            return linear(x, self.weight_packed, self.weight_scale, self.bias, mode=self.mode, scale_mode=self.scale_mode)
+        return linear_prepacked(
+            x, self._prepacked, self.out_features, self.bias, mode=self.mode, scale_mode=self.scale_mode
+        )
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"mode={self.mode}, scale_mode={self.scale_mode}"
         )
+
+
+def _can_prepack(weight: Tensor) -> bool:
+    """Plain CPU memory of the native kernels' own: not a DTensor or another subclass, not a fake."""
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and cpu_backend_name() == "native"
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+// W4A4 on AVX-512 VNNI. A tile is up to eight rows by three strips of sixteen columns: 24 integer accumulators in registers, so
+// that each step of four K costs 24 vpdpbusd for 3 loads of W and 8 broadcasts of A. The float accumulators stay in the
+// first-level cache: they are read and written once a quad, beside 32 steps.
+//
+// vpdpbusd multiplies unsigned by signed bytes: W's integers are stored 96 too large, and the sums start 96 * sum(a) too low.
+#pragma once
+#include "avx512_epilogue.h"
+
+namespace xpu_fp4::cpu {
+namespace {
+
+constexpr int kWeightBias = 12 << kMaxShift;
+constexpr int kLanes = strips::kColumns;
+
+constexpr int kBlockSteps = kBlock / 4;
+
+// Calls function(0), function(1) ... with compile-time constants: an array that is only indexed so lives in registers.
+template <class Function, int... kIndex>
+[[gnu::always_inline]] inline void unroll(const Function& function, std::integer_sequence<int, kIndex...>) {
+  (function(std::integral_constant<int, kIndex>{}), ...);
+}
+template <int kCount, class Function>
+[[gnu::always_inline]] inline void unroll(const Function& function) {
+  unroll(function, std::make_integer_sequence<int, kCount>());
+}
+template <int R, int C, class Function>
+[[gnu::always_inline]] inline void for_tile(const Function& function) {
+  unroll<R * C>([&](auto i) __attribute__((always_inline)) { function(i / C, i % C); });
+}
+
+// Sums of the blocks [first, last) of the quad. A vpdpbusd takes five cycles and two can start in each, so where a tile has few
+// sums each is split into several, by steps.
+template <int R, int C>
+[[gnu::always_inline]] inline void sum_blocks(const ActivationQuad<8>& a, const WeightQuad* w, int first, int last,
+                                              __m512i (&out)[R][C]) {
+  constexpr int kSplit = R * C <= 3 ? 4 : R * C <= 6 ? 2 : 1;
+  __m512i sum[R * C * kSplit];
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    int32_t start = last - first == kQuad ? a.quad[r].start : a.block[r][first].start;
+    if (last - first == 2) start += a.block[r][first + 1].start - kMagicBits;
+    unroll<C * kSplit>([&](auto i) __attribute__((always_inline)) {
+      sum[r * C * kSplit + i] = i < C ? _mm512_set1_epi32(start) : _mm512_setzero_si512();
+    });
+  });
+#pragma GCC unroll 4
+  for (int step = first * kBlockSteps; step < last * kBlockSteps; step += kSplit) {
+    unroll<kSplit>([&](auto part) __attribute__((always_inline)) {
+      __m512i columns[C];
+      unroll<C>([&](auto c) __attribute__((always_inline)) { columns[c] = _mm512_load_si512(w[c].codes[step + part]); });
+      unroll<R>([&](auto r) __attribute__((always_inline)) {
+        int32_t dword;
+        std::memcpy(&dword, a.codes[r] + 4 * (step + part), sizeof(dword));
+        const __m512i row = _mm512_set1_epi32(dword);
+        unroll<C>([&](auto c) __attribute__((always_inline)) {
+          __m512i& of_tile = sum[r * C * kSplit + part * C + c];
+          of_tile = _mm512_dpbusd_epi32(of_tile, columns[c], row);
+          asm("" : "+v"(of_tile));  // no instruction, but without it GCC 12 stores every sum in every step
+        });
+      });
+    });
+  }
+  for_tile<R, C>([&](int r, int c) __attribute__((always_inline)) {
+    out[r][c] = sum[r * C * kSplit + c];
+    for (int part = 1; part < kSplit; ++part) out[r][c] = _mm512_add_epi32(out[r][c], sum[r * C * kSplit + part * C + c]);
+  });
+}
+
+__m512 scaled_by_row(__m512i sum, const BlockFactor& f) {
+  const __m512 scale = _mm512_set1_ps(f.scale);
+  return unmagic(sum, scale, _mm512_mul_ps(scale, _mm512_set1_ps(-kMagic)));
+}
+
+// acc += one quad, its four blocks scaled one by one.
+template <int R, int C, bool kGuarded>
+[[gnu::noinline]] void add_blocks(const ActivationQuad<8>& a, const WeightQuad* w, float* acc, int64_t acc_stride) {
+  __m512 pair[2][R][C];
+  unroll<kQuad>([&](auto b) __attribute__((always_inline)) {
+    __m512i sum[R][C];
+    sum_blocks<R, C>(a, w, b, b + 1, sum);
+    for_tile<R, C>([&](int r, int c) __attribute__((always_inline)) {
+      const BlockFactor& f = a.block[r][b];
+      __m512& out = pair[b / 2][r][c];
+      out = add_block<kGuarded, b % 2 == 0>(out, scaled_by_row(sum[r][c], f), f, _mm512_load_ps(w[c].factor[b]));
+    });
+  });
+  for_tile<R, C>([&](int r, int c) __attribute__((always_inline)) {
+    float* at = acc + r * acc_stride + c * kLanes;
+    _mm512_store_ps(at, _mm512_add_ps(_mm512_load_ps(at), _mm512_add_ps(pair[0][r][c], pair[1][r][c])));
+  });
+}
+
+// acc[row][strip] of one tile += one quad.
+template <int R, int C>
+void add_quad_tile(const ActivationQuad<8>& a, const WeightQuad* w, Level level, float* acc, int64_t acc_stride) {
+  const auto at = [&](int r, int c) { return acc + r * acc_stride + c * kLanes; };
+  if (level == Level::block) return add_blocks<R, C, false>(a, w, acc, acc_stride);
+  if (level == Level::general) return add_blocks<R, C, true>(a, w, acc, acc_stride);
+  __m512i sum[R][C];
+  if (level == Level::quad) {
+    sum_blocks<R, C>(a, w, 0, kQuad, sum);
+    for_tile<R, C>([&](int r, int c) __attribute__((always_inline)) {
+      const __m512 u = unmagic(sum[r][c], _mm512_set1_ps(a.quad[r].scale), _mm512_set1_ps(a.quad[r].offset));
+      _mm512_store_ps(at(r, c), _mm512_fmadd_ps(u, _mm512_load_ps(w[c].factor[0]), _mm512_load_ps(at(r, c))));
+    });
+    return;
+  }
+  __m512 left[R][C];
+  sum_blocks<R, C>(a, w, 0, 2, sum);
+  for_tile<R, C>([&](int r, int c) __attribute__((always_inline)) {
+    left[r][c] = _mm512_mul_ps(scaled_by_row(sum[r][c], a.block[r][0]), _mm512_load_ps(w[c].factor[0]));
+  });
+  sum_blocks<R, C>(a, w, 2, 4, sum);
+  for_tile<R, C>([&](int r, int c) __attribute__((always_inline)) {
+    const __m512 u = scaled_by_row(sum[r][c], a.block[r][2]);
+    const __m512 both = _mm512_fmadd_ps(u, _mm512_load_ps(w[c].factor[2]), left[r][c]);
+    _mm512_store_ps(at(r, c), _mm512_add_ps(_mm512_load_ps(at(r, c)), both));
+  });
+}
+
+template <bool kVbmi>
+struct Vnni {
+  static constexpr int kGroupRows = 8, kPanelStrips = 3;
+  using Activations = ActivationQuad<kGroupRows>;
+  using Weights = WeightQuad;
+  struct Session {};
+
+  static void expand(const uint8_t* packed, const uint8_t* scale, Activations& out, int row) {
+    expand_row(packed, scale, kWeightBias, out, row);
+  }
+  static void pad(Activations&, int) {}
+
+  static Level fill(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, WeightQuad& out) {
+    return fill_quad<kWeightBias, kVbmi>(w, n, k, strip, quad, out);
+  }
+
+  // rows and strips are few, so each size has its own code.
+  static void add_quad(const Activations& a, int rows, const WeightQuad* w, int strips, Level level, float* acc, int64_t stride) {
+    kTiles[static_cast<size_t>(rows - 1)][static_cast<size_t>(strips - 1)](a, w, level, acc, stride);
+  }
+
+ private:
+  using Tile = void (*)(const Activations&, const WeightQuad*, Level, float*, int64_t);
+  template <int... kRows>
+  static constexpr std::array<std::array<Tile, kPanelStrips>, kGroupRows> tiles(std::integer_sequence<int, kRows...>) {
+    return {{{add_quad_tile<kRows + 1, 1>, add_quad_tile<kRows + 1, 2>, add_quad_tile<kRows + 1, 3>}...}};
+  }
+  static constexpr auto kTiles = tiles(std::make_integer_sequence<int, kGroupRows>());
+};
+
+}  // namespace
+}  // namespace xpu_fp4::cpu

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// The end of a row of output, one element at a time.
+#pragma once
+#include "simd_includes.h"
+
+namespace xpu_fp4::cpu {
+namespace {
+
+template <DType T>
+void finish_scalars(const Bias& bias, void* y, int64_t n, int64_t row, Range columns, const float* acc) {
+  for (int64_t column = columns.begin; column < columns.end; ++column) {
+    float value = acc[column - columns.begin];
+    if (bias.data != nullptr) value += bias.data[row * bias.row_stride + column * bias.column_stride];
+    store<T>(y, row * n + column, value);
+  }
+}
+
+}  // namespace
+}  // namespace xpu_fp4::cpu

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// W4A4 operands and tile in plain C++: no shifts, blocks scaled one by one. A block's sum fits int16, which every vector
+// instruction set multiplies and adds well.
+#pragma once
+#include "generic_quantize.h"
+#include "generic_output.h"
+#include "w4a4.h"
+
+namespace xpu_fp4::cpu {
+namespace {
+
+// Position of element i of a quad in the order of panels.h.
+constexpr int position(int i) { return i / 8 * 8 + i % 2 * 4 + i % 8 / 2; }
+
+constexpr unsigned code_at(const uint8_t* packed, int i) { return i % 2 == 0 ? e2m1::low(packed[i / 2]) : e2m1::high(packed[i / 2]); }
+
+template <int kRows>
+void expand_scalars(const uint8_t* packed, const uint8_t* scale, int weight_bias, ActivationQuad<kRows>& out, int row) {
+  unsigned zero_blocks = (1u << kQuad) - 1u;
+  int32_t sums[kQuad] = {};
+  for (int i = 0; i < kQuadElements; ++i) {
+    const int twice = e2m1::twice(code_at(packed, i));
+    out.codes[row][position(i)] = static_cast<int8_t>(twice);
+    sums[i / kBlock] += twice;
+    if (twice != 0) zero_blocks &= ~(1u << (i / kBlock));
+  }
+  const Alignment alignment = align(scale, zero_blocks, 0);
+  set_factors(alignment, sums, weight_bias, out.quad[row], out.block[row]);
+  out.level = std::max(out.level, alignment.level);
+}
+
+void finish_row_scalars(const ProductArgs& args, int64_t row, int64_t column, int columns, const float* acc) {
+  with_dtype(args.y_dtype, [&](auto dtype) {
+    finish_scalars<dtype>(args.bias, args.y, args.n, row, {column, column + columns}, acc);
+  });
+}
+
+// A prepacked record as it lies, or one laid out in the buffer.
+const uint8_t* record_of(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, uint8_t* buffer) {
+  if (w.strips != nullptr) return w.strips + strips::record_offset(strip, quad, k);
+  prepack_record(w, n, k, strip, quad, buffer);
+  return buffer;
+}
+
+struct Portable {
+  static constexpr int kGroupRows = 4, kPanelStrips = 2;
+  using Activations = ActivationQuad<kGroupRows>;
+  struct Session {};
+
+  // codes[k][column], K in the order of panels.h.
+  struct Weights {
+    int16_t codes[kQuadElements][strips::kColumns];
+    float factor[kQuad][strips::kColumns];
+  };
+
+  static void expand(const uint8_t* packed, const uint8_t* scale, Activations& out, int row) {
+    expand_scalars(packed, scale, 0, out, row);
+  }
+  static void pad(Activations&, int) {}
+
+  static Level fill(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, Weights& out) {
+    alignas(64) uint8_t buffer[strips::kRecordBytes];
+    const uint8_t* record = record_of(w, n, k, strip, quad, buffer);
+    for (int c = 0; c < strips::kColumns; ++c) {
+      for (int i = 0; i < kQuadElements; ++i) {
+        const uint8_t packed = record[strips::code_offset(c, i / 2)];
+        out.codes[position(i)][c] = static_cast<int16_t>(e2m1::twice(i % 2 == 0 ? e2m1::low(packed) : e2m1::high(packed)));
+      }
+      for (int b = 0; b < kQuad; ++b) out.factor[b][c] = e8m0::value(record[strips::scale_offset(c, b)]);
+    }
+    return Level::general;
+  }
+
+  static void add_quad(const Activations& a, int rows, const Weights* w, int panel_strips, Level, float* acc, int64_t stride) {
+    for (int row = 0; row < rows; ++row) {
+      for (int s = 0; s < panel_strips; ++s) {
+        float p[kQuad][strips::kColumns];
+        for (int b = 0; b < kQuad; ++b) dot_block(a.codes[row] + b * kBlock, w[s].codes + b * kBlock, a.block[row][b], w[s].factor[b], p[b]);
+        float* out = acc + row * stride + s * strips::kColumns;
+        for (int c = 0; c < strips::kColumns; ++c) out[c] = xpu_fp4::add_quad(out[c], p[0][c], p[1][c], p[2][c], p[3][c]);
+      }
+    }
+  }
+
+ private:
+  static void dot_block(const int8_t* a, const int16_t (*w)[strips::kColumns], const BlockFactor& f, const float* factor, float* p) {
+    int16_t sum[strips::kColumns] = {};
+    for (int k = 0; k < kBlock; ++k) {
+      for (int c = 0; c < strips::kColumns; ++c) sum[c] = static_cast<int16_t>(sum[c] + a[k] * w[k][c]);
+    }
+    for (int c = 0; c < strips::kColumns; ++c) p[c] = static_cast<float>(sum[c]) * f.scale * factor[c] * f.rest;
+  }
+};
+
+}  // namespace
+}  // namespace xpu_fp4::cpu

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// AMX int8 tiles beside AVX-512: Sapphire Rapids and later.
+#include "simd_includes.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8,fma,f16c,prefer-vector-width=512")
+#include "amx_gemm.h"
+#include "avx512_gemm.h"
+#include "avx512_output.h"
+#include "generic_w4a16.h"
+#include "w4a4.h"
+
+namespace xpu_fp4::cpu {
+namespace {
+
+// CPUID leaf 7: EDX bits 24 and 25 are AMX-TILE and AMX-INT8. Linux grants the tile registers (state 18) to a process that asks.
+bool supported() {
+  static const bool granted = [] {
+    if (!kAvx512Vbmi.supported()) return false;
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx >> 24 & 3u) != 3u) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return granted;
+}
+
+// A tile takes as long for one row as for sixteen.
+constexpr int64_t kLeastRows = 8;
+
+const W4A4Kernels& w4a4(int64_t m) {
+  return m < kLeastRows ? w4a4_kernels<Vnni<true>, quantize, finish_row> : w4a4_kernels<Amx, quantize, finish_row>;
+}
+
+}  // namespace
+
+const KernelTable kAmx = {"amx", supported, quantize, group_quant, dequantize, w4a4, gemm_w4a16};
+
+}  // namespace xpu_fp4::cpu
+#endif

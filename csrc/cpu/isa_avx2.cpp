@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX2 with FMA: Haswell, Zen and later.
+#include "simd_includes.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#include "avx2_gemm.h"
+#include "generic_w4a16.h"
+
+namespace xpu_fp4::cpu {
+namespace {
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+}  // namespace
+
+const KernelTable kAvx2 = {
+    "avx2", supported, quantize, group_quant, dequantize,
+    [](int64_t) -> const W4A4Kernels& { return w4a4_kernels<Avx2, quantize, finish_row_scalars>; }, gemm_w4a16};
+
+}  // namespace xpu_fp4::cpu
+#endif

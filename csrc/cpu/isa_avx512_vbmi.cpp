@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 with VNNI and VBMI: Ice Lake, Sapphire Rapids, Zen 4 and later.
+#include "simd_includes.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,fma,f16c,prefer-vector-width=512")
+#include "avx512_gemm.h"
+#include "avx512_output.h"
+#include "generic_w4a16.h"
+#include "w4a4.h"
+
+namespace xpu_fp4::cpu {
+namespace {
+bool supported() {
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+}  // namespace
+
+const KernelTable kAvx512Vbmi = {
+    "avx512_vbmi", supported, quantize, group_quant, dequantize,
+    [](int64_t) -> const W4A4Kernels& { return w4a4_kernels<Vnni<true>, quantize, finish_row>; }, gemm_w4a16};
+
+}  // namespace xpu_fp4::cpu
+#endif

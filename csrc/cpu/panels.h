@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the W4A4 kernels multiply: both operands as small integers with float32 factors, a quad (K = 128) at a time.
+//
+// A stored integer is twice the element, shifted left by up to three bits so that neighbouring blocks share a scale. Where all
+// blocks of a quad do (Level::quad), the quad's sum is one integer and costs one conversion; Level::pair and Level::block
+// convert two and four sums; Level::general also guards against overflow and underflow. All four give the bits of
+// format/accumulate.h: while the four scales of a quad share an exponent window, no addition but the defined ones rounds.
+//
+// K is stored in the order of the packed bytes: the low nibbles of four bytes (elements 0 2 4 6 of eight), then the high ones.
+#pragma once
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../backend.h"
+#include "../format/strips.h"
+
+namespace xpu_fp4::cpu {
+
+enum class Level : uint8_t { quad, pair, block, general };
+
+/// Shifts of up to three bits: 12 << 3 = 96 fits int8.
+constexpr int kMaxShift = 3;
+/// Scale bytes with which no product and no sum of four leaves the normal float32 range: 2^(-55-55-2) up, and
+/// 2^(55+55-2) * 4 * 4608 < 2^123 down.
+constexpr uint8_t kLeastSafeByte = e8m0::kBias - 55, kLargestSafeByte = e8m0::kBias + 55;
+
+/// 1.5 * 2^23: an integer below 2^22 added to its bits gives the float 1.5 * 2^23 + integer, so a sum that starts here needs
+/// no conversion, only fma(sum, scale, -1.5 * 2^23 * scale), which is exact.
+constexpr float kMagic = 12582912.0f;
+constexpr int32_t kMagicBits = 0x4B400000;
+static_assert(bits_of(kMagic) == kMagicBits);
+
+/// What the four blocks of a quad of one row share, or do not. Block b's integers are shifted left by shift[b] and its
+/// remaining scale is byte base[b].
+struct Alignment {
+  Level level;
+  uint8_t shift[kQuad], base[kQuad];
+};
+
+/// Zero blocks (bit b of zero_blocks) fit any scale. A NaN scale makes the whole quad NaN, as the sum will be anyway.
+constexpr Alignment align(const uint8_t* scale, unsigned zero_blocks, int max_shift) {
+  Alignment out{Level::quad, {}, {}};
+  uint8_t byte[kQuad] = {};
+  for (int b = 0; b < kQuad; ++b) {
+    if (scale[b] == e8m0::kNan) {
+      for (uint8_t& base : out.base) base = e8m0::kNan;
+      return out;
+    }
+    // A zero block takes its partner's scale, or one of the other pair, or 1.
+    byte[b] = e8m0::kBias;
+    for (const int other : {b ^ 3, b ^ 2, b ^ 1, b}) {
+      if ((zero_blocks >> other & 1u) == 0) byte[b] = scale[other];
+    }
+  }
+  const auto least = [&](int first, int count) { return *std::min_element(byte + first, byte + first + count); };
+  const auto spread = [&](int first, int count) { return *std::max_element(byte + first, byte + first + count) - least(first, count); };
+  if (least(0, 4) < kLeastSafeByte || spread(0, 4) > kLargestSafeByte - least(0, 4)) {
+    out.level = Level::general;
+  } else if (spread(0, 4) > max_shift || max_shift == 0) {
+    out.level = spread(0, 2) > max_shift || spread(2, 2) > max_shift || max_shift == 0 ? Level::block : Level::pair;
+  }
+  const int shared = out.level == Level::quad ? 4 : out.level == Level::pair ? 2 : 1;
+  for (int b = 0; b < kQuad; ++b) {
+    out.base[b] = least(b / shared * shared, shared);
+    out.shift[b] = static_cast<uint8_t>(byte[b] - out.base[b]);
+  }
+  return out;
+}
+
+/// Scales and corrections of a row of A where its quad is summed as one integer. `offset` undoes kMagic; `start` is where the
+/// integer sum starts, kMagicBits less the bias of W's integers.
+struct QuadFactor {
+  float scale, offset;
+  int32_t start;
+};
+
+/// The same for one block. The factor two of each integer is undone here: scale * rest = 2^(ea - 2). Below
+/// `underflow`, a column's factor may give a subnormal product.
+struct BlockFactor {
+  float scale, rest, underflow;
+  int32_t start;
+};
+
+/// A quad of up to kRows rows of A.
+template <int kRows>
+struct alignas(64) ActivationQuad {
+  int8_t codes[kRows][kQuadElements];
+  QuadFactor quad[kRows];
+  Level level;
+  BlockFactor block[kRows][kQuad];  // last: aligned quads do not read it
+
+  /// Fetches what an aligned quad reads.
+  void prefetch() const {
+    const char* first = reinterpret_cast<const char*>(this);
+    for (size_t line = 0; line < offsetof(ActivationQuad, block); line += 64) __builtin_prefetch(first + line);
+  }
+};
+
+constexpr BlockFactor block_factor(uint8_t base, int32_t start) {
+  if (base == e8m0::kNan) return {float_of(kNanBits), 1.0f, 0.0f, start};
+  // An integer below 2^22 times scale must neither overflow nor lose a bit.
+  const int e = e8m0::exponent(base) - 2, kept = std::min(e, 100);
+  const int underflow = -126 - e;
+  return {pow2(kept), pow2(e - kept), underflow < -149 ? 0.0f : pow2(underflow), start};
+}
+
+/// Fills a row's factors. sums[b] is the sum of block b's stored integers, weight_bias what W's integers are too large by.
+constexpr void set_factors(const Alignment& row, const int32_t* sums, int weight_bias, QuadFactor& quad, BlockFactor* block) {
+  for (int b = 0; b < kQuad; ++b) block[b] = block_factor(row.base[b], kMagicBits - weight_bias * sums[b]);
+  const float scale = block[0].scale * block[0].rest;
+  quad = {scale, -kMagic * scale, kMagicBits - weight_bias * (sums[0] + sums[1] + sums[2] + sums[3])};
+}
+
+/// A quad of a strip of W as the inner loops read it: step s holds, of every column, four K whose activations are dword s of a
+/// row's codes. factor is 2^ew.
+struct alignas(64) WeightQuad {
+  uint8_t codes[kQuadElements / 4][strips::kColumns][4];
+  float factor[kQuad][strips::kColumns];
+};
+
+/// A, whole: as codes and scales, or as floats still to be quantized (x not null).
+struct ActivationSource {
+  const uint8_t *codes, *scale;
+  const void* x;
+  DType x_dtype;
+  ScaleMode mode;
+  int64_t rows, k;
+};
+
+/// What a product needs besides its expanded activations, whose row 0 is row first_row of A and Y.
+struct ProductArgs {
+  Weight w;
+  Bias bias;
+  void* y;
+  DType y_dtype;
+  int64_t n, k;
+};
+
+}  // namespace xpu_fp4::cpu

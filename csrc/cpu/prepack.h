@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reading W in either layout, and turning one into the other (format/strips.h). Bytes are only moved.
+#pragma once
+#include <cstdint>
+
+#include "../backend.h"
+#include "../format/strips.h"
+#include "kernels.h"
+
+namespace xpu_fp4::cpu {
+
+/// A quad of one row of W in either layout.
+class WeightRow {
+ public:
+  WeightRow(const Weight& w, int64_t k, int64_t row, int64_t quad) {
+    if (w.strips != nullptr) {
+      codes_ = scales_ = w.strips + strips::record_offset(row / strips::kColumns, quad, k);
+      column_ = static_cast<int>(row % strips::kColumns);
+    } else {
+      codes_ = w.codes + row * (k / 2) + quad * kQuadBytes;
+      scales_ = w.scale + row * w.scale_row_stride + quad * kQuad * w.scale_block_stride;
+      scale_stride_ = w.scale_block_stride;
+    }
+  }
+  uint8_t packed(int byte) const { return column_ < 0 ? codes_[byte] : codes_[strips::code_offset(column_, byte)]; }
+  uint8_t scale(int b) const { return column_ < 0 ? scales_[b * scale_stride_] : scales_[strips::scale_offset(column_, b)]; }
+
+ private:
+  const uint8_t *codes_, *scales_;
+  int column_ = -1;  // within its strip; -1: W is not in strips
+  int64_t scale_stride_ = 0;
+};
+
+/// Lays out the quad of a strip of W [n, k], not in strips, as a record of strips::kRecordBytes.
+void prepack_record(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, uint8_t* record);
+
+/// Rows [begin, end) of W [n, k], in strips, as codes [n, k/2] and scale bytes [n, k/32].
+void unpack_rows(const Weight& w, int64_t k, Range rows, uint8_t* codes, uint8_t* scale);
+
+}  // namespace xpu_fp4::cpu
