@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // W4A4 on AMX int8 tiles. A tile of sums is 16 x 16; four of them, 32 rows by two strips, share two tiles of A and two of W. A
 // tile product takes K = 64, so an aligned quad is two chained products, a pair one; unaligned blocks take products of K = 32,
-// which cost as much. Sums leave through memory: tiles have no path to the vector registers.
+// which cost as much. Sums leave through memory: tiles have no path to the vector registers. While one quad's sums are added
+// to the accumulators, the tiles multiply the next quad.
 #pragma once
 #include "avx512_epilogue.h"
 
@@ -51,23 +52,11 @@ struct Amx {
     return fill_quad<0, true>(w, n, k, strip, quad, out);
   }
 
-  static void add_quad(const Activations& a, int rows, const Weights* w, int strips, Level level, float* acc, int64_t stride) {
-    alignas(64) int32_t sums[kQuad][4][kTile][kTile];
-    const bool two_groups = rows > kTile, two_strips = strips > 1;
-    if (level == Level::quad) {
-      multiply<64>(a, w, 0, 2, two_groups, two_strips, sums[0]);
-    } else if (level == Level::pair) {
-      for (int half = 0; half < 2; ++half) multiply<64>(a, w, half, half + 1, two_groups, two_strips, sums[half]);
+  static void add_quads(const Activations* a, int rows, const Weights* w, int panel_strips, const Level* levels, int depth, float* acc) {
+    if (rows > kTile) {
+      panel_strips > 1 ? add_quads<2, 2>(a, rows, w, levels, depth, acc) : add_quads<2, 1>(a, rows, w, levels, depth, acc);
     } else {
-      configure(32);
-      for (int b = 0; b < kQuad; ++b) multiply<32>(a, w, b, b + 1, two_groups, two_strips, sums[b]);
-      configure(64);
-    }
-    for (int row = 0; row < rows; ++row) {
-      for (int s = 0; s < strips; ++s) {
-        float* out = acc + row * stride + s * strips::kColumns;
-        _mm512_store_ps(out, add_sums(a, row, w[s], level, &sums[0][row / kTile * 2 + s][row % kTile], _mm512_load_ps(out)));
-      }
+      panel_strips > 1 ? add_quads<1, 2>(a, rows, w, levels, depth, acc) : add_quads<1, 1>(a, rows, w, levels, depth, acc);
     }
   }
 
@@ -77,62 +66,112 @@ struct Amx {
     _tile_loadconfig(depth == 64 ? &kFull : &kHalf);
   }
 
-  // The sums over parts [first, last) of kDepth elements: out[2 * group + strip].
-  template <int kDepth>
-  static void multiply(const Activations& a, const Weights* w, int first, int last, bool two_groups, bool two_strips,
-                       int32_t (*out)[kTile][kTile]) {
+  // Sums of a quad's parts (one, two or four) for each group of sixteen rows and each strip.
+  template <int kGroups, int kStrips>
+  struct alignas(64) Sums {
+    int32_t part[kQuad][kGroups][kStrips][kTile][kTile];
+  };
+
+  template <int kGroups, int kStrips>
+  static void add_quads(const Activations* a, int rows, const Weights* w, const Level* levels, int depth, float* acc) {
+    Sums<kGroups, kStrips> sums[2];
+    const auto level = [&](int q) { return std::max(levels[q], a[q].level); };
+    multiply_quad(a[0], w, level(0), sums[0]);
+    for (int q = 0; q < depth; ++q) {
+      if (q + 1 < depth) multiply_quad(a[q + 1], w + (q + 1) * kStrips, level(q + 1), sums[(q + 1) % 2]);
+      add_sums(a[q], rows, w + q * kStrips, level(q), sums[q % 2], acc);
+    }
+  }
+
+  template <int kGroups, int kStrips>
+  static void multiply_quad(const Activations& a, const Weights* w, Level level, Sums<kGroups, kStrips>& out) {
+    if (level == Level::quad) return multiply<64>(a, w, 0, 2, out.part[0]);
+    if (level == Level::pair) {
+      for (int half = 0; half < 2; ++half) multiply<64>(a, w, half, half + 1, out.part[half]);
+      return;
+    }
+    configure(32);
+    for (int b = 0; b < kQuad; ++b) multiply<32>(a, w, b, b + 1, out.part[b]);
+    configure(64);
+  }
+
+  // The sums over parts [first, last) of kDepth elements each.
+  template <int kDepth, int kGroups, int kStrips>
+  static void multiply(const Activations& a, const Weights* w, int first, int last, int32_t (&out)[kGroups][kStrips][kTile][kTile]) {
     constexpr int kRowBytes = kQuadElements, kStepBytes = strips::kColumns * 4, kOutBytes = kTile * 4;
     _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (kStrips > 1) _tile_zero(1);
+    if constexpr (kGroups > 1) _tile_zero(2);
+    if constexpr (kGroups > 1 && kStrips > 1) _tile_zero(3);
     for (int part = first; part < last; ++part) {
       const int8_t* rows = a.codes[0] + part * kDepth;
       const int step = part * (kDepth / 4);
       _tile_loadd(4, rows, kRowBytes);
       _tile_loadd(6, w[0].codes[step], kStepBytes);
       _tile_dpbssd(0, 4, 6);
-      if (two_strips) {
+      if constexpr (kStrips > 1) {
         _tile_loadd(7, w[1].codes[step], kStepBytes);
         _tile_dpbssd(1, 4, 7);
       }
-      if (two_groups) {
+      if constexpr (kGroups > 1) {
         _tile_loadd(5, rows + kTile * kRowBytes, kRowBytes);
         _tile_dpbssd(2, 5, 6);
-        if (two_strips) _tile_dpbssd(3, 5, 7);
+      }
+      if constexpr (kGroups > 1 && kStrips > 1) _tile_dpbssd(3, 5, 7);
+    }
+    _tile_stored(0, out[0][0], kOutBytes);
+    if constexpr (kStrips > 1) _tile_stored(1, out[0][1], kOutBytes);
+    if constexpr (kGroups > 1) _tile_stored(2, out[1][0], kOutBytes);
+    if constexpr (kGroups > 1 && kStrips > 1) _tile_stored(3, out[1][1], kOutBytes);
+  }
+
+  template <int kGroups, int kStrips>
+  static void add_sums(const Activations& a, int rows, const Weights* w, Level level, const Sums<kGroups, kStrips>& sums, float* acc) {
+    switch (level) {
+      case Level::quad: return add_sums<Level::quad>(a, rows, w, sums, acc);
+      case Level::pair: return add_sums<Level::pair>(a, rows, w, sums, acc);
+      case Level::block: return add_sums<Level::block>(a, rows, w, sums, acc);
+      case Level::general: return add_sums<Level::general>(a, rows, w, sums, acc);
+    }
+  }
+
+  template <Level kLevel, int kGroups, int kStrips>
+  static void add_sums(const Activations& a, int rows, const Weights* w, const Sums<kGroups, kStrips>& sums, float* acc) {
+    constexpr int kParts = kLevel == Level::quad ? 1 : kLevel == Level::pair ? 2 : 4;
+    for (int s = 0; s < kStrips; ++s) {
+      __m512 factor[kParts];
+      for (int i = 0; i < kParts; ++i) factor[i] = _mm512_load_ps(w[s].factor[i * kQuad / kParts]);
+      for (int group = 0; group < kGroups; ++group) {
+        const int end = std::min(kTile, rows - group * kTile);
+        for (int i = 0; i < end; ++i) {
+          const int row = group * kTile + i;
+          const auto scaled = [&](int part, float scale) {
+            return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums.part[part][group][s][i])), _mm512_set1_ps(scale));
+          };
+          float* out = acc + (row * kPanelStrips + s) * strips::kColumns;
+          _mm512_store_ps(out, add_row<kLevel>(scaled, a.quad[row], a.block[row], factor, _mm512_load_ps(out)));
+        }
       }
     }
-    _tile_stored(0, out[0], kOutBytes);
-    if (two_strips) _tile_stored(1, out[1], kOutBytes);
-    if (two_groups) {
-      _tile_stored(2, out[2], kOutBytes);
-      if (two_strips) _tile_stored(3, out[3], kOutBytes);
-    }
   }
 
-  // acc + what the sums of one row and strip say; those of the next part lie 4 tiles further on.
-  static __m512 add_sums(const Activations& a, int row, const Weights& w, Level level, const int32_t (*sums)[kTile], __m512 acc) {
-    constexpr int kPart = 4 * kTile;
-    const auto integer = [&](int part) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums[part * kPart])); };
-    const auto factor = [&](int b) { return _mm512_load_ps(w.factor[b]); };
-    const auto scaled = [&](int part, int b) { return _mm512_mul_ps(integer(part), _mm512_set1_ps(a.block[row][b].scale)); };
-    if (level == Level::quad) {
-      return _mm512_fmadd_ps(_mm512_mul_ps(integer(0), _mm512_set1_ps(a.quad[row].scale)), factor(0), acc);
+  template <Level kLevel, class Scaled>
+  static __m512 add_row(const Scaled& scaled, const QuadFactor& quad, const BlockFactor* block, const __m512* w, __m512 acc) {
+    if constexpr (kLevel == Level::quad) {
+      return _mm512_fmadd_ps(scaled(0, quad.scale), w[0], acc);
+    } else if constexpr (kLevel == Level::pair) {
+      const __m512 left = _mm512_mul_ps(scaled(0, block[0].scale), w[0]);
+      return _mm512_add_ps(acc, _mm512_fmadd_ps(scaled(1, block[2].scale), w[1], left));
+    } else {
+      constexpr bool kGuarded = kLevel == Level::general;
+      __m512 pair[2] = {};
+      for (int p = 0; p < 2; ++p) {
+        const int first = 2 * p, second = first + 1;
+        pair[p] = add_block<kGuarded, true>(pair[p], scaled(first, block[first].scale), block[first], w[first]);
+        pair[p] = add_block<kGuarded, false>(pair[p], scaled(second, block[second].scale), block[second], w[second]);
+      }
+      return _mm512_add_ps(acc, _mm512_add_ps(pair[0], pair[1]));
     }
-    if (level == Level::pair) {
-      return _mm512_add_ps(acc, _mm512_fmadd_ps(scaled(1, 2), factor(2), _mm512_mul_ps(scaled(0, 0), factor(0))));
-    }
-    return level == Level::block ? add_four<false>(a.block[row], factor, scaled, acc) : add_four<true>(a.block[row], factor, scaled, acc);
-  }
-
-  template <bool kGuarded, class Factor, class Scaled>
-  static __m512 add_four(const BlockFactor* f, const Factor& factor, const Scaled& scaled, __m512 acc) {
-    __m512 pair[2] = {};
-    for (int p = 0; p < 2; ++p) {
-      pair[p] = add_block<kGuarded, true>(pair[p], scaled(2 * p, 2 * p), f[2 * p], factor(2 * p));
-      pair[p] = add_block<kGuarded, false>(pair[p], scaled(2 * p + 1, 2 * p + 1), f[2 * p + 1], factor(2 * p + 1));
-    }
-    return _mm512_add_ps(acc, _mm512_add_ps(pair[0], pair[1]));
   }
 };
 

@@ -44,8 +44,11 @@ struct Avx2 {
     return level;
   }
 
-  static void add_quad(const Activations& a, int rows, const Weights* w, int, Level level, float* acc, int64_t stride) {
-    kTiles[static_cast<size_t>(rows - 1)][level == Level::general ? 1 : 0](a, *w, acc, stride);
+  static void add_quads(const Activations* a, int rows, const Weights* w, int, const Level* levels, int depth, float* acc) {
+    for (int q = 0; q < depth; ++q) {
+      const bool general = std::max(levels[q], a[q].level) == Level::general;
+      kTiles[static_cast<size_t>(rows - 1)][general ? 1 : 0](a[q], w[q], acc, strips::kColumns);
+    }
   }
 
  private:

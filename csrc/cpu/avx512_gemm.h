@@ -134,9 +134,10 @@ struct Vnni {
     return fill_quad<kWeightBias, kVbmi>(w, n, k, strip, quad, out);
   }
 
-  // rows and strips are few, so each size has its own code.
-  static void add_quad(const Activations& a, int rows, const WeightQuad* w, int strips, Level level, float* acc, int64_t stride) {
-    kTiles[static_cast<size_t>(rows - 1)][static_cast<size_t>(strips - 1)](a, w, level, acc, stride);
+  // Rows and strips are few, so each size has its own code.
+  static void add_quads(const Activations* a, int rows, const WeightQuad* w, int panel_strips, const Level* levels, int depth, float* acc) {
+    const Tile tile = kTiles[static_cast<size_t>(rows - 1)][static_cast<size_t>(panel_strips - 1)];
+    for (int q = 0; q < depth; ++q) tile(a[q], w + q * panel_strips, std::max(levels[q], a[q].level), acc, kPanelStrips * strips::kColumns);
   }
 
  private:

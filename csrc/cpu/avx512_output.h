@@ -2,7 +2,7 @@
 // Conversions between float32 vectors and the tensors' dtypes, and the end of a row of output: bias, one rounding to the output
 // dtype, store.
 #pragma once
-#include "simd_includes.h"
+#include "with_dtype.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -56,11 +56,7 @@ void finish_row_as(const ProductArgs& args, int64_t row, int64_t column, int col
 }
 
 void finish_row(const ProductArgs& args, int64_t row, int64_t column, int columns, const float* acc) {
-  switch (args.y_dtype) {
-    case DType::f32: return finish_row_as<DType::f32>(args, row, column, columns, acc);
-    case DType::f16: return finish_row_as<DType::f16>(args, row, column, columns, acc);
-    case DType::bf16: return finish_row_as<DType::bf16>(args, row, column, columns, acc);
-  }
+  with_dtype(args.y_dtype, [&](auto dtype) { finish_row_as<dtype>(args, row, column, columns, acc); });
 }
 
 }  // namespace

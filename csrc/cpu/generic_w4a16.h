@@ -3,7 +3,7 @@
 // their weights is unpacked to a panel [128][kFloatLanes], so that a vector holds one k of all lanes and every row reuses the
 // panel from the first-level cache.
 #pragma once
-#include "generic_quantize.h"
+#include "with_dtype.h"
 #include "generic_output.h"
 
 namespace xpu_fp4::cpu {

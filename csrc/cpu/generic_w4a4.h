@@ -2,7 +2,7 @@
 // W4A4 operands and tile in plain C++: no shifts, blocks scaled one by one. A block's sum fits int16, which every vector
 // instruction set multiplies and adds well.
 #pragma once
-#include "generic_quantize.h"
+#include "with_dtype.h"
 #include "generic_output.h"
 #include "w4a4.h"
 
@@ -71,18 +71,23 @@ struct Portable {
     return Level::general;
   }
 
-  static void add_quad(const Activations& a, int rows, const Weights* w, int panel_strips, Level, float* acc, int64_t stride) {
-    for (int row = 0; row < rows; ++row) {
-      for (int s = 0; s < panel_strips; ++s) {
-        float p[kQuad][strips::kColumns];
-        for (int b = 0; b < kQuad; ++b) dot_block(a.codes[row] + b * kBlock, w[s].codes + b * kBlock, a.block[row][b], w[s].factor[b], p[b]);
-        float* out = acc + row * stride + s * strips::kColumns;
-        for (int c = 0; c < strips::kColumns; ++c) out[c] = xpu_fp4::add_quad(out[c], p[0][c], p[1][c], p[2][c], p[3][c]);
+  static void add_quads(const Activations* a, int rows, const Weights* w, int panel_strips, const Level*, int depth, float* acc) {
+    for (int q = 0; q < depth; ++q) {
+      for (int row = 0; row < rows; ++row) {
+        for (int s = 0; s < panel_strips; ++s) {
+          add_row_quad(a[q].codes[row], a[q].block[row], w[q * panel_strips + s], acc + (row * kPanelStrips + s) * strips::kColumns);
+        }
       }
     }
   }
 
  private:
+  static void add_row_quad(const int8_t* a, const BlockFactor* f, const Weights& w, float* acc) {
+    float p[kQuad][strips::kColumns];
+    for (int b = 0; b < kQuad; ++b) dot_block(a + b * kBlock, w.codes + b * kBlock, f[b], w.factor[b], p[b]);
+    for (int c = 0; c < strips::kColumns; ++c) acc[c] = add_quad(acc[c], p[0][c], p[1][c], p[2][c], p[3][c]);
+  }
+
   static void dot_block(const int8_t* a, const int16_t (*w)[strips::kColumns], const BlockFactor& f, const float* factor, float* p) {
     int16_t sum[strips::kColumns] = {};
     for (int k = 0; k < kBlock; ++k) {

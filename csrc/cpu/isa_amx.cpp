@@ -11,6 +11,8 @@
 #include "amx_gemm.h"
 #include "avx512_gemm.h"
 #include "avx512_output.h"
+#include "avx512_quantize.h"
+#include "generic_group_quant.h"
 #include "generic_w4a16.h"
 #include "w4a4.h"
 

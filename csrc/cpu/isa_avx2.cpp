@@ -5,6 +5,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 #include "avx2_gemm.h"
+#include "generic_quantize.h"
 #include "generic_w4a16.h"
 
 namespace xpu_fp4::cpu {

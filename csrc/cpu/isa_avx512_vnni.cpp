@@ -6,6 +6,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,prefer-vector-width=512")
 #include "avx512_gemm.h"
 #include "avx512_output.h"
+#include "avx512_quantize.h"
+#include "generic_group_quant.h"
 #include "generic_w4a16.h"
 #include "w4a4.h"
 

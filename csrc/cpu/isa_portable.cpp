@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "generic_quantize.h"
 #include "generic_w4a16.h"
 #include "generic_w4a4.h"
 

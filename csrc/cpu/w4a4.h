@@ -7,15 +7,16 @@
 // as four bits only.
 //
 // An Isa has: kGroupRows, kPanelStrips; expand(packed, scale, activations, row) for a row's quad; pad(activations, rows) for the
-// rows that are missing; fill(w, n, k, strip, quad, out) -> Level; add_quad(activations, rows, w, strips, level, acc, stride); and
-// Session, which lives as long as a task.
+// rows that are missing; fill(w, n, k, strip, quad, out) -> Level; add_quads(activations, rows, w, strips, levels,
+// depth, acc) for `depth` quads of one group and one panel, whose strips lie side by side: levels are W's, and acc has a row
+// of kPanelStrips strips for each row; and Session, which lives as long as a task.
 #pragma once
 #include "simd_includes.h"
 
 namespace xpu_fp4::cpu {
 namespace {
 
-// Quads of W that are unpacked at a time: with three strips 27 KiB.
+// Quads of W that are unpacked at a time, to stay in the first-level cache: with three strips 27 KiB.
 constexpr int kPanelQuads = 4;
 
 void free_aligned(void* memory) { std::free(memory); }
@@ -125,12 +126,12 @@ class Product {
     const auto* group = activations_ + rows.begin / kGroupRows * quads_;
     for (int64_t row = rows.begin; row < rows.end; row += kGroupRows, group += quads_, acc += kGroupRows * kPanelColumns) {
       const int group_rows = static_cast<int>(std::min<int64_t>(kGroupRows, rows.end - row));
-      for (int64_t quad = depth.begin; quad < depth.end; ++quad) {
-        // The next group is far away for the hardware's prefetcher.
-        if (row + kGroupRows < rows.end) group[quads_ + quad].prefetch();
-        Isa::add_quad(group[quad], group_rows, &panel_[(quad - depth.begin) * panel_strips], panel_strips,
-                      std::max(levels_[quad - depth.begin], group[quad].level), acc, kPanelColumns);
+      // The next group is far away for the hardware's prefetcher.
+      if (row + kGroupRows < rows.end) {
+        for (int64_t quad = depth.begin; quad < depth.end; ++quad) group[quads_ + quad].prefetch();
       }
+      const auto* w = panel_.get();
+      Isa::add_quads(group + depth.begin, group_rows, w, panel_strips, levels_, static_cast<int>(depth.end - depth.begin), acc);
     }
   }
 
