@@ -167,17 +167,18 @@ XPU_FP4_VECTOR_CLONES uint64_t read_once(const std::byte* data, size_t n) {
   return sum;
 }
 
-uint64_t read_and_write(const std::byte* from, size_t n, std::byte* to, size_t written) {
-  constexpr size_t kPiece = 4096;  // small enough that reads and writes mix
+uint64_t read_and_write(const std::byte* from, size_t read, std::byte* to, size_t written) {
+  // Small enough that reads and writes mix.
+  const size_t pieces = std::max(read, written) / (64 * 1024) + 1;
+  const auto share = [pieces](size_t n, size_t piece) { return n / pieces * piece + n % pieces * piece / pieces; };
   uint64_t sum = 0;
-  for (size_t begin = 0, done = 0; begin < n; begin += kPiece) {
-    const size_t end = std::min(begin + kPiece, n);
-    // n and written are below 2^40 and the piece is a fraction of them: no overflow.
-    const size_t target = end == n ? written : static_cast<size_t>(static_cast<double>(written) / n * end);
-    const size_t copied = std::min(target - done, end - begin);
-    std::memcpy(to + done, from + begin, copied);
-    sum ^= read_once(from + begin + copied, end - begin - copied);
-    done += copied;
+  for (size_t piece = 0; piece < pieces; ++piece) {
+    const size_t source = share(read, piece), source_size = share(read, piece + 1) - source;
+    const size_t target = share(written, piece), target_size = share(written, piece + 1) - target;
+    const size_t copied = std::min(source_size, target_size);
+    std::memcpy(to + target, from + source, copied);
+    sum ^= read_once(from + source + copied, source_size - copied);
+    std::memset(to + target + copied, 0, target_size - copied);
   }
   return sum;
 }

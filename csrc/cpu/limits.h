@@ -21,7 +21,7 @@ const std::vector<ComputeLimit>& compute_limits();
 /// Reads n bytes once, in one pass; returns their exclusive or, so that nothing is left out.
 uint64_t read_once(const std::byte* data, size_t n);
 
-/// Reads n bytes and writes the first `written` of them to `to`; written <= n.
-uint64_t read_and_write(const std::byte* from, size_t n, std::byte* to, size_t written);
+/// Reads so many bytes and writes so many, a copy as far as it goes, then a read or a fill.
+uint64_t read_and_write(const std::byte* from, size_t read, std::byte* to, size_t written);
 
 }  // namespace xpu_fp4::cpu

@@ -52,17 +52,17 @@ int64_t limit_read(const Tensor& x) {
   return static_cast<int64_t>(sum.load());
 }
 
-// Reads all of x and writes the share of it that `out` holds.
+// Reads all of x and writes all of out.
 int64_t limit_copy(const Tensor& x, const Tensor& out) {
   check_bytes(x, "x");
   check_bytes(out, "out");
-  TORCH_CHECK(out.numel() <= x.numel(), "xpu_fp4: out has ", out.numel(), " bytes, expected at most the ", x.numel(), " of x");
-  const int64_t n = x.numel(), written = out.numel();
+  const auto* from = static_cast<const std::byte*>(x.const_data_ptr());
+  auto* to = static_cast<std::byte*>(out.data_ptr());
+  const int64_t read = x.numel(), written = out.numel(), parts = (read + written) / kGrain + 1;
   std::atomic<uint64_t> sum = 0;
-  at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-    const int64_t to = written * begin / n;
-    sum ^= cpu::read_and_write(static_cast<const std::byte*>(x.const_data_ptr()) + begin, end - begin,
-                               static_cast<std::byte*>(out.data_ptr()) + to, written * end / n - to);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t source = read * begin / parts, target = written * begin / parts;
+    sum ^= cpu::read_and_write(from + source, read * end / parts - source, to + target, written * end / parts - target);
   });
   return static_cast<int64_t>(sum.load());
 }
