@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Data = Literal["gaussian", "random-scales", "random-scales-20"]
-"""gaussian: normally distributed activations and weights; scales of neighbouring blocks hardly differ. random-scales: every scale
-byte is drawn from all 255 finite ones, so no blocks share an exponent; random-scales-20: from 107 to 147."""
+"""gaussian: normally distributed activations and weights; scales of neighbouring blocks hardly differ. random-scales: each scale
+byte is drawn from all 255 finite ones, so next to no blocks are aligned; random-scales-20: from 107 to 147."""
 
 DATA = get_args(Data)
 

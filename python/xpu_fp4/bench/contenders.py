@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who takes part: our ops, and what torch has. Those that need another package are in `peers`, the machine's limits in `limits`."""
+"""Who takes part: our ops, and what torch has. What needs another package is in `peers`, the machine's limits are in `limits`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from .._library import ops
 from .cases import CONVERSIONS, Case
-from .measure import Run
+from .measure import Job, Run
 from .operands import BLOCK, Problem
 
 Kind = Literal["ours", "peer", "limit"]
@@ -28,8 +28,8 @@ class Contender:
     name: str
     kind: Kind
     about: str
-    setup: Callable[[Problem], Run]
-    """Makes the operands and returns the function to time. Raises Unavailable."""
+    setup: Callable[[Problem], Run | Job]
+    """Makes the operands and returns what to time. Raises Unavailable."""
     ops: Callable[[Problem], int] = lambda problem: problem.case.ops
     """Operations of one call, two for a multiply-add."""
     bytes: Callable[[Problem], int] = lambda problem: problem.weights.packed_bytes
@@ -152,7 +152,9 @@ class Emulation:
         byte = torch.arange(256)
         self.pairs = torch.stack([nibble[byte & 15], nibble[byte >> 4]], -1).to(device)
         """The two values of each byte [256, 2]."""
-        self.midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=device)
+        midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+        midpoints[1::2] = midpoints[1::2].nextafter(torch.zeros(()))  # ties to the even code: these go up
+        self.midpoints = midpoints.to(device)
         self.values = values.float().to(device)
 
     def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ class Emulation:
         return (blocks * factor[..., None]).view(n, 2 * half)
 
     def round_trip(self, x: Tensor) -> Tensor:
-        """x [m, k] as MXFP4 would hold it, scale mode even but for ties."""
+        """x [m, k] as MXFP4 holds it, scale mode even; finite, no block of zeros or of subnormals."""
         blocks = x.float().unflatten(-1, (-1, BLOCK))
         fraction, exponent = torch.frexp(blocks.abs().amax(-1, keepdim=True))  # fraction in [0.5, 1)
         scale = torch.exp2((exponent - 3 + (fraction >= 0.875)).float())
@@ -186,8 +188,6 @@ def _dense_bytes(bytes_per_element: int) -> Callable[[Problem], int]:
 TORCH = (
     Contender("torch-bf16", "peer", "torch F.linear, bfloat16", _torch_linear(torch.bfloat16), bytes=_dense_bytes(2)),
     Contender("torch-f32", "peer", "torch F.linear, float32", _torch_linear(torch.float32), bytes=_dense_bytes(4)),
-    Contender(
-        "torch-int8", "peer", "torch._int_mm, int8 without scales", _torch_int8, bytes=_dense_bytes(1), device="cpu"
-    ),
+    Contender("torch-int8", "peer", "torch._int_mm, int8 without scales", _torch_int8, bytes=_dense_bytes(1), device="cpu"),
     Contender("emulation", "peer", "dequantize in torch, then bfloat16 F.linear: W4A4 as frameworks emulate it", _emulation),
 )

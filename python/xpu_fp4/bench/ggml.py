@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ggml's MXFP4 product over ctypes, as llama.cpp runs it: weights in the layout that llama.cpp loads them into, one thread pool."""
+"""ggml's MXFP4 product over ctypes, as llama.cpp runs it: weights in a layout that llama.cpp loads, one thread pool."""
 
 import ctypes
 import importlib.util
@@ -27,6 +27,7 @@ class _InitParams(Structure):
 _BASE: dict[str, tuple[Any, ...]] = {  # function: result, arguments
     "ggml_init": (c_void_p, _InitParams),
     "ggml_free": (None, c_void_p),
+    "ggml_log_set": (None, c_void_p, c_void_p),
     "ggml_tensor_overhead": (c_size_t,),
     "ggml_graph_overhead": (c_size_t,),
     "ggml_new_tensor_2d": (c_void_p, c_void_p, c_int, c_int64, c_int64),
@@ -42,7 +43,6 @@ _BASE: dict[str, tuple[Any, ...]] = {  # function: result, arguments
     "ggml_backend_dev_backend_reg": (c_void_p, c_void_p),
     "ggml_backend_reg_get_proc_address": (c_void_p, c_void_p, c_char_p),
     "ggml_backend_dev_supports_op": (c_bool, c_void_p, c_void_p),
-    "ggml_backend_buft_name": (c_char_p, c_void_p),
     "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, c_void_p, c_void_p),
     "ggml_backend_buffer_free": (None, c_void_p),
     "ggml_backend_tensor_set": (None, c_void_p, c_void_p, c_size_t, c_size_t),
@@ -90,6 +90,8 @@ class Ggml:
             self.cpu = _load(folder() / "libggml-cpu.so", _CPU)
         except (OSError, AttributeError) as error:
             raise ImportError(f"ggml does not fit: {error}") from error
+        self._log = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(lambda level, text, user: None)
+        self.base.ggml_log_set(self._log, None)  # it tells of every weight
         self.backend = self.cpu.ggml_backend_cpu_init()
         self.device = self.base.ggml_backend_get_device(self.backend)
         self._pools: dict[int, int] = {}
@@ -118,8 +120,15 @@ class Ggml:
         context: int = self.base.ggml_init(_InitParams(size, None, True))
         return context
 
-    def buffer_types(self) -> list[int]:
-        """For weights, in llama.cpp's order: repacked layouts first, then the plain one."""
+    @property
+    def plain(self) -> int:
+        """The buffer type of rows of blocks, as a file holds them."""
+        found: int = self.base.ggml_backend_get_default_buffer_type(self.backend)
+        return found
+
+    @property
+    def repacking(self) -> list[int]:
+        """The buffer types that llama.cpp tries first for weights."""
         registry = self.base.ggml_backend_dev_backend_reg(self.device)
         address = self.base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
         types: list[int] = []
@@ -127,7 +136,7 @@ class Ggml:
             extra = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(address)(self.device)
             while extra and extra[len(types)]:
                 types.append(extra[len(types)])
-        return [*types, self.base.ggml_backend_get_default_buffer_type(self.backend)]
+        return types
 
 
 @lru_cache(maxsize=1)
@@ -136,18 +145,18 @@ def instance() -> Ggml:
 
 
 def to_blocks(codes: Tensor, scale: Tensor) -> Tensor:
-    """Codes uint8 [n, k/2] and scale bytes [n, k/32] -> ggml's blocks [n, k/32, 17]: scale, then elements j and j + 16 in a byte."""
+    """Codes uint8 [n, k/2] and scale bytes [n, k/32] -> [n, k/32, 17]: scale, then elements j and j + 16 in a byte."""
     elements = torch.stack([codes & 15, codes >> 4], -1).view(codes.shape[0], -1, BLOCK)
     pairs = elements[..., : BLOCK // 2] | (elements[..., BLOCK // 2 :] << 4)
     return torch.cat([scale[..., None], pairs], -1).contiguous()
 
 
 class Weight:
-    """A weight [n, k] in the first layout that ggml multiplies it in."""
+    """A weight [n, k] in the first of the layouts in which ggml multiplies it. Raises ValueError if there is none."""
 
-    def __init__(self, ggml: Ggml, blocks: Tensor) -> None:
+    def __init__(self, ggml: Ggml, blocks: Tensor, layouts: list[int]) -> None:
         n, k = blocks.shape[0], blocks.shape[1] * BLOCK
-        for buffer_type in ggml.buffer_types():
+        for buffer_type in layouts:
             context = ggml.context(3)
             self.tensor = ggml.base.ggml_new_tensor_2d(context, MXFP4, k, n)
             buffer = ggml.base.ggml_backend_alloc_ctx_tensors_from_buft(context, buffer_type)
@@ -157,7 +166,8 @@ class Weight:
             weakref.finalize(self, ggml.base.ggml_backend_buffer_free, buffer)
             if buffer and ggml.base.ggml_backend_dev_supports_op(ggml.device, product):
                 break
-        self.layout: str = ggml.base.ggml_backend_buft_name(buffer_type).decode()
+        else:
+            raise ValueError("ggml has no such layout for MXFP4")
         ggml.base.ggml_backend_tensor_set(self.tensor, blocks.data_ptr(), 0, blocks.nbytes)
 
 
@@ -168,12 +178,11 @@ class Products:
         base, (m, k) = ggml.base, x.shape
         self.ggml, self.shape = ggml, (m, n)
         self.weights = weights  # kept alive
-        plain = base.ggml_backend_get_default_buffer_type(ggml.backend)
         inputs, results = ggml.context(1), ggml.context(len(weights), len(weights))
         x_tensor = base.ggml_new_tensor_2d(inputs, F32, k, m)
-        buffer = base.ggml_backend_alloc_ctx_tensors_from_buft(inputs, plain)
+        buffer = base.ggml_backend_alloc_ctx_tensors_from_buft(inputs, ggml.plain)
         base.ggml_backend_tensor_set(x_tensor, x.contiguous().data_ptr(), 0, x.nbytes)
-        allocator = base.ggml_gallocr_new(plain)
+        allocator = base.ggml_gallocr_new(ggml.plain)
         for free, what in (
             (base.ggml_gallocr_free, allocator),
             (base.ggml_backend_buffer_free, buffer),

@@ -77,8 +77,9 @@ class _Plan:
 
 
 def _plan(job: Job, share: float, watch: Stopwatch) -> _Plan:
-    watch.time(job.run, 1)  # allocations and caches
-    single = watch.time(job.run, 1)
+    single = watch.time(job.run, 1)  # allocations and caches
+    for _ in range(3 if single < 10 * MIN_SAMPLE else 1):
+        single = min(single, watch.time(job.run, 1))
     job.rest()
     calls = max(1, math.ceil(MIN_SAMPLE / max(single, 1e-9)))
     # A call before each sample takes the caches and threads back from the function before. Long calls need none.

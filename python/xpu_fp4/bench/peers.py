@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.nn.functional import linear
@@ -41,23 +42,30 @@ def _torchao(problem: Problem) -> Run:
     return lambda: linear(x, weight)
 
 
-def _ggml(problem: Problem) -> Job:
+def _ggml(problem: Problem, *, repacked: bool) -> Job:
     try:
         library = ggml.instance()
-    except ImportError as error:
+        layouts = library.repacking if repacked else [library.plain]
+        weights = problem.weights
+        blocks = ggml.to_blocks(weights.codes, weights.scale)
+        form = "ggml repacked" if repacked else "ggml"
+        copies = weights.copies(form, blocks.nbytes, lambda: ggml.Weight(library, blocks, layouts))
+    except (ImportError, ValueError) as error:
         raise Unavailable(str(error)) from error
-    weights = problem.weights
-    blocks = ggml.to_blocks(weights.codes, weights.scale)
-    copies = weights.copies("ggml", blocks.nbytes, lambda: ggml.Weight(library, blocks))
     library.use_threads(problem.case.threads)
     products = ggml.Products(library, problem.x.float(), copies, problem.case.n)
     index = itertools.cycle(range(len(copies))).__next__
     return Job(lambda: products.run(index()), library.rest)
 
 
+def _ggml_contender(name: str, about: str, repacked: bool) -> Contender:
+    return Contender(name, "peer", f"ggml_mul_mat: x as Q8_0 inside, {about}", partial(_ggml, repacked=repacked), device="cpu")
+
+
 PEERS = (
     Contender("torchao-mx", "peer", "torchao MXTensor F.linear, W4A4, emulated", _torchao, device="cpu"),
-    Contender("ggml-mxfp4", "peer", "ggml_mul_mat of MXFP4 weights, x as Q8_0 inside, repacked if ggml can", _ggml, device="cpu"),
+    _ggml_contender("ggml-mxfp4", "MXFP4 weight as in a GGUF file", False),
+    _ggml_contender("ggml-mxfp4-repacked", "MXFP4 weight repacked, as llama.cpp loads it where it can", True),
 )
 
 

@@ -23,12 +23,13 @@ COLOURS = {
     "emulation": "tab:gray",
     "torchao-mx": "tab:brown",
     "ggml-mxfp4": "tab:purple",
+    "ggml-mxfp4-repacked": "tab:olive",
 }
-PREPACKED = "-prepacked"
+_PREPACKED = "-prepacked"
 
 
 def _style(name: str) -> dict[str, object]:
-    raw = name.removesuffix(PREPACKED)
+    raw = name.removesuffix(_PREPACKED)
     return {
         "color": COLOURS[raw],
         "marker": "o" if raw.startswith("w4") else "x",
@@ -41,7 +42,7 @@ def _products(record: Record, cases: list[Case]) -> dict[str, list[Result]]:
     """The results of each of the products in these cases, by rows."""
     chosen: dict[str, list[Result]] = {}
     for result in sorted(record.results, key=lambda result: result.case.m):
-        if result.case in cases and result.contender.removesuffix(PREPACKED) in COLOURS:
+        if result.case in cases and result.contender.removesuffix(_PREPACKED) in COLOURS:
             chosen.setdefault(result.contender, []).append(result)
     return chosen
 

@@ -5,6 +5,7 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,7 +19,7 @@ Rows = list[list[str]]
 
 
 def rate_limits(record: Record, threads: int | None = None) -> dict[str, float]:
-    """Median rate of each limit over the cases with that many threads (None: the most common number): operations or bytes a second."""
+    """Each limit's median over the cases with that many threads (None: the most common number), operations or bytes a second."""
     found = [r for r in record.results if r.kind == "limit"]
     if threads is None and found:
         threads = statistics.mode(r.case.threads for r in found)
@@ -48,24 +49,30 @@ def _best_forms(results: dict[str, Result]) -> dict[str, Result]:
 
 
 def case_table(record: Record, case: Case) -> Table:
-    """Everybody in one case; the last columns: how many times as fast ours are."""
+    """Everybody in one case. The last columns say how many times as fast as this one ours are."""
     results = record.of(case)
-    conversion = not any(result.ops for result in results.values() if result.kind == "ours")
-    limits = {n: r for n, r in results.items() if r.kind == "limit" and conversion == ("copy" in n)}
-    ours = {} if conversion else _best_forms(results)
-    table = Table(title=f"{case.suite}: {case}", title_justify="left", caption_justify="left")
+    is_product = any(result.ops for result in results.values() if result.kind == "ours")
+    limits = {name: r for name, r in results.items() if r.kind == "limit" and is_product == (name in _bounds(results))}
+    ours = _best_forms(results) if is_product else {}
+    table = Table(title=f"{case.suite}: {case}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("who", no_wrap=True)
     headings = ["ms", "±", "GOPS", "GB/s", *(f"of {name.removeprefix('limit-')}" for name in limits)]
-    for heading in headings + [f"{result.contender} is × as fast" for result in ours.values()]:
-        table.add_column(heading, justify="right")
+    for heading in headings + [f"{name} is x times as fast" for name in ours]:
+        table.add_column(heading, justify="right", max_width=13)
     for result in results.values():
-        style = {"ours": "bold", "limit": "dim"}.get(result.kind)
-        shares = [_share(result, limit) if result.kind != "limit" else "" for limit in limits.values()]
-        ratios = [f"{speedup(mine.timing, result.timing):.2f}" if result.kind != "limit" else "" for mine in ours.values()]
-        rates = [f"{amount / result.seconds / 1e9:.4g}" if amount else "-" for amount in (result.ops, result.bytes)]
-        spread = f"{100 * result.timing.spread:.0f}%"
-        table.add_row(result.contender, _milliseconds(result), spread, *rates, *shares, *ratios, style=style)
+        shown = result.kind != "limit"
+        shares = [_share(result, limit) if shown else "" for limit in limits.values()]
+        ratios = [f"{speedup(mine.timing, result.timing):.2f}" if shown else "" for mine in ours.values()]
+        rates = [f"{amount / result.seconds / 1e9:.3g}" if amount else "-" for amount in (result.ops, result.bytes)]
+        cells = [result.contender, _milliseconds(result), f"{100 * result.timing.spread:.0f}%", *rates, *shares, *ratios]
+        table.add_row(*cells, style={"ours": "bold", "limit": "dim"}.get(result.kind))
     return table
+
+
+def _bounds(results: dict[str, Result]) -> list[str]:
+    """What bounds a product: the fastest instruction, and reading."""
+    instructions = [name for name, result in results.items() if result.kind == "limit" and result.ops]
+    return [*instructions[:1], "limit-read"]
 
 
 def _verdict_row(verdict: Verdict) -> list[str]:
@@ -79,7 +86,7 @@ TARGET_HEADINGS = ("work", "figure", "target", "measured", "reached")
 
 
 def targets_table(record: Record) -> Table:
-    table = Table(*TARGET_HEADINGS, title="Targets", title_justify="left")
+    table = Table(*TARGET_HEADINGS, title="Targets", title_justify="left", box=box.SIMPLE_HEAD)
     for row in map(_verdict_row, verdicts(record)):
         style = {"yes": "green", "**no**": "red"}.get(row[-1], "dim")
         table.add_row(*(escape(cell.strip("*")) for cell in row), style=style)
@@ -87,7 +94,7 @@ def targets_table(record: Record) -> Table:
 
 
 def absent_table(record: Record) -> Table:
-    table = Table("did not take part", "why", title_justify="left")
+    table = Table("did not take part", "why", box=box.SIMPLE_HEAD)
     for name, reason in record.absent.items():
         table.add_row(name, escape(reason))
     return table
@@ -119,14 +126,15 @@ def _machine(record: Record) -> str:
 
 
 def _limit(name: str, rate: float) -> str:
-    unit = "GB/s" if name in ("limit-read",) or "copy" in name else "GOPS"
+    unit = "GB/s" if name.startswith(("limit-read", "limit-copy")) else "GOPS"
     return f"{name.removeprefix('limit-')} {rate / 1e9:.4g} {unit}"
 
 
 def _suite_rows(record: Record, suite: str) -> tuple[list[str], Rows]:
     """A row per case: milliseconds of everybody but the limits."""
     cases = [case for case in record.cases if case.suite == suite]
-    names = [n for n in record.contenders if any(r.contender == n and r.kind != "limit" for c in cases for r in [record.of(c).get(n)] if r)]
+    took_part = {r.contender for r in record.results if r.case.suite == suite and r.kind != "limit"}
+    names = [name for name in record.contenders if name in took_part]
     rows = [[str(case), *(_milliseconds(record.of(case).get(name)) for name in names)] for case in cases]
     return ["M x N x K", *names], rows
 

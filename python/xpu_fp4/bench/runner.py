@@ -86,7 +86,9 @@ class Record:
     def from_json(cls, data: dict[str, Any]) -> "Record":
         """The reverse. Raises ValueError if it is no record of this format."""
         if data.get("format") != FORMAT:
-            raise ValueError(f"format is {data.get('format')!r}, expected {FORMAT}: the JSON that `xpu-fp4 bench --json` writes")
+            raise ValueError(
+                f"format is {data.get('format')!r}, expected {FORMAT}: the JSON that `xpu-fp4 bench --json` writes"
+            )
         record = cls(data["machine"], data["settings"], data["contenders"], absent=data["absent"])
         for row in data["results"]:
             case = Case(*(row[key] for key in ("suite", "n", "k", "data", "threads", "m")))
@@ -135,9 +137,7 @@ def run(
     return record
 
 
-def _run_case(
-    case: Case, problem: Problem, who: Sequence[Contender], seconds: float, watch: Stopwatch, record: Record
-) -> None:
+def _run_case(case: Case, problem: Problem, who: Sequence[Contender], seconds: float, watch: Stopwatch, record: Record) -> None:
     asked_for = replace(case, only=())
     jobs, taking_part = {}, [c for c in who if c.takes_part(case, problem.weights.device.type)]
     for contender in taking_part:

@@ -50,9 +50,7 @@ class _Results:
     def _key(case: Case, contender: str) -> tuple[object, ...]:
         return case.m, case.n, case.k, case.data, case.threads, contender
 
-    def get(
-        self, contender: str, m: int, k: int = 4096, *, data: Data = "gaussian", threads: int | None = None
-    ) -> Result:
+    def get(self, contender: str, m: int, k: int = 4096, *, data: Data = "gaussian", threads: int | None = None) -> Result:
         """Of a product with n = 4096."""
         found = self._by_key.get((m, 4096, k, data, threads or self.threads, contender))
         if found is None:
@@ -109,14 +107,13 @@ def _w4a4(results: _Results, form: str) -> Iterator[Verdict]:
     yield _verdict(big, "of vpdpbusd", 0.85, partial(of, "limit-vpdpbusd", 1024))
     yield _verdict(big, "times torch bf16", 1.9, partial(over, "torch-bf16", 1024))
     yield _verdict(big, "times torch._int_mm", 0.95, partial(over, "torch-int8", 1024))
-    yield _verdict(
-        f"{big}, all scale bytes", "of vpdpbusd", 0.55, partial(of, "limit-vpdpbusd", 1024, data="random-scales")
-    )
+    yield _verdict(f"{big}, all scale bytes", "of vpdpbusd", 0.55, partial(of, "limit-vpdpbusd", 1024, data="random-scales"))
     yield _verdict(
         f"{big}, scale bytes 107 to 147", "of vpdpbusd", 0.55, partial(of, "limit-vpdpbusd", 1024, data="random-scales-20")
     )
     yield _verdict(f"{name} 128x4096x4096", "times torch bf16", 1.7, partial(over, "torch-bf16", 128))
-    yield _verdict(f"{name} 512x4096x14336", "times ggml MXFP4", 15, partial(over, "ggml-mxfp4", 512, 14336))
+    for peer in ("ggml-mxfp4", "ggml-mxfp4-repacked"):
+        yield _verdict(f"{name} 512x4096x14336", f"times {peer}", 15, partial(over, peer, 512, 14336))
     for k in (4096, 14336):
         yield _verdict(f"{name} 1x4096x{k}", "of read bandwidth", 0.80, partial(of, "limit-read", 1, k))
         yield _verdict(f"{name} 1x4096x{k}", "times torch bf16", 5, partial(over, "torch-bf16", 1, k))

@@ -14,6 +14,8 @@ from ..bench import cases, plots, report, runner
 
 Numbers = tuple[int, ...]
 
+WIDTH = 112  # of the tables, at least
+
 
 def _numbers(_: click.Context, parameter: click.Parameter, text: str | None) -> Numbers:
     try:
@@ -32,7 +34,9 @@ def _read(path: Path) -> runner.Record:
         raise click.ClickException(f"{path}: {error}") from error
 
 
-def _print(record: runner.Record, console: Console) -> None:
+def _print(record: runner.Record) -> None:
+    terminal = Console()
+    console = Console(width=max(terminal.width, WIDTH))
     for case in record.cases:
         console.print(report.case_table(record, case))
     if any(case.suite == "targets" for case in record.cases):
@@ -100,7 +104,6 @@ def command(
     who = [c for c in runner.contenders(device) if not only or any(text in c.name for text in only)]
     if not who:
         raise click.BadParameter(f"no contender has one of {', '.join(only)} in its name", param_hint="--only")
-    console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(planned))
@@ -113,14 +116,14 @@ def command(
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(record.to_json(), indent=1) + "\n")
-    _print(record, console)
+    _print(record)
 
 
 @command.command("show")
 @click.argument("path", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def show(path: Path) -> None:
     """Print the tables of a record again."""
-    _print(_read(path), Console())
+    _print(_read(path))
 
 
 @command.command("plot")
