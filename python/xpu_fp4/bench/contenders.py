@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who takes part: our ops, and what torch has. What needs another package is in `peers`, the machine's limits are in `limits`."""
+"""Who takes part: our ops, and what torch has. What needs another package is in `peers`, limits of the machine in `limits`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

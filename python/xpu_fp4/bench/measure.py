@@ -78,21 +78,22 @@ class _Plan:
 
 def _plan(job: Job, share: float, watch: Stopwatch) -> _Plan:
     single = watch.time(job.run, 1)  # allocations and caches
-    for _ in range(3 if single < 10 * MIN_SAMPLE else 1):
-        single = min(single, watch.time(job.run, 1))
+    if single < share:
+        single = min(single, *(watch.time(job.run, 1) for _ in range(3)))
     job.rest()
     calls = max(1, math.ceil(MIN_SAMPLE / max(single, 1e-9)))
     # A call before each sample takes the caches and threads back from the function before. Long calls need none.
     warm_up = single < 20 * MIN_SAMPLE
     cost = single * (calls + warm_up)
-    samples = min(MAX_SAMPLES, max(MIN_SAMPLES, int(share / cost)))
+    least = MIN_SAMPLES if single < share else 1
+    samples = min(MAX_SAMPLES, max(least, int(share / cost)))
     return _Plan(job, calls, samples, warm_up, [])
 
 
 def measure(jobs: Mapping[str, Job], seconds: float, watch: Stopwatch | None = None) -> dict[str, Timing]:
     """Times each job in rounds, one sample of each per round, the order turned by one each round.
 
-    Each job has an equal share of `seconds`; slow ones still get MIN_SAMPLES samples, fast ones stop at MAX_SAMPLES.
+    Each job has an equal share of `seconds`, which gives it MIN_SAMPLES to MAX_SAMPLES samples, and one if a call takes longer.
     """
     watch = watch or Stopwatch()
     plans = {name: _plan(job, seconds / len(jobs), watch) for name, job in jobs.items()}

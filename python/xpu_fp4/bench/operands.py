@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of a case. A weight is many copies, which calls take in turn as a model's layers do, so that it comes from memory."""
+"""The tensors of a case. Calls take copies of the weight in turn, as a model's layers do, so that it comes from memory."""
 
 import itertools
 from collections.abc import Callable

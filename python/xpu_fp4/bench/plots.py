@@ -3,7 +3,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .cases import Case
 from .report import rate_limits
@@ -28,7 +28,7 @@ COLOURS = {
 _PREPACKED = "-prepacked"
 
 
-def _style(name: str) -> dict[str, object]:
+def _style(name: str) -> dict[str, Any]:
     raw = name.removesuffix(_PREPACKED)
     return {
         "color": COLOURS[raw],
@@ -58,7 +58,7 @@ def square_cases(record: Record) -> list[Case]:
 
 def _draw_times(axes: "Axes", record: Record, cases: list[Case]) -> None:
     for name, results in _products(record, cases).items():
-        axes.plot([r.case.m for r in results], [r.seconds * 1e3 for r in results], **_style(name))  # type: ignore[arg-type]
+        axes.plot([r.case.m for r in results], [r.seconds * 1e3 for r in results], **_style(name))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("M, rows of activations")
@@ -73,7 +73,7 @@ def _draw_roofline(axes: "Axes", record: Record, cases: list[Case]) -> None:
         moved = [r.bytes + 2 * r.case.m * (r.case.n + r.case.k) for r in results]
         intensity = [r.ops / b for r, b in zip(results, moved, strict=True)]
         lowest, highest = min(lowest, *intensity), max(highest, *intensity)
-        axes.plot(intensity, [r.ops / r.seconds / 1e9 for r in results], **_style(name))  # type: ignore[arg-type]
+        axes.plot(intensity, [r.ops / r.seconds / 1e9 for r in results], **_style(name))
     rates = rate_limits(record, cases[0].threads)
     read = rates.get("limit-read")
     points = [lowest * (highest / lowest) ** (i / 200) for i in range(201)]

@@ -19,7 +19,7 @@ Rows = list[list[str]]
 
 
 def rate_limits(record: Record, threads: int | None = None) -> dict[str, float]:
-    """Each limit's median over the cases with that many threads (None: the most common number), operations or bytes a second."""
+    """Each limit's median over the cases with that many threads (None: the commonest number), operations or bytes a second."""
     found = [r for r in record.results if r.kind == "limit"]
     if threads is None and found:
         threads = statistics.mode(r.case.threads for r in found)
@@ -64,7 +64,8 @@ def case_table(record: Record, case: Case) -> Table:
         shares = [_share(result, limit) if shown else "" for limit in limits.values()]
         ratios = [f"{speedup(mine.timing, result.timing):.2f}" if shown else "" for mine in ours.values()]
         rates = [f"{amount / result.seconds / 1e9:.3g}" if amount else "-" for amount in (result.ops, result.bytes)]
-        cells = [result.contender, _milliseconds(result), f"{100 * result.timing.spread:.0f}%", *rates, *shares, *ratios]
+        spread = f"{100 * result.timing.spread:.0f}%" if len(result.timing.samples) > 1 else "-"
+        cells = [result.contender, _milliseconds(result), spread, *rates, *shares, *ratios]
         table.add_row(*cells, style={"ours": "bold", "limit": "dim"}.get(result.kind))
     return table
 

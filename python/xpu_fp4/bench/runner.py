@@ -86,9 +86,7 @@ class Record:
     def from_json(cls, data: dict[str, Any]) -> "Record":
         """The reverse. Raises ValueError if it is no record of this format."""
         if data.get("format") != FORMAT:
-            raise ValueError(
-                f"format is {data.get('format')!r}, expected {FORMAT}: the JSON that `xpu-fp4 bench --json` writes"
-            )
+            raise ValueError(f"format is {data.get('format')!r}, expected {FORMAT}, as `xpu-fp4 bench --json` writes it")
         record = cls(data["machine"], data["settings"], data["contenders"], absent=data["absent"])
         for row in data["results"]:
             case = Case(*(row[key] for key in ("suite", "n", "k", "data", "threads", "m")))
