@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 Data = Literal["gaussian", "random-scales", "random-scales-20"]
 """How scales are spread. gaussian: activations and weights are normally distributed, so scales of neighbouring blocks hardly
-differ. random-scales: each scale byte is drawn from all 255 finite ones, so next to no blocks are aligned. random-scales-20: from
+differ. random-scales: each scale byte is drawn from all 255 finite ones, so next to none are aligned. random-scales-20: from
 107 to 147."""
 
 DATA = get_args(Data)
