@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark measures what it says. No test here depends on how fast anything is."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -265,9 +266,8 @@ def test_ggml_multiplies_our_weights(repacked: bool) -> None:
 
 
 def run_record(planned: list[Case], who: list[Contender]) -> runner.Record:
-    machine = FakeMachine()
-    ticks = iter(range(10**9))
-    watch = Stopwatch(clock=lambda: next(ticks) + machine.now)
+    """On a clock that moves by a second at each look."""
+    watch = Stopwatch(clock=itertools.count().__next__)
     return runner.run(planned, who, seconds=0, copies_bytes=1, watch=watch)
 
 
@@ -317,6 +317,8 @@ def test_suites_have_the_shapes_that_models_run() -> None:
     assert all(case.k % 32 == 0 and case.threads == 3 for name in cases.LAYERS for case in cases.suite(name, 3))
     assert {case.data for case in cases.suite("llama-8b", 1, "random-scales")} == {"random-scales"}
     assert {1, 2, 6} <= {case.threads for case in cases.suite("threads", 6)}
+    with pytest.raises(ValueError, match="targets chooses M and data itself"):
+        cases.suite("targets", 1, ms=(1,))
     with pytest.raises(ValueError, match="suite is 'cube', expected one of targets"):
         cases.suite("cube", 1)
 
@@ -388,7 +390,7 @@ def test_targets_that_cannot_be_measured_say_why() -> None:
     line = verdict(record, "w4a4-gemm 512x4096x14336", "times ggml-mxfp4")
     assert (line.measured, line.reached, line.note) == (None, None, "it is not here")
     amx = verdict(record, "AMX, 16 threads: w4a4-gemm 1024x4096x4096", "of tdpbusd")
-    assert amx.note == "is for 16 threads"
+    assert amx.note == "is for 16 threads, not 2"
     assert (
         verdict(synthetic(lambda name, case: 1.0, 16), amx.work.replace("gemm", "gemm-prepacked"), amx.measure).reached is True
     )
@@ -445,6 +447,7 @@ def test_command_measures_shows_and_plots(tmp_path: Path) -> None:
 def test_command_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     assert "expected numbers above 0" in bench("--m", "1,x").output
     assert "expected numbers above 0" in bench("--m", "0").output
+    assert "targets chooses M and data itself" in bench("--m", "1").output
     assert "no contender has one of nobody in its name" in bench("--only", "nobody").output
     if not torch.xpu.is_available():
         assert "torch sees no XPU device" in bench("--device", "xpu").output

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured: shapes, data and threads, in named suites."""
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 Data = Literal["gaussian", "random-scales", "random-scales-20"]
@@ -63,23 +62,26 @@ def _targets(threads: int) -> list[Case]:
     return [*(square(m) for m in (1, 128, 256, 512, 1024)), *small, *unaligned, *scaling, *conversions, *down]
 
 
-def _threads(most: int) -> list[Case]:
+def _threads(most: int, data: Data, ms: Sequence[int]) -> list[Case]:
     counts = sorted({2**i for i in range(most.bit_length())} | {most})
-    return [Case("threads", 4096, 4096, "gaussian", t, m) for t in counts for m in (1, 1024)]
+    return [Case("threads", 4096, 4096, data, t, m) for t in counts for m in ms]
 
 
 SUITES = ("targets", "square", *LAYERS, "convert", "threads")
 
 
 def suite(name: str, threads: int, data: Data = "gaussian", ms: Sequence[int] = ()) -> list[Case]:
-    """The cases of one suite, weights of a kind together. `targets` and `threads` choose some threads and data themselves.
+    """The cases of one suite, those of a weight together. `threads` goes up to that many threads.
 
-    ms replaces the suite's own numbers of rows; `targets` has none to replace. Raises ValueError for other names.
+    ms replaces the suite's own numbers of rows. Raises ValueError for other names, and for `targets` with ms or data: it has a
+    choice of its own.
     """
     if name == "targets":
+        if ms or data != "gaussian":
+            raise ValueError("the suite targets chooses M and data itself")
         cases = _targets(threads)
     elif name == "threads":
-        cases = _threads(threads if threads > 1 else os.cpu_count() or 1)
+        cases = _threads(threads, data, ms or (1, 1024))
     elif name == "square":
         cases = [Case(name, 4096, 4096, data, threads, m) for m in ms or SQUARE_M]
     elif name == "convert":
@@ -88,6 +90,4 @@ def suite(name: str, threads: int, data: Data = "gaussian", ms: Sequence[int] = 
         cases = [Case(name, n, k, data, threads, m) for n, k in LAYERS[name] for m in ms or LAYER_M]
     else:
         raise ValueError(f"suite is {name!r}, expected one of {', '.join(SUITES)}")
-    if name == "threads" and ms:
-        cases = list(dict.fromkeys(replace(case, m=m) for case in cases for m in ms))
     return sorted(cases)

@@ -25,6 +25,7 @@ class _InitParams(Structure):
 
 
 _BASE: dict[str, tuple[Any, ...]] = {  # function: result, arguments
+    "ggml_version": (c_char_p,),
     "ggml_init": (c_void_p, _InitParams),
     "ggml_free": (None, c_void_p),
     "ggml_log_set": (None, c_void_p, c_void_p),
@@ -97,6 +98,11 @@ class Ggml:
         self._pools: dict[int, int] = {}
 
     @property
+    def version(self) -> str:
+        found: bytes = self.base.ggml_version()
+        return found.decode()
+
+    @property
     def instruction_sets(self) -> list[str]:
         """What it was compiled for."""
         return [name for name in INSTRUCTION_SETS if getattr(self.cpu, f"ggml_cpu_has_{name}", int)()]
@@ -167,7 +173,7 @@ class Weight:
             if buffer and ggml.base.ggml_backend_dev_supports_op(ggml.device, product):
                 break
         else:
-            raise ValueError("ggml has no such layout for MXFP4")
+            raise ValueError(f"ggml has no such layout for MXFP4 [{n}, {k}]")
         ggml.base.ggml_backend_tensor_set(self.tensor, blocks.data_ptr(), 0, blocks.nbytes)
 
 

@@ -70,15 +70,14 @@ PEERS = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages behind the peers, and what ggml was compiled for."""
-    found = {}
-    for package in ("torchao", "libggml-python", "llama-cpp-python"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    """Versions of the libraries behind the peers, and what ggml was compiled for."""
     try:
-        found["ggml compiled for"] = ", ".join(ggml.instance().instruction_sets) or "no vectors"
-    except ImportError as error:
-        found["ggml compiled for"] = str(error)
+        found = {"torchao": importlib.metadata.version("torchao")}
+    except importlib.metadata.PackageNotFoundError:
+        found = {"torchao": "not installed"}
+    try:
+        library = ggml.instance()
+        found["ggml"] = f"{library.version}, compiled for {', '.join(library.instruction_sets) or 'no vectors'}"
+    except ImportError:
+        found["ggml"] = "not installed"
     return found

@@ -103,11 +103,11 @@ def draw(record: Record, stem: Path) -> list[Path]:
         return []
     written = []
     for what, draw_on in (("roofline", _draw_roofline), ("time", _draw_times)):
-        figure = Figure(figsize=(9, 5.5), layout="constrained")
+        figure = Figure(figsize=(10, 5.5), layout="constrained")
         axes = figure.subplots()
         draw_on(axes, record, cases)
         axes.grid(True, which="both", alpha=0.2)
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside right upper", fontsize=8)
         figure.suptitle(f"{record.machine['processor']}, executed", fontsize=9)
         path = stem.with_name(f"{stem.name}-{what}.png")
         figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -12,7 +12,7 @@ from rich.table import Table
 from .cases import Case
 from .measure import speedup
 from .runner import Record, Result
-from .targets import Verdict, verdicts
+from .targets import Verdict, threads_of, verdicts
 
 OURS_IN_SHORT = ("w4a4-gemm", "w4a4-linear", "w4a16-linear")
 Rows = list[list[str]]
@@ -30,8 +30,13 @@ def rate_limits(record: Record, threads: int | None = None) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
+def _figures(value: float) -> str:
+    """Three significant digits, more of large numbers, and no powers of ten."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-4 else f"{value:.6f}"
+
+
 def _milliseconds(result: Result | None) -> str:
-    return f"{result.seconds * 1e3:.3g}" if result else "-"
+    return _figures(result.seconds * 1e3) if result else "-"
 
 
 def _share(result: Result, limit: Result | None) -> str:
@@ -63,7 +68,7 @@ def case_table(record: Record, case: Case) -> Table:
         shown = result.kind != "limit"
         shares = [_share(result, limit) if shown else "" for limit in limits.values()]
         ratios = [f"{speedup(mine.timing, result.timing):.2f}" if shown else "" for mine in ours.values()]
-        rates = [f"{amount / result.seconds / 1e9:.3g}" if amount else "-" for amount in (result.ops, result.bytes)]
+        rates = [_figures(amount / result.seconds / 1e9) if amount else "-" for amount in (result.ops, result.bytes)]
         spread = f"{100 * result.timing.spread:.0f}%" if len(result.timing.samples) > 1 else "-"
         cells = [result.contender, _milliseconds(result), spread, *rates, *shares, *ratios]
         table.add_row(*cells, style={"ours": "bold", "limit": "dim"}.get(result.kind))
@@ -86,18 +91,30 @@ def _verdict_row(verdict: Verdict) -> list[str]:
 TARGET_HEADINGS = ("work", "figure", "target", "measured", "reached")
 
 
+def _targets_title(record: Record) -> str:
+    return f"Targets, with {threads_of(record)} threads (those without another number are for 2)"
+
+
 def targets_table(record: Record) -> Table:
-    table = Table(*TARGET_HEADINGS, title="Targets", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(*TARGET_HEADINGS, title=_targets_title(record), title_justify="left", box=box.SIMPLE_HEAD)
     for row in map(_verdict_row, verdicts(record)):
         style = {"yes": "green", "**no**": "red"}.get(row[-1], "dim")
         table.add_row(*(escape(cell.strip("*")) for cell in row), style=style)
     return table
 
 
+def _absent(record: Record) -> dict[str, str]:
+    """The contenders that share a reason, by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in record.absent.items():
+        names.setdefault(reason, []).append(name)
+    return {reason: ", ".join(together) for reason, together in names.items()}
+
+
 def absent_table(record: Record) -> Table:
     table = Table("did not take part", "why", box=box.SIMPLE_HEAD)
-    for name, reason in record.absent.items():
-        table.add_row(name, escape(reason))
+    for reason, names in _absent(record).items():
+        table.add_row(names, escape(reason))
     return table
 
 
@@ -111,7 +128,7 @@ def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _machine(record: Record) -> str:
     machine = record.machine
-    cache = ", ".join(f"{name} {size / 2**20:.3g} MiB" for name, size in machine["cache bytes"].items())
+    cache = ", ".join(f"{name} {size // 2**10} KiB" for name, size in machine["cache bytes"].items())
     threads = sorted({case.threads for case in record.cases})
     lines = [
         f"{machine['processor']}, {machine['cores']} cores{' of a virtual machine' * machine['virtual']}; {cache}; "
@@ -122,7 +139,7 @@ def _machine(record: Record) -> str:
         "Limits measured: " + "; ".join(_limit(name, rate) for name, rate in rate_limits(record).items()) + ".",
     ]
     if record.absent:
-        lines.append("Did not take part: " + "; ".join(f"{name}: {why}" for name, why in record.absent.items()) + ".")
+        lines.append("Did not take part: " + "; ".join(f"{names}: {why}" for why, names in _absent(record).items()) + ".")
     return "\n\n".join(lines)
 
 
@@ -145,7 +162,7 @@ def markdown(record: Record, pictures: Sequence[str] = ()) -> str:
     parts = [f"Executed with `{record.settings['command']}`.", _machine(record)]
     suites = list(dict.fromkeys(case.suite for case in record.cases))
     if "targets" in suites:
-        parts += ["### Targets", _markdown(TARGET_HEADINGS, map(_verdict_row, verdicts(record)))]
+        parts += [f"### {_targets_title(record)}", _markdown(TARGET_HEADINGS, map(_verdict_row, verdicts(record)))]
     parts += [f"![{re.sub('[-_]', ' ', address.rpartition('/')[2].removesuffix('.png'))}]({address})" for address in pictures]
     for suite in suites:
         parts += [f"### Suite `{suite}`, milliseconds", _markdown(*_suite_rows(record, suite))]

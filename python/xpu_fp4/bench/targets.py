@@ -37,13 +37,17 @@ class Verdict:
         return self.measured <= self.target if self.at_most else self.measured >= self.target
 
 
+def threads_of(record: Record) -> int:
+    """What all of `targets` but the comparison of thread counts ran on."""
+    return statistics.mode(case.threads for case in record.cases if case.suite == "targets")
+
+
 class _Results:
     """Looks results up in a record."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        suites = [case for case in record.cases if case.suite == "targets"]
-        self.threads = statistics.mode(case.threads for case in suites) if suites else 0
+        self.threads = threads_of(record)
         self._by_key = {self._key(r.case, r.contender): r for r in record.results if r.case.suite == "targets"}
 
     @staticmethod
@@ -131,20 +135,19 @@ def _w4a4(results: _Results, form: str) -> Iterator[Verdict]:
 def _amx(results: _Results, form: str) -> Iterator[Verdict]:
     name = results.best_form(form)
 
-    def over(peer: str, m: int) -> float:
+    def tiles() -> Result:
         if results.threads != 16:
-            raise NotMeasured("is for 16 threads")
-        return speedup(results.get(name, m).timing, results.get(peer, m).timing)
+            raise NotMeasured(f"is for 16 threads, not {results.threads}")
+        return results.get("limit-tdpbusd", 1024)
 
-    def of_tiles() -> float:
-        if results.threads != 16:
-            raise NotMeasured("is for 16 threads")
-        return rate_share(results.get(name, 1024), results.get("limit-tdpbusd", 1024), _ops)
+    def over(peer: str, m: int) -> float:
+        tiles()  # or it is another machine's target
+        return speedup(results.get(name, m).timing, results.get(peer, m).timing)
 
     big = f"AMX, 16 threads: {name} 1024x4096x4096"
     yield _verdict(big, "times torch bf16", 2.0, partial(over, "torch-bf16", 1024))
     yield _verdict(big, "times torch._int_mm", 1.3, partial(over, "torch-int8", 1024))
-    yield _verdict(big, "of tdpbusd", 0.33, of_tiles)
+    yield _verdict(big, "of tdpbusd", 0.33, lambda: rate_share(results.get(name, 1024), tiles(), _ops))
     yield _verdict(f"AMX, 16 threads: {name} 1x4096x4096", "times torch bf16", 2.5, partial(over, "torch-bf16", 1))
 
 

@@ -72,7 +72,7 @@ def _command_line(context: click.Context) -> str:
 )
 @click.option("--m", callback=_numbers, metavar="M,M,...", help="Rows of activations, instead of the suite's own.")
 @click.option("--threads", type=click.IntRange(min=1), default=None, help="Default: what torch uses.")
-@click.option("--seconds", type=click.FloatRange(min=0), default=8.0, show_default=True, help="Time for each case.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=6.0, show_default=True, help="Time for each case.")
 @click.option("--data", type=click.Choice(cases.DATA), default="gaussian", show_default=True, help="How scales are spread.")
 @click.option("--device", type=click.Choice(["cpu", "xpu"]), default="cpu", show_default=True)
 @click.option("--only", multiple=True, metavar="TEXT", help="Contenders whose name has this in it. Can be repeated.")
@@ -100,7 +100,10 @@ def command(
         raise click.BadParameter("torch sees no XPU device", param_hint="--device")
     names = cases.SUITES if "all" in suites else suites
     threads = threads or torch.get_num_threads()
-    planned = [case for name in dict.fromkeys(names) for case in cases.suite(name, threads, data, m)]
+    try:
+        planned = [case for name in dict.fromkeys(names) for case in cases.suite(name, threads, data, m)]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     who = [c for c in runner.contenders(device) if not only or any(text in c.name for text in only)]
     if not who:
         raise click.BadParameter(f"no contender has one of {', '.join(only)} in its name", param_hint="--only")
