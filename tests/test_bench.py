@@ -272,9 +272,7 @@ def run_record(planned: list[Case], who: list[Contender]) -> runner.Record:
 
 
 def test_record_survives_json_and_names_the_machine() -> None:
-    threads = torch.get_num_threads()
     record = run_record([CASE, replace(CASE, only=cases.CONVERSIONS)], list(runner.contenders("cpu")))
-    assert torch.get_num_threads() == threads
     text = json.dumps(record.to_json())
     again = runner.Record.from_json(json.loads(text))
     assert again.to_json() == record.to_json()
@@ -286,6 +284,18 @@ def test_record_survives_json_and_names_the_machine() -> None:
     assert keys <= record.machine.keys()
     row = json.loads(text)["results"][0]
     assert {"suite", "m", "n", "k", "data", "threads", "contender", "kind", "seconds", "spread", "samples"} <= row.keys()
+
+
+def test_a_run_uses_the_threads_of_its_cases_and_gives_them_back() -> None:
+    threads, seen = torch.get_num_threads(), []
+    asker = replace(TORCH[0], setup=lambda problem: lambda: seen.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        run_record([CASE, replace(CASE, threads=3)], [asker])
+        assert torch.get_num_threads() == 2
+        assert list(dict.fromkeys(seen)) == [1, 3]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_other_json_is_refused() -> None:
@@ -376,9 +386,9 @@ def test_small_products_are_held_to_read_bandwidth() -> None:
     assert line.reached is True
 
 
-@pytest.mark.parametrize(("slow", "worst"), [(None, 1.0), (17, 2.0)])
+@pytest.mark.parametrize(("slow", "worst"), [(None, 63 / 64), (17, 2.0)])
 def test_a_cliff_is_a_number_of_rows_slower_than_a_larger_one(slow: int | None, worst: float) -> None:
-    record = synthetic(lambda name, case: 2e-3 if case.m == slow else 1e-3)
+    record = synthetic(lambda name, case: 48.0 if case.m == slow else case.m)  # the next is 24
     line = verdict(record, "w4a4-gemm-prepacked M = 2..64, 4096x4096", "time over that of a larger M, worst")
     assert line.measured == pytest.approx(worst)
     assert line.reached is (slow is None)
