@@ -74,7 +74,7 @@ $(VENV)/.build $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.venv pyproject.
 # ggml from source: compiled for this machine, as llama.cpp's users compile it.
 $(VENV)/.bench: $(VENV)/.build pyproject.toml
 	pip install --quiet --group bench
-	CMAKE_ARGS=-DGGML_NATIVE=ON pip install --quiet --no-deps --no-binary libggml-python --group bench-ggml
+	CMAKE_ARGS=-DGGML_NATIVE=ON pip install --quiet --no-deps --no-cache-dir --force-reinstall --no-binary libggml-python --group bench-ggml
 	touch $@
 
 # Only the data files of these packages are used, not what they depend on.
