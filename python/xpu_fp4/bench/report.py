@@ -57,28 +57,26 @@ def case_table(record: Record, case: Case) -> Table:
     """Everybody in one case. The last columns say how many times as fast as this one ours are."""
     results = record.of(case)
     is_product = any(result.ops for result in results.values() if result.kind == "ours")
-    limits = {name: r for name, r in results.items() if r.kind == "limit" and is_product == (name in _bounds(results))}
+    bounds = [name for name, r in results.items() if r.kind == "limit" and r.ops][:1] + ["limit-read"] if is_product else []
+    bounds = [name for name in bounds if name in results]
     ours = _best_forms(results) if is_product else {}
     table = Table(title=f"{case.suite}: {case}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("who", no_wrap=True)
-    headings = ["ms", "±", "GOPS", "GB/s", *(f"of {name.removeprefix('limit-')}" for name in limits)]
+    headings = ["ms", "±", "GOPS", "GB/s", *(f"of {name.removeprefix('limit-')}" for name in bounds)]
+    if not is_product:
+        headings.append("of a copy")
     for heading in headings + [f"{name} is x times as fast" for name in ours]:
         table.add_column(heading, justify="right", max_width=13)
     for result in results.values():
         shown = result.kind != "limit"
-        shares = [_share(result, limit) if shown else "" for limit in limits.values()]
+        of = bounds if is_product else [f"limit-copy-{result.contender}"]
+        shares = [_share(result, results.get(limit)) if shown else "" for limit in of]
         ratios = [f"{speedup(mine.timing, result.timing):.2f}" if shown else "" for mine in ours.values()]
         rates = [_figures(amount / result.seconds / 1e9) if amount else "-" for amount in (result.ops, result.bytes)]
         spread = f"{100 * result.timing.spread:.0f}%" if len(result.timing.samples) > 1 else "-"
         cells = [result.contender, _milliseconds(result), spread, *rates, *shares, *ratios]
         table.add_row(*cells, style={"ours": "bold", "limit": "dim"}.get(result.kind))
     return table
-
-
-def _bounds(results: dict[str, Result]) -> list[str]:
-    """What bounds a product: the fastest instruction, and reading."""
-    instructions = [name for name, result in results.items() if result.kind == "limit" and result.ops]
-    return [*instructions[:1], "limit-read"]
 
 
 def _verdict_row(verdict: Verdict) -> list[str]:
