@@ -57,8 +57,8 @@ def case_table(record: Record, case: Case) -> Table:
     """Everybody in one case. The last columns say how many times as fast as this one ours are."""
     results = record.of(case)
     is_product = any(result.ops for result in results.values() if result.kind == "ours")
-    bounds = [name for name, r in results.items() if r.kind == "limit" and r.ops][:1] + ["limit-read"] if is_product else []
-    bounds = [name for name in bounds if name in results]
+    instructions = [name for name, r in results.items() if r.kind == "limit" and r.ops]  # the fastest first
+    bounds = [name for name in (*instructions[:1], "limit-read") if is_product and name in results]
     ours = _best_forms(results) if is_product else {}
     table = Table(title=f"{case.suite}: {case}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("who", no_wrap=True)
