@@ -406,6 +406,14 @@ def test_targets_that_cannot_be_measured_say_why() -> None:
     )
 
 
+def test_a_busy_machine_is_reported() -> None:
+    record = synthetic(lambda name, case: 1.0)
+    assert report.disturbance(record) is None
+    limit = next(result for result in record.results if result.contender == "limit-vpdpbusd")
+    record.results.append(replace(limit, timing=Timing((1.0, 2.0, 3.0), 1)))
+    assert "varied by 25%" in (report.disturbance(record) or "")
+
+
 def test_two_threads_are_compared_with_one() -> None:
     record = synthetic(lambda name, case: 1.0 / case.threads)
     assert verdict(record, "w4a4-gemm-prepacked 1024x4096x4096", "2 threads over 1").measured == pytest.approx(2)

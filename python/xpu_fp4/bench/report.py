@@ -17,6 +17,9 @@ from .targets import Verdict, threads_of, verdicts
 OURS_IN_SHORT = ("w4a4-gemm", "w4a4-linear", "w4a16-linear")
 Rows = list[list[str]]
 
+STEADY = 0.1
+"""The spread of a limit on a quiet machine, at most."""
+
 
 def rate_limits(record: Record, threads: int | None = None) -> dict[str, float]:
     """Each limit's median over the cases with that many threads (None: the commonest number), operations or bytes a second."""
@@ -101,6 +104,14 @@ def targets_table(record: Record) -> Table:
     return table
 
 
+def disturbance(record: Record) -> str | None:
+    """A warning if the processor's own limits varied: other programs ran, and no figure can be trusted. None if they did not."""
+    worst = max((r.timing.spread for r in record.results if r.kind == "limit" and r.ops), default=0.0)
+    if worst <= STEADY:
+        return None
+    return f"The machine was busy: an instruction's own speed varied by {100 * worst:.0f}% within a case. Measure again."
+
+
 def _absent(record: Record) -> dict[str, str]:
     """The contenders that share a reason, by the reason."""
     names: dict[str, list[str]] = {}
@@ -136,6 +147,9 @@ def _machine(record: Record) -> str:
         "Peers: " + "; ".join(f"{name}: {text}" for name, text in machine["peers"].items()) + ".",
         "Limits measured: " + "; ".join(_limit(name, rate) for name, rate in rate_limits(record).items()) + ".",
     ]
+    warning = disturbance(record)
+    if warning:
+        lines.append(f"**{warning}**")
     if record.absent:
         lines.append("Did not take part: " + "; ".join(f"{names}: {why}" for why, names in _absent(record).items()) + ".")
     return "\n\n".join(lines)

@@ -43,6 +43,9 @@ def _print(record: runner.Record) -> None:
         console.print(report.targets_table(record))
     if record.absent:
         console.print(report.absent_table(record))
+    warning = report.disturbance(record)
+    if warning:
+        console.print(warning, style="bold red")
 
 
 def _command_line(context: click.Context) -> str:
