@@ -105,7 +105,7 @@ def targets_table(record: Record) -> Table:
 
 
 def disturbance(record: Record) -> str | None:
-    """A warning if the processor's own limits varied: other programs ran, and no figure can be trusted. None if they did not."""
+    """A warning if the processor's own limits varied: other programs ran, and no figure can be trusted."""
     worst = max((r.timing.spread for r in record.results if r.kind == "limit" and r.ops), default=0.0)
     if worst <= STEADY:
         return None
