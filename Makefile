@@ -10,12 +10,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CPP_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test build pytest ctest format lint clean
+.PHONY: demo test bench build pytest ctest format lint clean
 
 demo: build $(VENV)/.demo  ## a real language model in MXFP4 W4A4
 	python examples/smollm2.py
 
 test: ctest pytest  ## all tests
+
+# All suites, tables and plots; BENCH=docs/performance/NAME and PAGE=docs/PERFORMANCE.md publish them.
+BENCH ?= build/bench
+bench: build $(VENV)/.bench  ## our ops, their peers and the machine's limits
+	xpu-fp4 bench --suite all --json $(BENCH).json
+	xpu-fp4 bench plot $(BENCH).json $(addprefix --page ,$(PAGE))
 
 build: $(VENV)/.built  ## the extension, importable in .venv
 
@@ -63,6 +69,12 @@ $(VENV)/.venv:
 $(VENV)/.build $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	pip install --quiet --group $*
 	mkdir -p build
+	touch $@
+
+# ggml from source: compiled for this machine, as llama.cpp's users compile it.
+$(VENV)/.bench: $(VENV)/.build pyproject.toml
+	pip install --quiet --group bench
+	CMAKE_ARGS=-DGGML_NATIVE=ON pip install --quiet --no-deps --no-cache-dir --force-reinstall --no-binary libggml-python --group bench-ggml
 	touch $@
 
 # Only the data files of these packages are used, not what they depend on.

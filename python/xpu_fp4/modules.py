@@ -140,9 +140,7 @@ class MXFP4Linear(nn.Module):
             self.prepack_()
         if self._prepacked is None:
             return linear(x, self.weight_packed, self.weight_scale, self.bias, mode=self.mode, scale_mode=self.scale_mode)
-        return linear_prepacked(
-            x, self._prepacked, self.out_features, self.bias, mode=self.mode, scale_mode=self.scale_mode
-        )
+        return linear_prepacked(x, self._prepacked, self.out_features, self.bias, mode=self.mode, scale_mode=self.scale_mode)
 
     def extra_repr(self) -> str:
         return (

@@ -4,7 +4,7 @@
 import click
 
 from .._version import __version__
-from . import doctor
+from . import bench, doctor
 
 
 @click.group()
@@ -13,6 +13,7 @@ def main() -> None:
     """MXFP4 for PyTorch on Intel XPUs and CPUs."""
 
 
+main.add_command(bench.command)
 main.add_command(doctor.command)
 
-__all__ = ["doctor", "main"]
+__all__ = ["bench", "doctor", "main"]

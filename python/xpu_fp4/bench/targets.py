@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speeds that the CPU kernels are held to, as ratios within one run, and whether a record reaches them."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from .cases import SMALL_M, Case, Data
+from .measure import speedup
+from .runner import Record, Result
+
+NOISE = 0.05
+"""Two times that differ by no more are taken as equal."""
+
+
+class NotMeasured(Exception):
+    """The record has not what a target is about; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the table."""
+
+    work: str
+    measure: str
+    target: float
+    measured: float | None
+    """A ratio; None if it was not measured."""
+    note: str = ""
+    at_most: bool = False
+
+    @property
+    def reached(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured <= self.target if self.at_most else self.measured >= self.target
+
+
+def threads_of(record: Record) -> int:
+    """What all of `targets` but the comparison of thread counts ran on."""
+    return statistics.mode(case.threads for case in record.cases if case.suite == "targets")
+
+
+class _Results:
+    """Looks results up in a record."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.threads = threads_of(record)
+        self._by_key = {self._key(r.case, r.contender): r for r in record.results if r.case.suite == "targets"}
+
+    @staticmethod
+    def _key(case: Case, contender: str) -> tuple[object, ...]:
+        return case.m, case.n, case.k, case.data, case.threads, contender
+
+    def get(self, contender: str, m: int, k: int = 4096, *, data: Data = "gaussian", threads: int | None = None) -> Result:
+        """Of a product with n = 4096."""
+        found = self._by_key.get((m, 4096, k, data, threads or self.threads, contender))
+        if found is None:
+            reason = self.record.absent.get(contender, f"no {contender} at {m} x 4096 x {k}")
+            raise NotMeasured(reason)
+        return found
+
+    def best_form(self, name: str) -> str:
+        """The repacked form of an op if there is one."""
+        prepacked = f"{name}-prepacked"
+        return prepacked if any(result.contender == prepacked for result in self.record.results) else name
+
+
+def rate_share(result: Result, limit: Result, figure: Callable[[Result], int]) -> float:
+    """figure per second of a result as a share of the limit's, round by round."""
+    return speedup(result.timing, limit.timing) * figure(result) / figure(limit)
+
+
+def _ops(result: Result) -> int:
+    return result.ops
+
+
+def _bytes(result: Result) -> int:
+    return result.bytes
+
+
+Rule = Callable[[], float]
+
+
+def _verdict(work: str, measure: str, target: float, rule: Rule, at_most: bool = False) -> Verdict:
+    try:
+        return Verdict(work, measure, target, rule(), at_most=at_most)
+    except NotMeasured as reason:
+        return Verdict(work, measure, target, None, str(reason), at_most)
+
+
+def _cliff(results: _Results, form: str) -> float:
+    """The most by which some number of rows is slower than a larger one."""
+    times = [results.get(form, m).seconds for m in (*SMALL_M, 128)]
+    return max(time / min(times[i + 1 :]) for i, time in enumerate(times[:-1]))
+
+
+def _w4a4(results: _Results, form: str) -> Iterator[Verdict]:
+    name = results.best_form(form)
+
+    def over(peer: str, m: int, k: int = 4096) -> float:
+        return speedup(results.get(name, m, k).timing, results.get(peer, m, k).timing)
+
+    def of(limit: str, m: int, k: int = 4096, data: Data = "gaussian") -> float:
+        figure = _bytes if limit == "limit-read" else _ops
+        return rate_share(results.get(name, m, k, data=data), results.get(limit, m, k, data=data), figure)
+
+    big = f"{name} 1024x4096x4096"
+    yield _verdict(big, "of vpdpbusd", 0.85, partial(of, "limit-vpdpbusd", 1024))
+    yield _verdict(big, "times torch bf16", 1.9, partial(over, "torch-bf16", 1024))
+    yield _verdict(big, "times torch._int_mm", 0.95, partial(over, "torch-int8", 1024))
+    yield _verdict(f"{big}, all scale bytes", "of vpdpbusd", 0.55, partial(of, "limit-vpdpbusd", 1024, data="random-scales"))
+    yield _verdict(
+        f"{big}, scale bytes 107 to 147", "of vpdpbusd", 0.55, partial(of, "limit-vpdpbusd", 1024, data="random-scales-20")
+    )
+    yield _verdict(f"{name} 128x4096x4096", "times torch bf16", 1.7, partial(over, "torch-bf16", 128))
+    for peer in ("ggml-mxfp4", "ggml-mxfp4-repacked"):
+        yield _verdict(f"{name} 512x4096x14336", f"times {peer}", 15, partial(over, peer, 512, 14336))
+    for k in (4096, 14336):
+        yield _verdict(f"{name} 1x4096x{k}", "of read bandwidth", 0.80, partial(of, "limit-read", 1, k))
+        yield _verdict(f"{name} 1x4096x{k}", "times torch bf16", 5, partial(over, "torch-bf16", 1, k))
+    small = f"{name} M = 2..64, 4096x4096"
+    yield _verdict(small, "time over that of a larger M, worst", 1 + NOISE, lambda: _cliff(results, name), at_most=True)
+    yield _verdict(small, "times torch bf16, worst", 1.3, lambda: min(over("torch-bf16", m) for m in SMALL_M))
+    yield _verdict(
+        big,
+        "2 threads over 1",
+        1.9,
+        lambda: results.get(name, 1024, threads=1).seconds / results.get(name, 1024, threads=2).seconds,
+    )
+
+
+def _amx(results: _Results, form: str) -> Iterator[Verdict]:
+    name = results.best_form(form)
+
+    def tiles() -> Result:
+        if results.threads != 16:
+            raise NotMeasured(f"is for 16 threads, not {results.threads}")
+        return results.get("limit-tdpbusd", 1024)
+
+    def over(peer: str, m: int) -> float:
+        tiles()  # or it is another machine's target
+        return speedup(results.get(name, m).timing, results.get(peer, m).timing)
+
+    big = f"AMX, 16 threads: {name} 1024x4096x4096"
+    yield _verdict(big, "times torch bf16", 2.0, partial(over, "torch-bf16", 1024))
+    yield _verdict(big, "times torch._int_mm", 1.3, partial(over, "torch-int8", 1024))
+    yield _verdict(big, "of tdpbusd", 0.33, lambda: rate_share(results.get(name, 1024), tiles(), _ops))
+    yield _verdict(f"AMX, 16 threads: {name} 1x4096x4096", "times torch bf16", 2.5, partial(over, "torch-bf16", 1))
+
+
+def _others(results: _Results) -> Iterator[Verdict]:
+    w4a16 = results.best_form("w4a16-linear")
+
+    def of_read() -> float:
+        return rate_share(results.get(w4a16, 1), results.get("limit-read", 1), _bytes)
+
+    def over_bf16() -> float:
+        return speedup(results.get(w4a16, 1024).timing, results.get("torch-bf16", 1024).timing)
+
+    def quantize() -> float:
+        return speedup(results.get("quantize", 1024).timing, results.get("limit-copy-quantize", 1024).timing)
+
+    def raw(m: int) -> float:
+        prepacked, checkpoint = results.get("w4a4-gemm-prepacked", m), results.get("w4a4-gemm", m)
+        return speedup(prepacked.timing, checkpoint.timing)
+
+    yield _verdict(f"{w4a16} 1x4096x4096", "of read bandwidth", 0.80, of_read)
+    yield _verdict(f"{w4a16} 1024x4096x4096", "times torch bf16", 0.9, over_bf16)
+    yield _verdict("quantize bf16 1024x4096", "of a copy's speed", 0.70, quantize)
+    for m, most in ((1, 1.25), (256, 1.10), (512, 1.10), (1024, 1.10)):
+        work = f"w4a4-gemm {m}x4096x4096"
+        yield _verdict(work, "time over that of repacked weights", most, partial(raw, m), at_most=True)
+
+
+def verdicts(record: Record) -> list[Verdict]:
+    """Every target. mxfp4_gemm leaves quantizing x out of its time and mxfp4_linear has it inside, so both stand there."""
+    results = _Results(record)
+    forms = ("w4a4-gemm", "w4a4-linear")
+    lines = [line for form in forms for line in _w4a4(results, form)]
+    lines += _others(results)
+    return lines + [line for form in forms for line in _amx(results, form)]
