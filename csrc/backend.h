@@ -99,7 +99,7 @@ class Backend {
   /// Whether weights may come as strips.
   virtual bool takes_strips() const { return false; }
   /// Quantizes and multiplies in one go, without codes in memory; false where there is no such kernel: nothing was done then.
-  virtual bool linear(const LinearArgs& args) const { return false; }
+  virtual bool linear([[maybe_unused]] const LinearArgs& args) const { return false; }
 };
 
 }  // namespace xpu_fp4

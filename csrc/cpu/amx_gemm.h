@@ -5,6 +5,8 @@
 // to the accumulators, the tiles multiply the next quad.
 #pragma once
 #include "avx512_epilogue.h"
+#include "avx512_quantize.h"
+#include "product.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -24,7 +26,7 @@ struct alignas(64) TileConfig {
 };
 
 struct Amx {
-  static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2;
+  static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2, kPanelQuads = 2, kDirectRows = 0;
   using Activations = ActivationQuad<kGroupRows>;
   using Weights = WeightQuad;
 
@@ -36,7 +38,10 @@ struct Amx {
     Session& operator=(const Session&) = delete;
   };
 
-  static void expand(const uint8_t* packed, const uint8_t* scale, Activations& out, int row) { expand_row(packed, scale, 0, out, row); }
+  static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
+    with_codes<quantize>(source, block, blocks,
+                         [&](const uint8_t* packed, const uint8_t* scale) { expand_row(packed, scale, 0, out, row); });
+  }
 
   // Rows that are missing from a tile are zero.
   static void pad(Activations& a, int rows) {
@@ -52,7 +57,8 @@ struct Amx {
     return fill_quad<0, true>(w, n, k, strip, quad, out);
   }
 
-  static void add_quads(const Activations* a, int rows, const Weights* w, int panel_strips, const Level* levels, int depth, float* acc) {
+  static void add_quads(const Activations* a, int rows, const Weights* w, int panel_strips, const Level* levels, int depth,
+                        float* acc) {
     if (rows > kTile) {
       panel_strips > 1 ? add_quads<2, 2>(a, rows, w, levels, depth, acc) : add_quads<2, 1>(a, rows, w, levels, depth, acc);
     } else {
@@ -97,7 +103,8 @@ struct Amx {
 
   // The sums over parts [first, last) of kDepth elements each.
   template <int kDepth, int kGroups, int kStrips>
-  static void multiply(const Activations& a, const Weights* w, int first, int last, int32_t (&out)[kGroups][kStrips][kTile][kTile]) {
+  static void multiply(const Activations& a, const Weights* w, int first, int last,
+                       int32_t (&out)[kGroups][kStrips][kTile][kTile]) {
     constexpr int kRowBytes = kQuadElements, kStepBytes = strips::kColumns * 4, kOutBytes = kTile * 4;
     _tile_zero(0);
     if constexpr (kStrips > 1) _tile_zero(1);
@@ -126,7 +133,8 @@ struct Amx {
   }
 
   template <int kGroups, int kStrips>
-  static void add_sums(const Activations& a, int rows, const Weights* w, Level level, const Sums<kGroups, kStrips>& sums, float* acc) {
+  static void add_sums(const Activations& a, int rows, const Weights* w, Level level, const Sums<kGroups, kStrips>& sums,
+                       float* acc) {
     switch (level) {
       case Level::quad: return add_sums<Level::quad>(a, rows, w, sums, acc);
       case Level::pair: return add_sums<Level::pair>(a, rows, w, sums, acc);

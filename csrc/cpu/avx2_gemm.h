@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // W4A4 on AVX2. vpmaddubsw multiplies unsigned by signed bytes and adds pairs to int16: with W's integers stored 12 too large a
-// block's sums stay below 2^14, so they are added in int16 and widened once a block. Shifts would overflow, so blocks are scaled
-// one by one. A tile is four rows by sixteen columns.
+// block's sums stay below 2^14, so they are added in int16 and widened once a block. Shifts would overflow, so blocks are
+// scaled one by one. A tile is four rows by sixteen columns.
 #pragma once
 #include "generic_w4a4.h"
 
@@ -9,13 +9,15 @@ namespace xpu_fp4::cpu {
 namespace {
 
 struct Avx2 {
-  static constexpr int kGroupRows = 4, kPanelStrips = 1, kWeightBias = 12;
+  static constexpr int kGroupRows = 4, kPanelStrips = 1, kPanelQuads = 8, kDirectRows = 0, kWeightBias = 12;
   using Activations = ActivationQuad<kGroupRows>;
   using Weights = WeightQuad;
   struct Session {};
 
-  static void expand(const uint8_t* packed, const uint8_t* scale, Activations& out, int row) {
-    expand_scalars(packed, scale, kWeightBias, out, row);
+  static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
+    with_codes<quantize>(source, block, blocks, [&](const uint8_t* packed, const uint8_t* scale) {
+      expand_scalars(packed, scale, kWeightBias, out, row);
+    });
   }
   static void pad(Activations&, int) {}
 
@@ -110,8 +112,10 @@ struct Avx2 {
     }
   }
 
-  static constexpr Tile kTiles[kGroupRows][2] = {
-      {tile<1, false>, tile<1, true>}, {tile<2, false>, tile<2, true>}, {tile<3, false>, tile<3, true>}, {tile<4, false>, tile<4, true>}};
+  static constexpr Tile kTiles[kGroupRows][2] = {{tile<1, false>, tile<1, true>},
+                                                 {tile<2, false>, tile<2, true>},
+                                                 {tile<3, false>, tile<3, true>},
+                                                 {tile<4, false>, tile<4, true>}};
 };
 
 }  // namespace

@@ -6,6 +6,9 @@
 // vpdpbusd multiplies unsigned by signed bytes: W's integers are stored 96 too large, and the sums start 96 * sum(a) too low.
 #pragma once
 #include "avx512_epilogue.h"
+#include "avx512_quantize.h"
+#include "avx512_tile.h"
+#include "product.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -14,20 +17,6 @@ constexpr int kWeightBias = 12 << kMaxShift;
 constexpr int kLanes = strips::kColumns;
 
 constexpr int kBlockSteps = kBlock / 4;
-
-// Calls function(0), function(1) ... with compile-time constants: an array that is only indexed so lives in registers.
-template <class Function, int... kIndex>
-[[gnu::always_inline]] inline void unroll(const Function& function, std::integer_sequence<int, kIndex...>) {
-  (function(std::integral_constant<int, kIndex>{}), ...);
-}
-template <int kCount, class Function>
-[[gnu::always_inline]] inline void unroll(const Function& function) {
-  unroll(function, std::make_integer_sequence<int, kCount>());
-}
-template <int R, int C, class Function>
-[[gnu::always_inline]] inline void for_tile(const Function& function) {
-  unroll<R * C>([&](auto i) __attribute__((always_inline)) { function(i / C, i % C); });
-}
 
 // Sums of the blocks [first, last) of the quad. A vpdpbusd takes five cycles and two can start in each, so where a tile has few
 // sums each is split into several, by steps.
@@ -118,15 +107,48 @@ void add_quad_tile(const ActivationQuad<8>& a, const WeightQuad* w, Level level,
   });
 }
 
+// acc += one quad of one strip, W decoded in registers: aligned quads of few rows. Each row has several sums, see sum_blocks.
+template <int R, bool kVbmi, class Strip>
+void add_strip_quad(const ActivationQuad<8>& a, const Strip& packed, const StripAlignment& alignment, float* acc,
+                    int64_t acc_stride) {
+  constexpr int kSplit = R == 1 ? 8 : R == 2 ? 4 : 2;
+  __m512i sum[R * kSplit];
+  unroll<R * kSplit>([&](auto i) __attribute__((always_inline)) {
+    sum[i] = i % kSplit == 0 ? _mm512_set1_epi32(a.quad[i / kSplit].start) : _mm512_setzero_si512();
+  });
+  unroll<kQuad>([&](auto b) __attribute__((always_inline)) {
+    const Decoder<kWeightBias, kVbmi> decode(shifts_of(alignment, b));
+    unroll<8>([&](auto i) __attribute__((always_inline)) {
+      const __m512i codes = packed.codes(4 * b + i / 2);
+      const __m512i columns = decode(i % 2 == 0 ? codes : _mm512_srli_epi16(codes, 4));
+      unroll<R>([&](auto r) __attribute__((always_inline)) {
+        int32_t dword;
+        std::memcpy(&dword, a.codes[r] + 4 * (8 * b + i), sizeof(dword));
+        __m512i& of_row = sum[r * kSplit + i % kSplit];
+        of_row = _mm512_dpbusd_epi32(of_row, columns, _mm512_set1_epi32(dword));
+      });
+    });
+  });
+  const __m512 factor = column_factor(alignment, 0);
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    for (int part = 1; part < kSplit; ++part) sum[r * kSplit] = _mm512_add_epi32(sum[r * kSplit], sum[r * kSplit + part]);
+    const __m512 u = unmagic(sum[r * kSplit], _mm512_set1_ps(a.quad[r].scale), _mm512_set1_ps(a.quad[r].offset));
+    float* at = acc + r * acc_stride;
+    _mm512_store_ps(at, _mm512_fmadd_ps(u, factor, _mm512_load_ps(at)));
+  });
+}
+
 template <bool kVbmi>
 struct Vnni {
-  static constexpr int kGroupRows = 8, kPanelStrips = 3;
+  static constexpr int kGroupRows = 8, kPanelStrips = 3, kPanelQuads = 4, kDirectRows = 4;
   using Activations = ActivationQuad<kGroupRows>;
   using Weights = WeightQuad;
   struct Session {};
 
-  static void expand(const uint8_t* packed, const uint8_t* scale, Activations& out, int row) {
-    expand_row(packed, scale, kWeightBias, out, row);
+  static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
+    with_codes<quantize>(source, block, blocks, [&](const uint8_t* packed, const uint8_t* scale) {
+      expand_row(packed, scale, kWeightBias, out, row);
+    });
   }
   static void pad(Activations&, int) {}
 
@@ -135,18 +157,47 @@ struct Vnni {
   }
 
   // Rows and strips are few, so each size has its own code.
-  static void add_quads(const Activations* a, int rows, const WeightQuad* w, int panel_strips, const Level* levels, int depth, float* acc) {
-    const Tile tile = kTiles[static_cast<size_t>(rows - 1)][static_cast<size_t>(panel_strips - 1)];
-    for (int q = 0; q < depth; ++q) tile(a[q], w + q * panel_strips, std::max(levels[q], a[q].level), acc, kPanelStrips * strips::kColumns);
+  static void add_quads(const Activations* a, int rows, const WeightQuad* w, int panel_strips, const Level* levels, int depth,
+                        float* acc) {
+    static constexpr Tile kTiles[kGroupRows][kPanelStrips] = {
+        {add_quad_tile<1, 1>, add_quad_tile<1, 2>, add_quad_tile<1, 3>},
+        {add_quad_tile<2, 1>, add_quad_tile<2, 2>, add_quad_tile<2, 3>},
+        {add_quad_tile<3, 1>, add_quad_tile<3, 2>, add_quad_tile<3, 3>},
+        {add_quad_tile<4, 1>, add_quad_tile<4, 2>, add_quad_tile<4, 3>},
+        {add_quad_tile<5, 1>, add_quad_tile<5, 2>, add_quad_tile<5, 3>},
+        {add_quad_tile<6, 1>, add_quad_tile<6, 2>, add_quad_tile<6, 3>},
+        {add_quad_tile<7, 1>, add_quad_tile<7, 2>, add_quad_tile<7, 3>},
+        {add_quad_tile<8, 1>, add_quad_tile<8, 2>, add_quad_tile<8, 3>},
+    };
+    const Tile tile = kTiles[rows - 1][panel_strips - 1];
+    for (int q = 0; q < depth; ++q)
+      tile(a[q], w + q * panel_strips, std::max(levels[q], a[q].level), acc, kPanelStrips * strips::kColumns);
+  }
+
+  // All quads of one strip for up to kDirectRows rows; acc has a row of kPanelStrips strips for each.
+  static void add_strip(const Activations* a, int rows, const Weight& w, int64_t n, int64_t k, int64_t strip, float* acc) {
+    static constexpr Direct kDirect[kDirectRows] = {add_strip<1>, add_strip<2>, add_strip<3>, add_strip<4>};
+    kDirect[rows - 1](a, w, n, k, strip, acc);
   }
 
  private:
   using Tile = void (*)(const Activations&, const WeightQuad*, Level, float*, int64_t);
-  template <int... kRows>
-  static constexpr std::array<std::array<Tile, kPanelStrips>, kGroupRows> tiles(std::integer_sequence<int, kRows...>) {
-    return {{{add_quad_tile<kRows + 1, 1>, add_quad_tile<kRows + 1, 2>, add_quad_tile<kRows + 1, 3>}...}};
+  using Direct = void (*)(const Activations*, const Weight&, int64_t, int64_t, int64_t, float*);
+
+  template <int R>
+  static void add_strip(const Activations* a, const Weight& w, int64_t n, int64_t k, int64_t strip, float* acc) {
+    constexpr int64_t kStride = kPanelStrips * strips::kColumns;
+    for (int64_t quad = 0; quad < strips::quads(k); ++quad) {
+      with_strip(w, n, k, strip, quad, [&](const auto& packed) {
+        const StripAlignment alignment = align_strip(packed);
+        const Level level = std::max(alignment.level, a[quad].level);
+        if (level == Level::quad) return add_strip_quad<R, kVbmi>(a[quad], packed, alignment, acc, kStride);
+        WeightQuad unpacked;
+        fill_quad<kWeightBias, kVbmi>(packed, alignment, unpacked);
+        add_quad_tile<R, 1>(a[quad], &unpacked, level, acc, kStride);
+      });
+    }
   }
-  static constexpr auto kTiles = tiles(std::make_integer_sequence<int, kGroupRows>());
 };
 
 }  // namespace

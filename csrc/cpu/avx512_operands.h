@@ -17,7 +17,8 @@ __m512i twice_table() { return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpre
 
 // ---- A ----
 
-// Signed bytes shifted left by 0 .. 3, the count repeated in every byte of a dword: bits that cross into the next byte are cleared.
+// Signed bytes shifted left by 0 .. 3, the count repeated in every byte of a dword: bits that cross into the next byte are
+// cleared.
 __m512i shift_bytes(__m512i bytes, __m512i counts) {
   const __m512i kept = _mm512_shuffle_epi8(_mm512_set1_epi32(static_cast<int>(0xF8FCFEFFu)), counts);
   return _mm512_and_si512(_mm512_sllv_epi32(bytes, _mm512_and_si512(counts, _mm512_set1_epi32(3))), kept);
@@ -57,7 +58,7 @@ void expand_row(const uint8_t* packed, const uint8_t* scale, int weight_bias, Ac
   alignas(16) int32_t sums[kQuad];
   _mm_store_si128(reinterpret_cast<__m128i*>(sums), _mm512_castsi512_si128(_mm512_maskz_compress_epi32(0x1111, sum)));
   set_factors(alignment, sums, weight_bias, out.quad[row], out.block[row]);
-  out.level = std::max(out.level, alignment.level);
+  out.level = row == 0 ? alignment.level : std::max(out.level, alignment.level);
 }
 
 // ---- W ----
@@ -114,7 +115,8 @@ __m512i load_scales(const Weight& w, int64_t column, int columns, int64_t block,
     const __mmask16 mask = static_cast<__mmask16>((1u << columns) - 1u);
     __m512i out = _mm512_setzero_si512(), last = out;
     for (int b = 0; b < kQuad; ++b) {
-      if (b < blocks) last = _mm512_cvtepu8_epi32(_mm_mask_loadu_epi8(_mm_set1_epi8(127), mask, scale + b * w.scale_block_stride));
+      if (b < blocks)
+        last = _mm512_cvtepu8_epi32(_mm_mask_loadu_epi8(_mm_set1_epi8(127), mask, scale + b * w.scale_block_stride));
       out = _mm512_or_si512(out, _mm512_sllv_epi32(last, _mm512_set1_epi32(8 * b)));
     }
     return out;
@@ -168,9 +170,12 @@ Extremes of_words(__m512i bytes) {
   return {_mm512_min_epu8(bytes, swapped), _mm512_max_epu8(bytes, swapped)};
 }
 
-bool all_within(__m512i bytes, int limit) { return _mm512_cmpgt_epu8_mask(bytes, _mm512_set1_epi8(static_cast<char>(limit))) == 0; }
+bool all_within(__m512i bytes, int limit) {
+  return _mm512_cmpgt_epu8_mask(bytes, _mm512_set1_epi8(static_cast<char>(limit))) == 0;
+}
 bool all_safe(__m512i scales) {
-  return all_within(_mm512_sub_epi8(scales, _mm512_set1_epi8(static_cast<char>(kLeastSafeByte))), kLargestSafeByte - kLeastSafeByte);
+  return all_within(_mm512_sub_epi8(scales, _mm512_set1_epi8(static_cast<char>(kLeastSafeByte))),
+                    kLargestSafeByte - kLeastSafeByte);
 }
 
 // Per block the columns whose sixteen bytes are all zero.
@@ -220,7 +225,8 @@ template <class Strip>
   const __m512i one = _mm512_set1_epi8(e8m0::kBias);
   __m512i scales = _mm512_ternarylogic_epi32(zero_bytes, others, given, 0xCA);
   scales = _mm512_mask_mov_epi32(scales, all_zero | nan, one);
-  StripAlignment out = all_safe(scales) ? align_safe(scales) : StripAlignment{Level::general, scales, _mm512_setzero_si512(), 0};
+  StripAlignment out =
+      all_safe(scales) ? align_safe(scales) : StripAlignment{Level::general, scales, _mm512_setzero_si512(), 0};
   out.nan = nan;
   return out;
 }
@@ -267,16 +273,31 @@ struct Decoder<kBias, false> {
   }
 };
 
-template <int kBias, bool kVbmi, class Strip>
-Level fill_quad(const Strip& packed, WeightQuad& out) {
+template <class Strip>
+StripAlignment align_strip(const Strip& packed) {
   const __m512i scales = packed.scales();
-  const StripAlignment alignment = all_safe(scales) ? align_safe(scales) : align_unsafe(packed);
+  return all_safe(scales) ? align_safe(scales) : align_unsafe(packed);
+}
+
+// Every block at its own scale, NaN where the column has one anywhere in the quad.
+StripAlignment as_they_are(__m512i scales) {
+  const __mmask64 nan = _mm512_cmpeq_epi8_mask(scales, _mm512_set1_epi8(-1));
+  const __m512i nan_bytes = _mm512_movm_epi8(nan);
+  return {Level::block, scales, _mm512_setzero_si512(), _mm512_test_epi32_mask(nan_bytes, nan_bytes)};
+}
+
+// A column's shift in block b, in all four bytes of its dword.
+__m512i shifts_of(const StripAlignment& alignment, int b) {
   const __m512i first_byte = _mm512_broadcast_i32x4(_mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
+  return _mm512_shuffle_epi8(alignment.shift, _mm512_add_epi8(first_byte, _mm512_set1_epi8(static_cast<char>(b))));
+}
+
+template <int kBias, bool kVbmi, class Strip>
+void fill_quad(const Strip& packed, const StripAlignment& alignment, WeightQuad& out) {
 #pragma GCC unroll 4
   for (int b = 0; b < kQuad; ++b) {
     _mm512_store_ps(out.factor[b], column_factor(alignment, b));
-    const __m512i of_block = _mm512_add_epi8(first_byte, _mm512_set1_epi8(static_cast<char>(b)));
-    const Decoder<kBias, kVbmi> decode(_mm512_shuffle_epi8(alignment.shift, of_block));
+    const Decoder<kBias, kVbmi> decode(shifts_of(alignment, b));
 #pragma GCC unroll 4
     for (int d = 4 * b; d < 4 * b + 4; ++d) {
       const __m512i codes = packed.codes(d);
@@ -284,19 +305,31 @@ Level fill_quad(const Strip& packed, WeightQuad& out) {
       _mm512_store_si512(out.codes[2 * d + 1], decode(_mm512_srli_epi16(codes, 4)));
     }
   }
-  return alignment.level;
 }
 
-template <int kBias, bool kVbmi>
-Level fill_quad(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, WeightQuad& out) {
-  if (w.strips == nullptr) return fill_quad<kBias, kVbmi>(load_rows(w, n, k, strip, quad), out);
+// Calls function with the quad of a strip, whichever layout it comes from.
+template <class Function>
+[[gnu::always_inline]] inline void with_strip(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad,
+                                              const Function& function) {
+  if (w.strips == nullptr) return function(load_rows(w, n, k, strip, quad));
   const uint8_t* record = w.strips + strips::record_offset(strip, quad, k);
   // This strip is read on after the other strips of its panels.
 #pragma GCC unroll 17
   for (int line = 0; line < strips::kRecordBytes; line += 64) {
     _mm_prefetch(record + kPrefetchQuads * strips::kRecordBytes + line, _MM_HINT_T1);
   }
-  return fill_quad<kBias, kVbmi>(PrepackedStrip{record}, out);
+  function(PrepackedStrip{record});
+}
+
+template <int kBias, bool kVbmi>
+Level fill_quad(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, WeightQuad& out) {
+  Level level{};
+  with_strip(w, n, k, strip, quad, [&](const auto& packed) {
+    const StripAlignment alignment = align_strip(packed);
+    fill_quad<kBias, kVbmi>(packed, alignment, out);
+    level = alignment.level;
+  });
+  return level;
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ void store_floats(void* data, int64_t i, __mmask16 mask, __m512 x) {
     _mm512_mask_storeu_ps(static_cast<float*>(data) + i, mask, _mm512_mask_mov_ps(x, nan, _mm512_set1_ps(float_of(kNanBits))));
   } else if constexpr (T == DType::f16) {
     const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + i, mask, _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7E00)));
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + i, mask,
+                             _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7E00)));
   } else {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -25,7 +25,8 @@ BlockPair load_pairs(const void* x, int64_t block) {
       return {_mm512_castsi512_ps(_mm512_slli_epi32(halves, 16)),
               _mm512_castsi512_ps(_mm512_and_si512(halves, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
     } else {
-      return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves)), _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(halves, 16)))};
+      return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves)),
+              _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(halves, 16)))};
     }
   }
 }
@@ -35,7 +36,8 @@ BlockPair load_pairs(const void* x, int64_t block) {
 template <DType T>
 uint32_t amax_bits(const void* x, int64_t block, const BlockPair& pair) {
   if constexpr (T == DType::bf16) {
-    const __m512i halves = _mm512_and_si512(_mm512_loadu_si512(static_cast<const uint16_t*>(x) + block * kBlock), _mm512_set1_epi16(0x7FFF));
+    const __m512i halves =
+        _mm512_and_si512(_mm512_loadu_si512(static_cast<const uint16_t*>(x) + block * kBlock), _mm512_set1_epi16(0x7FFF));
     const __m256i of_16 = _mm256_max_epu16(_mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64(halves, 1));
     const __m128i of_8 = _mm_max_epu16(_mm256_castsi256_si128(of_16), _mm256_extracti128_si256(of_16, 1));
     // The only horizontal instruction gives the least: of the complements.
@@ -48,9 +50,10 @@ uint32_t amax_bits(const void* x, int64_t block, const BlockPair& pair) {
   }
 }
 
-// e2m1 codes of y in the low four bits of each lane. Representable magnitudes are multiples of 0.5 below 2, of 1 below 4 and of 2
-// above: adding 2^22 * max(1, 2^floor(log2 |y|)) rounds to them, ties to even, and leaves their number in the sum's last bits.
-// Each step of the exponent adds two to the code; the three more units below make up for the exponent's own offset, modulo 8.
+// e2m1 codes of y in the low four bits of each lane. Representable magnitudes are multiples of 0.5 below 2, of 1 below 4 and of
+// 2 above: adding 2^22 * max(1, 2^floor(log2 |y|)) rounds to them, ties to even, and leaves their number in the sum's last
+// bits. Each step of the exponent adds two to the code; the three more units below make up for the exponent's own offset,
+// modulo 8.
 __m512i encode(__m512 y) {
   const __m512i bits = _mm512_castps_si512(y);
   const __m512 magnitude = _mm512_min_ps(_mm512_abs_ps(y), _mm512_set1_ps(6.0f));
@@ -74,7 +77,8 @@ void quantize_block(const QuantizeArgs& args, int64_t block) {
   }
   const __m512 reciprocal = _mm512_set1_ps(e8m0::reciprocal(scale));
   const __m512i even = encode(_mm512_mul_ps(x.even, reciprocal)), odd = encode(_mm512_mul_ps(x.odd, reciprocal));
-  _mm_storeu_si128(q, _mm512_cvtepi32_epi8(_mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi32(15)), _mm512_slli_epi32(odd, 4))));
+  _mm_storeu_si128(
+      q, _mm512_cvtepi32_epi8(_mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi32(15)), _mm512_slli_epi32(odd, 4))));
 }
 
 void quantize(const QuantizeArgs& given, Range blocks) {

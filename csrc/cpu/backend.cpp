@@ -4,8 +4,8 @@
 #include "backend.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -21,12 +21,11 @@ namespace {
 
 // Blocks per task: 64 KiB of float32 input, so that starting a task costs little beside it.
 constexpr int64_t kBlocksPerTask = 512;
-// Output rectangle of a W4A16 task: the columns' weights are unpacked once for all its rows.
-constexpr int64_t kTaskRows = 128, kTaskColumns = 32;
-// W4A4: rows whose activations are expanded at a time, which bounds the memory of a call: 1.6 KiB a row and 1024 of K.
+// Rows whose activations are expanded at a time, which bounds the memory of a call: for each 1024 of K, 1.7 KiB a row for W4A4
+// and 4 KiB for W4A16.
 constexpr int64_t kChunkRows = 1024;
 // A task is a panel of columns for so many rows; tasks that follow each other share the panel.
-constexpr int64_t kW4A4TaskRows = 256;
+constexpr int64_t kTaskRows = 256;
 // Multiplications that are worth a thread, and blocks of A.
 constexpr int64_t kTaskWork = int64_t{1} << 18, kExpandBlocks = 2048;
 
@@ -53,20 +52,22 @@ class NativeBackend final : public Backend {
   void group_quant(const GroupQuantArgs& args) const override { over_blocks(args, kernels_.group_quant); }
   void dequantize(const DequantizeArgs& args) const override { over_blocks(args, kernels_.dequantize); }
   void gemm(const GemmArgs& args) const override {
-    multiply({args.a, args.a_scale, nullptr, DType::f32, ScaleMode::even, args.m, args.k},
+    multiply(kernels_.w4a4(args.m), {args.a, args.a_scale, nullptr, DType::f32, ScaleMode::even, args.m, args.k},
              {args.w, args.bias, args.y, args.y_dtype, args.n, args.k});
   }
   bool linear(const LinearArgs& args) const override {
-    multiply({nullptr, nullptr, args.x, args.dtype, args.mode, args.m, args.k},
+    multiply(kernels_.w4a4(args.m), {nullptr, nullptr, args.x, args.dtype, args.mode, args.m, args.k},
              {args.w, args.bias, args.y, args.dtype, args.n, args.k});
     return true;
   }
   bool takes_strips() const override { return true; }
-  void gemm_w4a16(const GemmW4A16Args& args) const override { over_tiles(args, kernels_.gemm_w4a16); }
+  void gemm_w4a16(const GemmW4A16Args& args) const override {
+    multiply(kernels_.w4a16, {nullptr, nullptr, args.x, args.dtype, ScaleMode::even, args.m, args.k},
+             {args.w, args.bias, args.y, args.dtype, args.n, args.k});
+  }
 
  private:
-  void multiply(const ActivationSource& source, const ProductArgs& args) const {
-    const W4A4Kernels& kernels = kernels_.w4a4(source.rows);
+  void multiply(const ProductKernels& kernels, const ActivationSource& source, const ProductArgs& args) const {
     const int64_t quads = strips::quads(args.k), groups = ceil_div(std::min(source.rows, kChunkRows), kernels.group_rows);
     const size_t group_bytes = static_cast<size_t>(quads) * kernels.group_quad_bytes;
     const AlignedBuffer activations(static_cast<size_t>(groups) * group_bytes);
@@ -88,18 +89,19 @@ class NativeBackend final : public Backend {
   static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
   // One chunk of rows with every panel of columns.
-  void multiply_rows(const W4A4Kernels& kernels, const ProductArgs& args, const void* activations, int64_t first_row,
+  void multiply_rows(const ProductKernels& kernels, const ProductArgs& args, const void* activations, int64_t first_row,
                      int64_t rows) const {
-    const int64_t parts = ceil_div(rows, kW4A4TaskRows), panels = ceil_div(args.n, kernels.panel_columns);
-    const int64_t work = std::min(rows, kW4A4TaskRows) * kernels.panel_columns * (args.k + 1);
+    const int64_t parts = ceil_div(rows, kTaskRows), panels = ceil_div(args.n, kernels.panel_columns);
+    const int64_t work = std::min(rows, kTaskRows) * kernels.panel_columns * (args.k + 1);
     parallel_for_(panels * parts, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
       const DefaultFloatEnvironment environment;
       // Tasks of one panel, and whole panels, are run as one.
       while (begin < end) {
         const int64_t panel = begin / parts, part = begin % parts;
         const bool whole = part == 0 && end - begin >= parts;
-        const int64_t last_part = std::min(parts, part + end - begin), panel_end = whole ? panel + (end - begin) / parts : panel + 1;
-        kernels.multiply(args, activations, first_row, {part * kW4A4TaskRows, std::min(rows, last_part * kW4A4TaskRows)},
+        const int64_t last_part = std::min(parts, part + end - begin),
+                      panel_end = whole ? panel + (end - begin) / parts : panel + 1;
+        kernels.multiply(args, activations, first_row, {part * kTaskRows, std::min(rows, last_part * kTaskRows)},
                          {panel, panel_end});
         begin += (panel_end - panel) * (last_part - part);
       }
@@ -111,20 +113,6 @@ class NativeBackend final : public Backend {
     parallel_for_(args.rows * (args.k / kBlock), kBlocksPerTask, [&](int64_t begin, int64_t end) {
       const DefaultFloatEnvironment environment;
       kernel(args, {begin, end});
-    });
-  }
-
-  template <class Args>
-  void over_tiles(const Args& args, void (*kernel)(const Args&, Range, Range)) const {
-    const int64_t row_tiles = (args.m + kTaskRows - 1) / kTaskRows;
-    const int64_t column_tiles = (args.n + kTaskColumns - 1) / kTaskColumns;
-    parallel_for_(row_tiles * column_tiles, 1, [&](int64_t begin, int64_t end) {
-      const DefaultFloatEnvironment environment;
-      for (int64_t tile = begin; tile < end; ++tile) {
-        // Neighbouring tasks share columns, so a column tile's weights stay in one core's cache.
-        const int64_t row = tile % row_tiles * kTaskRows, column = tile / row_tiles * kTaskColumns;
-        kernel(args, {row, std::min(row + kTaskRows, args.m)}, {column, std::min(column + kTaskColumns, args.n)});
-      }
     });
   }
 

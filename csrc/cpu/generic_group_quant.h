@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The compatibility quantizer in plain C++, and what it shares with the plain quantizer: loops over fixed sizes that the compiler
-// vectorises for the instruction set that it may use. Each isa_*.cpp includes this file after its target pragma; all of it has
-// internal linkage, so no two instruction sets mix.
+// The compatibility quantizer in plain C++, and what it shares with the plain quantizer: loops over fixed sizes that the
+// compiler vectorises for the instruction set that it may use. Each isa_*.cpp includes this file after its target pragma; all
+// of it has internal linkage, so no two instruction sets mix.
 #pragma once
 #include "with_dtype.h"
 

@@ -2,9 +2,9 @@
 // W4A4 operands and tile in plain C++: no shifts, blocks scaled one by one. A block's sum fits int16, which every vector
 // instruction set multiplies and adds well.
 #pragma once
-#include "with_dtype.h"
 #include "generic_output.h"
-#include "w4a4.h"
+#include "generic_quantize.h"
+#include "product.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -12,7 +12,9 @@ namespace {
 // Position of element i of a quad in the order of panels.h.
 constexpr int position(int i) { return i / 8 * 8 + i % 2 * 4 + i % 8 / 2; }
 
-constexpr unsigned code_at(const uint8_t* packed, int i) { return i % 2 == 0 ? e2m1::low(packed[i / 2]) : e2m1::high(packed[i / 2]); }
+constexpr unsigned code_at(const uint8_t* packed, int i) {
+  return i % 2 == 0 ? e2m1::low(packed[i / 2]) : e2m1::high(packed[i / 2]);
+}
 
 template <int kRows>
 void expand_scalars(const uint8_t* packed, const uint8_t* scale, int weight_bias, ActivationQuad<kRows>& out, int row) {
@@ -26,24 +28,16 @@ void expand_scalars(const uint8_t* packed, const uint8_t* scale, int weight_bias
   }
   const Alignment alignment = align(scale, zero_blocks, 0);
   set_factors(alignment, sums, weight_bias, out.quad[row], out.block[row]);
-  out.level = std::max(out.level, alignment.level);
+  out.level = row == 0 ? alignment.level : std::max(out.level, alignment.level);
 }
 
 void finish_row_scalars(const ProductArgs& args, int64_t row, int64_t column, int columns, const float* acc) {
-  with_dtype(args.y_dtype, [&](auto dtype) {
-    finish_scalars<dtype>(args.bias, args.y, args.n, row, {column, column + columns}, acc);
-  });
-}
-
-// A prepacked record as it lies, or one laid out in the buffer.
-const uint8_t* record_of(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, uint8_t* buffer) {
-  if (w.strips != nullptr) return w.strips + strips::record_offset(strip, quad, k);
-  prepack_record(w, n, k, strip, quad, buffer);
-  return buffer;
+  with_dtype(args.y_dtype,
+             [&](auto dtype) { finish_scalars<dtype>(args.bias, args.y, args.n, row, {column, column + columns}, acc); });
 }
 
 struct Portable {
-  static constexpr int kGroupRows = 4, kPanelStrips = 2;
+  static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 2, kDirectRows = 0;
   using Activations = ActivationQuad<kGroupRows>;
   struct Session {};
 
@@ -53,8 +47,9 @@ struct Portable {
     float factor[kQuad][strips::kColumns];
   };
 
-  static void expand(const uint8_t* packed, const uint8_t* scale, Activations& out, int row) {
-    expand_scalars(packed, scale, 0, out, row);
+  static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
+    with_codes<quantize>(source, block, blocks,
+                         [&](const uint8_t* packed, const uint8_t* scale) { expand_scalars(packed, scale, 0, out, row); });
   }
   static void pad(Activations&, int) {}
 
@@ -71,11 +66,13 @@ struct Portable {
     return Level::general;
   }
 
-  static void add_quads(const Activations* a, int rows, const Weights* w, int panel_strips, const Level*, int depth, float* acc) {
+  static void add_quads(const Activations* a, int rows, const Weights* w, int panel_strips, const Level*, int depth,
+                        float* acc) {
     for (int q = 0; q < depth; ++q) {
       for (int row = 0; row < rows; ++row) {
         for (int s = 0; s < panel_strips; ++s) {
-          add_row_quad(a[q].codes[row], a[q].block[row], w[q * panel_strips + s], acc + (row * kPanelStrips + s) * strips::kColumns);
+          add_row_quad(a[q].codes[row], a[q].block[row], w[q * panel_strips + s],
+                       acc + (row * kPanelStrips + s) * strips::kColumns);
         }
       }
     }
@@ -88,7 +85,8 @@ struct Portable {
     for (int c = 0; c < strips::kColumns; ++c) acc[c] = add_quad(acc[c], p[0][c], p[1][c], p[2][c], p[3][c]);
   }
 
-  static void dot_block(const int8_t* a, const int16_t (*w)[strips::kColumns], const BlockFactor& f, const float* factor, float* p) {
+  static void dot_block(const int8_t* a, const int16_t (*w)[strips::kColumns], const BlockFactor& f, const float* factor,
+                        float* p) {
     int16_t sum[strips::kColumns] = {};
     for (int k = 0; k < kBlock; ++k) {
       for (int c = 0; c < strips::kColumns; ++c) sum[c] = static_cast<int16_t>(sum[c] + a[k] * w[k][c]);

@@ -7,19 +7,20 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8,fma,f16c,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8,fma,f16c,prefer-vector-width=512")
 #include "amx_gemm.h"
 #include "avx512_gemm.h"
 #include "avx512_output.h"
 #include "avx512_quantize.h"
+#include "avx512_w4a16.h"
 #include "generic_group_quant.h"
-#include "generic_w4a16.h"
-#include "w4a4.h"
 
 namespace xpu_fp4::cpu {
 namespace {
 
-// CPUID leaf 7: EDX bits 24 and 25 are AMX-TILE and AMX-INT8. Linux grants the tile registers (state 18) to a process that asks.
+// CPUID leaf 7: EDX bits 24 and 25 are AMX-TILE and AMX-INT8. Linux grants the tile registers (state 18) to a process that
+// asks.
 bool supported() {
   static const bool granted = [] {
     if (!kAvx512Vbmi.supported()) return false;
@@ -34,13 +35,13 @@ bool supported() {
 // A tile takes as long for one row as for sixteen.
 constexpr int64_t kLeastRows = 8;
 
-const W4A4Kernels& w4a4(int64_t m) {
-  return m < kLeastRows ? w4a4_kernels<Vnni<true>, quantize, finish_row> : w4a4_kernels<Amx, quantize, finish_row>;
+const ProductKernels& w4a4(int64_t m) {
+  return m < kLeastRows ? product_kernels<Vnni<true>, finish_row> : product_kernels<Amx, finish_row>;
 }
 
 }  // namespace
 
-const KernelTable kAmx = {"amx", supported, quantize, group_quant, dequantize, w4a4, gemm_w4a16};
+const KernelTable kAmx = {"amx", supported, quantize, group_quant, dequantize, w4a4, product_kernels<Avx512Float, finish_row>};
 
 }  // namespace xpu_fp4::cpu
 #endif

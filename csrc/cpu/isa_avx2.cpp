@@ -13,9 +13,9 @@ namespace {
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 }  // namespace
 
-const KernelTable kAvx2 = {
-    "avx2", supported, quantize, group_quant, dequantize,
-    [](int64_t) -> const W4A4Kernels& { return w4a4_kernels<Avx2, quantize, finish_row_scalars>; }, gemm_w4a16};
+const KernelTable kAvx2 = {"avx2", supported, quantize, group_quant, dequantize, [](int64_t) -> const ProductKernels& {
+  return product_kernels<Avx2, finish_row_scalars>;
+}, product_kernels<PortableFloat, finish_row_scalars>};
 
 }  // namespace xpu_fp4::cpu
 #endif

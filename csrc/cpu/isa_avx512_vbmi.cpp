@@ -7,9 +7,8 @@
 #include "avx512_gemm.h"
 #include "avx512_output.h"
 #include "avx512_quantize.h"
+#include "avx512_w4a16.h"
 #include "generic_group_quant.h"
-#include "generic_w4a16.h"
-#include "w4a4.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -20,8 +19,9 @@ bool supported() {
 }  // namespace
 
 const KernelTable kAvx512Vbmi = {
-    "avx512_vbmi", supported, quantize, group_quant, dequantize,
-    [](int64_t) -> const W4A4Kernels& { return w4a4_kernels<Vnni<true>, quantize, finish_row>; }, gemm_w4a16};
+    "avx512_vbmi", supported, quantize, group_quant, dequantize, [](int64_t) -> const ProductKernels& {
+  return product_kernels<Vnni<true>, finish_row>;
+}, product_kernels<Avx512Float, finish_row>};
 
 }  // namespace xpu_fp4::cpu
 #endif

@@ -6,7 +6,8 @@
 namespace xpu_fp4::cpu {
 
 const KernelTable kPortable = {
-    "portable", [] { return true; }, quantize, group_quant, dequantize,
-    [](int64_t) -> const W4A4Kernels& { return w4a4_kernels<Portable, quantize, finish_row_scalars>; }, gemm_w4a16};
+    "portable", [] { return true; }, quantize, group_quant, dequantize, [](int64_t) -> const ProductKernels& {
+  return product_kernels<Portable, finish_row_scalars>;
+}, product_kernels<PortableFloat, finish_row_scalars>};
 
 }  // namespace xpu_fp4::cpu

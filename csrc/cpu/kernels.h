@@ -18,8 +18,8 @@ struct Range {
 struct ActivationSource;
 struct ProductArgs;
 
-/// W4A4 in two steps (panels.h): groups of rows of A are expanded, then multiplied with panels of columns.
-struct W4A4Kernels {
+/// A product in two steps: groups of rows of A are expanded, then multiplied with panels of columns.
+struct ProductKernels {
   int group_rows, panel_columns;
   /// Bytes of one group's quad (K = 128).
   size_t group_quad_bytes;
@@ -36,10 +36,9 @@ struct KernelTable {
   void (*quantize)(const QuantizeArgs&, Range blocks);
   void (*group_quant)(const GroupQuantArgs&, Range blocks);
   void (*dequantize)(const DequantizeArgs&, Range blocks);
-  /// The kernels for an A of m rows.
-  const W4A4Kernels& (*w4a4)(int64_t m);
-  /// A rectangle of the output.
-  void (*gemm_w4a16)(const GemmW4A16Args&, Range rows, Range columns);
+  /// The W4A4 kernels for an A of m rows.
+  const ProductKernels& (*w4a4)(int64_t m);
+  const ProductKernels& w4a16;
 };
 
 /// Any processor.

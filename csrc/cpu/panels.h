@@ -54,7 +54,9 @@ constexpr Alignment align(const uint8_t* scale, unsigned zero_blocks, int max_sh
     }
   }
   const auto least = [&](int first, int count) { return *std::min_element(byte + first, byte + first + count); };
-  const auto spread = [&](int first, int count) { return *std::max_element(byte + first, byte + first + count) - least(first, count); };
+  const auto spread = [&](int first, int count) {
+    return *std::max_element(byte + first, byte + first + count) - least(first, count);
+  };
   if (least(0, 4) < kLeastSafeByte || spread(0, 4) > kLargestSafeByte - least(0, 4)) {
     out.level = Level::general;
   } else if (spread(0, 4) > max_shift || max_shift == 0) {

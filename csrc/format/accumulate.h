@@ -45,9 +45,9 @@ constexpr float block_product(float d, RowFactor a, float w) { return d * a.scal
 /// Adds four consecutive blocks (K = 128) to the accumulator; missing blocks of the last quad are +0.
 constexpr float add_quad(float acc, float p0, float p1, float p2, float p3) { return acc + ((p0 + p1) + (p2 + p3)); }
 
-/// W4A16: the products x * (2w) of a block are summed as four runs of eight, the runs pairwise. That keeps the error under
-/// 2^-22 sqrt(K) sum |x w| for every K up to 2^18, as long as 12 K |x| does not overflow float32 (the scale comes after the
-/// sum), and lets both CPU backends give the same bits.
+/// W4A16 in plain C++ and in the portable SYCL kernel: the products x * (2w) of a block are summed as four runs of eight, the
+/// runs pairwise. That keeps the error under 2^-22 sqrt(K) sum |x w| for every K up to 2^18, as long as 12 K |x| does not
+/// overflow float32 (the scale comes after the sum). Kernels for wider machines have orders of their own within that bound.
 constexpr int kRun = 8;
 constexpr float add_runs(float s0, float s1, float s2, float s3) { return (s0 + s1) + (s2 + s3); }
 

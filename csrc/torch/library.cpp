@@ -55,8 +55,9 @@ TORCH_LIBRARY(xpu_fp4, library) {
 
 // The ops have no derivative: backward through one raises instead of giving no gradient.
 TORCH_LIBRARY_IMPL(xpu_fp4, Autograd, library) {
-  for (const char* op : {"mxfp4_quantize", "mxfp4_dequantize", "mxfp4_gemm", "mxfp4_linear", "mxfp4_linear_w4a16", "mxfp4_prepack",
-                         "mxfp4_unprepack", "mxfp4_gemm_prepacked", "mxfp4_linear_prepacked", "mxfp4_linear_w4a16_prepacked"}) {
+  for (const char* op :
+       {"mxfp4_quantize", "mxfp4_dequantize", "mxfp4_gemm", "mxfp4_linear", "mxfp4_linear_w4a16", "mxfp4_prepack",
+        "mxfp4_unprepack", "mxfp4_gemm_prepacked", "mxfp4_linear_prepacked", "mxfp4_linear_w4a16_prepacked"}) {
     library.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

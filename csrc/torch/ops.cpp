@@ -202,7 +202,8 @@ HeldWeight hold_rows(const Argument& w_arg, const Argument& scale_arg, int64_t k
 
 void check_prepacked(const Argument& arg, int64_t n, int64_t k) {
   TORCH_CHECK(n >= 0, arg.op, ": out_features is ", n, ", expected 0 or more");
-  XPU_FP4_CHECK(arg, arg.tensor.device().is_cpu(), "is on ", arg.tensor.device(), ", expected cpu: the layout is the native kernels'");
+  XPU_FP4_CHECK(arg, arg.tensor.device().is_cpu(), "is on ", arg.tensor.device(),
+                ", expected cpu: the layout is the native kernels'");
   XPU_FP4_CHECK(arg, arg.tensor.scalar_type() == at::kByte, "must be uint8, got ", arg.tensor.scalar_type());
   check_shape(arg, {strips::count(n), strips::quads(k), strips::kRecordBytes}, "what mxfp4_prepack returns for this N and K");
   check_contiguous(arg);
@@ -258,14 +259,14 @@ Tensor run_linear(const Backend& backend, const Tensor& x, const HeldWeight& wei
 Tensor run_linear_w4a16(const Backend& backend, const Tensor& x, const HeldWeight& weight, const HeldBias& bias) {
   const Tensor dense = x.contiguous();
   const Tensor y = at::empty(with_last(x, weight.n), x.options());
-  backend.gemm_w4a16({dense.const_data_ptr(), dtype_of(x.scalar_type()), weight.view, bias.view, y.data_ptr(), rows_of(x), weight.n,
-                      x.size(-1)});
+  backend.gemm_w4a16({dense.const_data_ptr(), dtype_of(x.scalar_type()), weight.view, bias.view, y.data_ptr(), rows_of(x),
+                      weight.n, x.size(-1)});
   return y;
 }
 
 // The second half of both products of codes: what is left to check, and the product.
-Tensor run_gemm(const Backend& backend, const GemmNames& names, const Tensor& a, const Tensor& a_scale, const HeldWeight& weight,
-                int64_t k, std::optional<ScalarType> out_dtype, const std::optional<Tensor>& bias) {
+Tensor run_gemm(const Backend& backend, const GemmNames& names, const Tensor& a, const Tensor& a_scale,
+                const HeldWeight& weight, int64_t k, std::optional<ScalarType> out_dtype, const std::optional<Tensor>& bias) {
   const Argument a_scale_arg{names.op, names.a_scale, a_scale};
   check_device(a_scale_arg, a.device());
   check_scales(a_scale_arg);
@@ -390,7 +391,8 @@ Tensor prepack(const Tensor& weight, const Tensor& weight_scale) {
 
 std::tuple<Tensor, Tensor> unprepack(const Tensor& prepacked, int64_t out_features, int64_t in_features) {
   const char* op = "mxfp4_unprepack";
-  TORCH_CHECK(in_features >= 0 && in_features % kBlock == 0, op, ": in_features is ", in_features, ", expected a multiple of ", kBlock);
+  TORCH_CHECK(in_features >= 0 && in_features % kBlock == 0, op, ": in_features is ", in_features, ", expected a multiple of ",
+              kBlock);
   check_prepacked({op, "prepacked", prepacked}, out_features, in_features);
   return unpack(prepacked, out_features, in_features);
 }

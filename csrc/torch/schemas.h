@@ -16,7 +16,8 @@ constexpr char kLinearW4A16[] = "mxfp4_linear_w4a16(Tensor x, Tensor weight, Ten
 
 /// A weight in the native kernels' own layout (format/strips.h): uint8 [strips, quads, 1088], from prepack.
 constexpr char kPrepack[] = "mxfp4_prepack(Tensor weight, Tensor weight_scale) -> Tensor";
-constexpr char kUnprepack[] = "mxfp4_unprepack(Tensor prepacked, int out_features, int in_features) -> (Tensor weight, Tensor scale)";
+constexpr char kUnprepack[] =
+    "mxfp4_unprepack(Tensor prepacked, int out_features, int in_features) -> (Tensor weight, Tensor scale)";
 constexpr char kGemmPrepacked[] =
     "mxfp4_gemm_prepacked(Tensor a, Tensor a_scale, Tensor b, int out_features, ScalarType? out_dtype=None, "
     "Tensor? bias=None) -> Tensor";

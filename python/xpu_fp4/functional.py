@@ -69,7 +69,7 @@ def prepack(weight: Tensor, weight_scale: Tensor) -> Tensor:
 
 
 def unprepack(prepacked: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-    """The way back: codes uint8 [N, K/2] and scales uint8 [N, K/32]. Raises RuntimeError where the shape is not that of N, K."""
+    """The way back: codes uint8 [N, K/2] and scales uint8 [N, K/32]. RuntimeError if prepacked is not of that N and K."""
     weight, scale = ops.mxfp4_unprepack(prepacked, out_features, in_features)
     return weight, scale
 

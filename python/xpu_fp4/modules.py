@@ -111,7 +111,7 @@ class MXFP4Linear(nn.Module):
         assert self._prepacked is not None
         return unprepack(self._prepacked, self.out_features, self.in_features)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401, as nn.Module's
         # Called for what is not found: of a prepacked module also the weights.
         if name in _WEIGHTS and self.__dict__.get("_buffers", {}).get("_prepacked") is not None:
             return self._unprepacked()[_WEIGHTS.index(name)]
@@ -119,16 +119,18 @@ class MXFP4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MXFP4Linear":
         # .to(), .cuda(), .share_memory() and the like are for the weight as it is stored.
-        return super(MXFP4Linear, self.unprepack_())._apply(fn, recurse)
+        self.unprepack_()
+        super()._apply(fn, recurse)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._prepacked is not None:
             destination.update(zip((prefix + name for name in _WEIGHTS), self._unprepacked(), strict=True))
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         self.unprepack_()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes and scales stand for."""

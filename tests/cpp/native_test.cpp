@@ -5,6 +5,8 @@
 #include <thread>
 
 #include "cpu/backend.h"
+#include "cpu/panels.h"
+#include "cpu/prepack.h"
 #include "definition.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,6 +23,17 @@ class Native : public testing::TestWithParam<const cpu::KernelTable*> {
   }
   std::unique_ptr<Backend> backend() const { return cpu::make_backend(*GetParam(), serial_for); }
 };
+
+std::vector<uint8_t> prepacked(const Operands& in) {
+  const int64_t quads = strips::quads(in.k);
+  std::vector<uint8_t> out(static_cast<size_t>(strips::count(in.n) * quads * strips::kRecordBytes));
+  for (int64_t strip = 0; strip < strips::count(in.n); ++strip) {
+    for (int64_t quad = 0; quad < quads; ++quad) {
+      cpu::prepack_record(in.weight(), in.n, in.k, strip, quad, out.data() + strips::record_offset(strip, quad, in.k));
+    }
+  }
+  return out;
+}
 
 // The definition, one output at a time.
 float output(const Operands& in, int64_t row, int64_t column) {
@@ -62,21 +75,110 @@ TEST_P(Native, EveryInstructionSetGivesThePortableBits) {
   EXPECT_TRUE(same_bits(in.gemm(*backend()), in.gemm(*portable)));
 
   const std::vector<float> x = random_floats(67 * 736, 8, 60.0f);
-  std::vector<float> y[2];
   std::vector<uint8_t> q[2], scale[2];
   const Backend* backends[] = {portable.get(), nullptr};
   const auto own = backend();
   backends[1] = own.get();
   for (int i = 0; i < 2; ++i) {
-    y[i].resize(67 * 101);
     q[i].resize(67 * 736 / 2);
     scale[i].resize(67 * 736 / 32);
-    backends[i]->gemm_w4a16({x.data(), DType::f32, in.weight(), {nullptr, 0, 0}, y[i].data(), in.m, in.n, in.k});
     backends[i]->quantize({x.data(), DType::f32, 67, 736, ScaleMode::even, q[i].data(), scale[i].data()});
   }
-  EXPECT_TRUE(same_bits(y[0], y[1]));
   EXPECT_EQ(q[0], q[1]);
   EXPECT_EQ(scale[0], scale[1]);
+}
+
+// Scale bytes for each level of panels.h: shared by a quad, by pairs, by nothing, and outside the safe window.
+struct Scales {
+  const char* name;
+  std::array<int, 4> offset;
+  int jitter, low, high;
+};
+constexpr Scales kScales[] = {{"quads", {0, 1, 2, 3}, 0, 110, 140},     {"pairs", {0, 2, 9, 7}, 1, 110, 140},
+                              {"blocks", {0, 13, 4, 21}, 2, 100, 150},  {"subnormal", {0, 3, 1, 2}, 3, 40, 75},
+                              {"overflow", {0, 20, 3, 1}, 9, 170, 225}, {"anything", {0, 0, 0, 0}, 255, 0, 0}};
+
+void set_scales(std::vector<uint8_t>& scale, int64_t blocks, const Scales& kind, std::mt19937& random) {
+  for (size_t i = 0; i < scale.size(); ++i) {
+    const size_t block = i % static_cast<size_t>(blocks);
+    if (block % 4 == 0 || i == 0) {
+      const int base = kind.low + static_cast<int>(random() % static_cast<unsigned>(kind.high - kind.low + 1));
+      for (size_t b = 0; b < 4 && block + b < static_cast<size_t>(blocks); ++b) {
+        scale[i + b] =
+            static_cast<uint8_t>(base + kind.offset[b] + static_cast<int>(random() % static_cast<unsigned>(kind.jitter + 1)));
+      }
+    }
+  }
+}
+
+TEST_P(Native, TilesHoldAtTheirEdgesInEveryLevelAndLayout) {
+  const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
+  const auto own = backend();
+  std::mt19937 random(11);
+  for (const Scales& kind : kScales) {
+    for (const int64_t m : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65}) {
+      for (const int64_t n : {1, 15, 16, 17, 31, 33, 47, 48, 49, 97}) {
+        const int64_t blocks = std::array{1, 3, 4, 5, 8, 16, 17, 20, 33}[random() % 9];
+        Operands in(m, n, blocks * 32, 127, 127, random());
+        set_scales(in.a_scale, blocks, kind, random);
+        set_scales(in.w_scale, blocks, random() % 2 == 0 ? kind : kScales[0], random);
+        const std::vector<float> expected = in.gemm(*portable);
+        ASSERT_TRUE(same_bits(in.gemm(*own), expected)) << kind.name << " " << m << "x" << n << "x" << in.k;
+
+        const std::vector<uint8_t> strips = prepacked(in);
+        Weight w{};
+        w.strips = strips.data();
+        std::vector<float> y(expected.size());
+        own->gemm({in.a.data(), in.a_scale.data(), w, {nullptr, 0, 0}, y.data(), DType::f32, m, n, in.k});
+        ASSERT_TRUE(same_bits(y, expected)) << kind.name << " strips " << m << "x" << n << "x" << in.k;
+      }
+    }
+  }
+}
+
+TEST_P(Native, ZeroBlocksFitAnyScale) {
+  const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
+  Operands in(9, 50, 288, 120, 130, 5);
+  for (size_t block = 0; block < in.a_scale.size(); block += 3) {
+    std::fill_n(in.a.begin() + static_cast<int64_t>(block) * 16, 16, block % 2 == 0 ? uint8_t{0} : uint8_t{0x88});
+    in.a_scale[block] = block % 2 == 0 ? 0 : 254;
+  }
+  for (size_t block = 0; block < in.w_scale.size(); block += 5) {
+    std::fill_n(in.w.begin() + static_cast<int64_t>(block) * 16, 16, uint8_t{0x80});
+    in.w_scale[block] = block % 2 == 0 ? 0 : 254;
+  }
+  EXPECT_TRUE(same_bits(in.gemm(*backend()), in.gemm(*portable)));
+}
+
+TEST_P(Native, W4A16IsWithinItsBoundAtTileEdges) {
+  const auto own = backend();
+  for (const int64_t m : {1, 3, 4, 5, 8, 9}) {
+    for (const int64_t n : {1, 16, 17, 49}) {
+      const Operands in(m, n, 416, 110, 140, static_cast<unsigned>(m * n));
+      const std::vector<float> x = random_floats(m * in.k, 3, 6.0f);
+      std::vector<float> y(static_cast<size_t>(m * n)), from_strips = y;
+      own->gemm_w4a16({x.data(), DType::f32, in.weight(), {nullptr, 0, 0}, y.data(), m, n, in.k});
+      const std::vector<uint8_t> strips = prepacked(in);
+      Weight w{};
+      w.strips = strips.data();
+      own->gemm_w4a16({x.data(), DType::f32, w, {nullptr, 0, 0}, from_strips.data(), m, n, in.k});
+      EXPECT_TRUE(same_bits(from_strips, y));
+      for (int64_t row = 0; row < m; ++row) {
+        for (int64_t column = 0; column < n; ++column) {
+          double sum = 0, magnitude = 0;
+          for (int64_t i = 0; i < in.k; ++i) {
+            const double scale = std::ldexp(1.0, in.w_scale[static_cast<size_t>((column * in.k + i) / 32)] - 127);
+            const double term = x[static_cast<size_t>(row * in.k + i)] *
+                                definition::value(definition::code_at(in.w, column * in.k + i)) * scale;
+            sum += term;
+            magnitude += std::fabs(term);
+          }
+          const double error = std::fabs(y[static_cast<size_t>(row * n + column)] - sum);
+          ASSERT_LE(error, std::ldexp(std::sqrt(static_cast<double>(in.k)), -22) * magnitude) << m << "x" << n;
+        }
+      }
+    }
+  }
 }
 
 TEST_P(Native, ThreadsDoNotChangeABit) {
@@ -103,6 +205,34 @@ TEST_P(Native, TheCallersFloatEnvironmentNeitherMattersNorChanges) {
   EXPECT_EQ(after & 0xFFC0u, hostile & 0xFFC0u);
 }
 #endif
+
+// The meaning of align(), checked by what it promises.
+TEST(Alignment, KeepsEveryBlocksValueAndShiftsNoFurtherThanAllowed) {
+  std::mt19937 random(3);
+  for (int i = 0; i < 200000; ++i) {
+    uint8_t scale[4];
+    const int low = static_cast<int>(random() % 250), width = 1 + static_cast<int>(random() % 12);
+    for (uint8_t& byte : scale)
+      byte = static_cast<uint8_t>(std::min(255, low + static_cast<int>(random() % static_cast<unsigned>(width))));
+    const unsigned zero = random() % 4 == 0 ? random() % 16 : 0;
+    const cpu::Alignment got = cpu::align(scale, zero, cpu::kMaxShift);
+    const bool nan = std::find(scale, scale + 4, 255) != scale + 4;
+    for (int b = 0; b < 4; ++b) {
+      if (nan) {
+        ASSERT_EQ(got.base[b], 255);
+        continue;
+      }
+      ASSERT_LE(got.shift[b], 3);
+      if ((zero >> b & 1u) == 0) ASSERT_EQ(got.base[b] + got.shift[b], scale[b]);
+      if (got.level == cpu::Level::quad) ASSERT_EQ(got.base[b], got.base[0]);
+      if (got.level == cpu::Level::pair) ASSERT_EQ(got.base[b], got.base[b & 2]);
+      if (got.level != cpu::Level::general) {
+        ASSERT_GE(got.base[b], cpu::kLeastSafeByte);
+        ASSERT_LE(got.base[b] + got.shift[b], cpu::kLargestSafeByte);
+      }
+    }
+  }
+}
 
 std::string name_of(const testing::TestParamInfo<const cpu::KernelTable*>& info) { return info.param->isa; }
 INSTANTIATE_TEST_SUITE_P(, Native, testing::ValuesIn(cpu::all_kernels()), name_of);

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loop nest of W4A4 and W4A16 around an instruction set's tile. Included by the files that are compiled for one instruction
+// set; all of it has internal linkage.
+//
+// A is expanded once, group of rows by group of rows. Then each task owns some groups and panels of columns: for each panel and
+// each kPanelQuads quads it unpacks W to first-level cache, and multiplies all its groups with it. W stands in memory as four
+// bits only. Few rows take the direct way: W is decoded in registers.
+//
+// An Isa has
+//   kGroupRows, kPanelStrips, kPanelQuads   the sizes of a group, and of the part of a panel that is unpacked at a time
+//   Activations, Weights                    a group's quad, a strip's quad
+//   Session                                 lives as long as a task
+//   expand(source, block, blocks, a, row)   a row's quad, which begins at that block of A
+//   pad(a, rows)                            the group has so many rows
+//   fill(w, n, k, strip, quad, out)         unpacks, and returns the Level
+//   add_quads(a, rows, w, strips, levels, depth, acc)   `depth` quads of a group and a panel, whose strips lie side by side;
+//                                           levels are W's; acc has a row of kPanelStrips strips for each row
+//   kDirectRows, add_strip(a, rows, w, n, k, strip, acc)   all quads of a strip, for up to so many rows
+#pragma once
+#include "with_dtype.h"
+
+namespace xpu_fp4::cpu {
+namespace {
+
+void free_aligned(void* memory) { std::free(memory); }
+
+template <class T>
+using Buffer = std::unique_ptr<T[], void (*)(void*)>;
+
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  void* memory = std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64);
+  if (memory == nullptr) throw std::bad_alloc();
+  return {static_cast<T*>(memory), free_aligned};
+}
+
+template <class Isa>
+void expand_group(const ActivationSource& source, int64_t first_row, int rows, void* activations) {
+  auto* out = static_cast<typename Isa::Activations*>(activations);
+  for (int64_t quad = 0; quad < strips::quads(source.k); ++quad, ++out) {
+    const int blocks = static_cast<int>(std::min<int64_t>(kQuad, source.k / kBlock - quad * kQuad));
+    for (int row = 0; row < rows; ++row) {
+      Isa::expand(source, (first_row + row) * (source.k / kBlock) + quad * kQuad, blocks, *out, row);
+    }
+    Isa::pad(*out, rows);
+  }
+}
+
+// Calls function(packed, scale) with 64 packed bytes and the four scales of a row's quad, which begins at a block of A and has
+// so many: as they lie, padded with zeros, or quantized on the way.
+template <void (*quantize)(const QuantizeArgs&, Range), class Function>
+void with_codes(const ActivationSource& source, int64_t block, int blocks, const Function& function) {
+  const uint8_t *codes = source.codes + block * kBlockBytes, *scales = source.scale + block;
+  if (source.x == nullptr && blocks == kQuad) return function(codes, scales);
+  alignas(64) uint8_t packed[kQuadBytes] = {}, scale[kQuad] = {e8m0::kBias, e8m0::kBias, e8m0::kBias, e8m0::kBias};
+  if (source.x == nullptr) {
+    std::memcpy(packed, codes, static_cast<size_t>(blocks * kBlockBytes));
+    std::memcpy(scale, scales, static_cast<size_t>(blocks));
+  } else {
+    const void* x = static_cast<const char*>(source.x) + block * kBlock * size_of(source.x_dtype);
+    quantize({x, source.x_dtype, 1, blocks * kBlock, source.mode, packed, scale}, {0, blocks});
+  }
+  function(packed, scale);
+}
+
+// The rows that share a pass over W, and the panels that share a pass over A: the activations of kPanelQuads quads and the
+// accumulators stay in the second-level cache, 0.3 + 0.4 MiB of it.
+constexpr int64_t kBlockRows = 512, kBlockPanels = 4;
+
+template <class Isa>
+class Product {
+ public:
+  using Finish = void (*)(const ProductArgs&, int64_t row, int64_t column, int columns, const float* acc);
+
+  Product(const ProductArgs& args, const void* activations, int64_t first_row, Finish finish, int64_t rows)
+      : acc_size_(std::min(kBlockRows, (rows + kGroupRows - 1) / kGroupRows * kGroupRows) * kPanelColumns),
+        args_(args),
+        activations_(static_cast<const typename Isa::Activations*>(activations)),
+        first_row_(first_row),
+        quads_(strips::quads(args.k)),
+        finish_(finish) {}
+
+  void multiply(Range rows, Range panels) {
+    for (int64_t row = rows.begin; row < rows.end; row += kBlockRows) {
+      for (int64_t panel = panels.begin; panel < panels.end; panel += kBlockPanels) {
+        multiply_block({row, std::min(row + kBlockRows, rows.end)}, {panel, std::min(panel + kBlockPanels, panels.end)});
+      }
+    }
+  }
+
+ private:
+  static constexpr int kGroupRows = Isa::kGroupRows, kPanelColumns = Isa::kPanelStrips * strips::kColumns;
+
+  void multiply_block(Range rows, Range panels) {
+    if (rows.end - rows.begin <= Isa::kDirectRows) return multiply_directly(rows, panels);
+    for (int64_t panel = 0; panel < panels.end - panels.begin; ++panel) {
+      std::fill_n(acc_.get() + panel * acc_size_, (rows.end - rows.begin) * kPanelColumns, 0.0f);
+    }
+    for (int64_t quad = 0; quad < quads_; quad += Isa::kPanelQuads) {
+      const Range depth = {quad, std::min(quad + Isa::kPanelQuads, quads_)};
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+        fill(panel, depth);
+        multiply_panel(rows, strips_of(panel), depth, acc_.get() + (panel - panels.begin) * acc_size_);
+      }
+    }
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      finish_rows(rows, panel, acc_.get() + (panel - panels.begin) * acc_size_);
+    }
+  }
+
+  // Few rows: a strip after the other from its first quad to its last, so that memory is read in order.
+  void multiply_directly(Range rows, Range panels) {
+    if constexpr (Isa::kDirectRows > 0) {
+      const int count = static_cast<int>(rows.end - rows.begin);
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+        std::fill_n(acc_.get(), count * kPanelColumns, 0.0f);
+        for (int s = 0; s < strips_of(panel); ++s) {
+          Isa::add_strip(activations_ + rows.begin / kGroupRows * quads_, count, args_.w, args_.n, args_.k,
+                         panel * Isa::kPanelStrips + s, acc_.get() + s * strips::kColumns);
+        }
+        finish_rows(rows, panel, acc_.get());
+      }
+    }
+  }
+
+  void finish_rows(Range rows, int64_t panel, const float* acc) const {
+    const int64_t column = panel * kPanelColumns;
+    const int columns = static_cast<int>(std::min<int64_t>(kPanelColumns, args_.n - column));
+    for (int64_t row = rows.begin; row < rows.end; ++row, acc += kPanelColumns) {
+      finish_(args_, first_row_ + row, column, columns, acc);
+    }
+  }
+
+  int strips_of(int64_t panel) const {
+    return static_cast<int>(std::min<int64_t>(Isa::kPanelStrips, strips::count(args_.n) - panel * Isa::kPanelStrips));
+  }
+
+  void fill(int64_t panel, Range depth) {
+    const int count = strips_of(panel);
+    for (int64_t quad = depth.begin; quad < depth.end; ++quad) {
+      Level& level = levels_[quad - depth.begin];
+      level = Level::quad;
+      for (int s = 0; s < count; ++s) {
+        auto& out = panel_[(quad - depth.begin) * count + s];
+        level = std::max(level, Isa::fill(args_.w, args_.n, args_.k, panel * Isa::kPanelStrips + s, quad, out));
+      }
+    }
+  }
+
+  void multiply_panel(Range rows, int panel_strips, Range depth, float* acc) const {
+    const auto* group = activations_ + rows.begin / kGroupRows * quads_;
+    for (int64_t row = rows.begin; row < rows.end; row += kGroupRows, group += quads_, acc += kGroupRows * kPanelColumns) {
+      const int group_rows = static_cast<int>(std::min<int64_t>(kGroupRows, rows.end - row));
+      // The next group is far away for the hardware's prefetcher.
+      if (row + kGroupRows < rows.end) {
+        for (int64_t quad = depth.begin; quad < depth.end; ++quad) group[quads_ + quad].prefetch();
+      }
+      const auto* w = panel_.get();
+      Isa::add_quads(group + depth.begin, group_rows, w, panel_strips, levels_, static_cast<int>(depth.end - depth.begin), acc);
+    }
+  }
+
+  int64_t acc_size_;  // of one panel
+  const ProductArgs& args_;
+  const typename Isa::Activations* activations_;
+  int64_t first_row_, quads_;
+  Finish finish_;
+  Level levels_[Isa::kPanelQuads];
+  Buffer<typename Isa::Weights> panel_ = allocate<typename Isa::Weights>(Isa::kPanelQuads * Isa::kPanelStrips);
+  Buffer<float> acc_ = allocate<float>(acc_size_ * kBlockPanels);
+};
+
+template <class Isa, typename Product<Isa>::Finish finish>
+void multiply(const ProductArgs& args, const void* activations, int64_t first_row, Range rows, Range panels) {
+  [[maybe_unused]] const typename Isa::Session session;
+  Product<Isa>(args, activations, first_row, finish, rows.end - rows.begin).multiply(rows, panels);
+}
+
+template <class Isa, typename Product<Isa>::Finish finish>
+constexpr ProductKernels product_kernels = {Isa::kGroupRows, Isa::kPanelStrips * strips::kColumns,
+                                            sizeof(typename Isa::Activations), expand_group<Isa>, multiply<Isa, finish>};
+
+// A prepacked record as it lies, or one laid out in the buffer.
+const uint8_t* record_of(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, uint8_t* buffer) {
+  if (w.strips != nullptr) return w.strips + strips::record_offset(strip, quad, k);
+  prepack_record(w, n, k, strip, quad, buffer);
+  return buffer;
+}
+
+}  // namespace
+}  // namespace xpu_fp4::cpu
