@@ -7,6 +7,7 @@ The ops are `torch.ops.xpu_fp4.*`; importing this package registers them, and th
 from . import _library as _library  # first: it loads the ops
 from ._version import __version__
 from .backends import Backend, backends, cpu_backend
+from .checkpoints import apply_checkpoint, load_model, transformers_config
 from .compat import override_vllm_ops
 from .convert import quantize_
 from .functional import Mode, ScaleMode, dequantize, linear, linear_prepacked, prepack, quantize, unprepack
@@ -18,14 +19,17 @@ __all__ = [
     "Mode",
     "ScaleMode",
     "__version__",
+    "apply_checkpoint",
     "backends",
     "cpu_backend",
     "dequantize",
     "linear",
     "linear_prepacked",
+    "load_model",
     "override_vllm_ops",
     "prepack",
     "quantize",
     "quantize_",
+    "transformers_config",
     "unprepack",
 ]

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one description of an MXFP4 checkpoint, whatever format it came in."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from torch import Tensor
+
+from ..functional import Mode, ScaleMode
+from .errors import CheckpointError
+from .tensor_files import TensorFiles, TensorInfo
+
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a layer computes: `scale_mode` is the rule for its activations, of which `w4a16` quantizes none."""
+
+    mode: Mode
+    scale_mode: ScaleMode = "even"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized weight: codes [*, N, K/2] and scales [*, N, K/32], both uint8, where * is nothing or the number of experts."""
+
+    name: str
+    """Dotted name of the module or, for the experts that share one tensor, of the projection."""
+    shape: tuple[int, ...]
+    """[N, K] or [E, N, K]: of the weight that the codes stand for."""
+    scheme: Scheme
+    packed: str
+    scale: str
+    bias: str | None
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[-2]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory: its tensors, and which of them are MXFP4 weights."""
+
+    folder: Path
+    format: str
+    """`compressed-tensors`, `quark` or `mxfp4` (gpt-oss): config.json's quant_method."""
+    files: TensorFiles
+    layers: dict[str, Layer]
+
+    def weight(self, name: str) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [*, N, K/2] and scales uint8 [*, N, K/32] of a layer, memory-mapped."""
+        layer = self.layers[name]
+        *leading, k = layer.shape
+        packed = self.files.tensor(layer.packed).view(*leading, k // 2)
+        return packed, self.files.tensor(layer.scale).view(*leading, k // BLOCK)
+
+    def bias(self, name: str) -> Tensor | None:
+        bias = self.layers[name].bias
+        return None if bias is None else self.files.tensor(bias)
+
+    def other_tensors(self) -> Iterator[str]:
+        """Names of the tensors that belong to no layer of `layers`."""
+        used = {name for layer in self.layers.values() for name in (layer.packed, layer.scale, layer.bias)}
+        return (name for name in self.files if name not in used)
+
+
+def describe_layer(
+    files: TensorFiles, name: str, scheme: Scheme, packed: str, scale: str, bias: str, *, experts: bool = False
+) -> Layer:
+    """A layer out of the names of its tensors.
+
+    Codes are uint8 [*, N, K/2] or, as gpt-oss has them, [*, N, K/32, 16]; scales uint8 [*, N, K/32]; * is E if `experts`. The
+    bias may be missing. Raises CheckpointError, naming file and tensor, if a tensor is missing or does not fit.
+    """
+    codes, scales = _bytes(files, packed), _bytes(files, scale)
+    leading = 2 if experts else 1
+    rows = codes.shape[:leading]
+    if len(codes.shape) == leading + 2 and codes.shape[-1] == BLOCK // 2:
+        k = codes.shape[-2] * BLOCK
+    elif len(codes.shape) == leading + 1:
+        k = 2 * codes.shape[-1]
+    else:
+        raise CheckpointError(f"{codes} has shape {list(codes.shape)}, expected {'[E, N, K/2]' if experts else '[N, K/2]'}")
+    if k % BLOCK != 0:
+        raise CheckpointError(f"{codes} has shape {list(codes.shape)}, so K is {k}, expected a multiple of {BLOCK}")
+    if scales.shape != (*rows, k // BLOCK):
+        expected = [*rows, k // BLOCK]
+        raise CheckpointError(
+            f"{scales} has shape {list(scales.shape)}, expected {expected} beside {packed} {list(codes.shape)}"
+        )
+    if bias in files and files[bias].shape != rows:
+        raise CheckpointError(f"{files[bias]} has shape {list(files[bias].shape)}, expected {list(rows)}")
+    return Layer(name, (*rows, k), scheme, packed, scale, bias if bias in files else None)
+
+
+def get_scale_mode(value: Any, where: str) -> ScaleMode:  # noqa: ANN401: parsed JSON
+    """The value, if it names a scale rule. Raises CheckpointError, saying where it stands, if not."""
+    if value not in get_args(ScaleMode):
+        raise CheckpointError(f"{where} has the scale mode {value!r}, expected one of {', '.join(get_args(ScaleMode))}")
+    return cast(ScaleMode, value)
+
+
+def _bytes(files: TensorFiles, name: str) -> TensorInfo:
+    if name not in files:
+        raise CheckpointError(f"{files.folder} has no tensor {name}")
+    info = files[name]
+    if info.dtype != "U8":
+        raise CheckpointError(f"{info} has dtype {info.dtype}, expected U8")
+    return info

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experts of a mixture-of-experts layer in MXFP4, in place of Transformers' experts module."""
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import linear
+from .description import BLOCK, Layer, Scheme
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+
+class MXFP4Experts(nn.Module):
+    """Every expert's `down(gate(gate_up(x)))` for the tokens routed to it, its two weights in MXFP4.
+
+    Parameters have the names and the layout of gpt-oss: for NAME `gate_up_proj` and `down_proj`, `NAME_blocks` uint8
+    [E, N, K/32, 16], `NAME_scales` uint8 [E, N, K/32] and, where the model has biases, `NAME_bias` [E, N].
+
+    Args:
+        source: Transformers' experts module, whose gate function stays in use; its parameters are dropped.
+        gate_up, down: the layers, of one scheme, by which the parameters are shaped.
+        device, dtype: of the parameters; dtype is the biases'.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module,
+        gate_up: Layer,
+        down: Layer,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.scheme: Scheme = gate_up.scheme
+        self.num_experts = gate_up.shape[0]
+        source._parameters.clear()
+        self.source = source
+        for name, layer in ((GATE_UP, gate_up), (DOWN, down)):
+            *rows, k = layer.shape
+            blocks = torch.zeros(*rows, k // BLOCK, BLOCK // 2, dtype=torch.uint8, device=device)
+            scales = torch.zeros(*rows, k // BLOCK, dtype=torch.uint8, device=device)
+            bias = (
+                None if layer.bias is None else nn.Parameter(torch.zeros(rows, device=device, dtype=dtype), requires_grad=False)
+            )
+            self.register_parameter(f"{name}_blocks", nn.Parameter(blocks, requires_grad=False))
+            self.register_parameter(f"{name}_scales", nn.Parameter(scales, requires_grad=False))
+            self.register_parameter(f"{name}_bias", bias)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Tokens [T, H], the experts chosen for each [T, top_k] and their weights [T, top_k] -> [T, H]."""
+        out = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:  # the index that Transformers gives to slots of other ranks
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            hidden = self.source._apply_gate(self._project(GATE_UP, expert, hidden_states[token]))
+            y = self._project(DOWN, expert, hidden) * top_k_weights[token, slot, None]
+            out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+    def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
+        blocks = self.get_parameter(f"{name}_blocks")[expert].flatten(1)
+        scales = self.get_parameter(f"{name}_scales")[expert]
+        bias = getattr(self, f"{name}_bias")
+        bias = None if bias is None else bias[expert]
+        return linear(x, blocks, scales, bias, mode=self.scheme.mode, scale_mode=self.scheme.scale_mode)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, mode={self.scheme.mode}"

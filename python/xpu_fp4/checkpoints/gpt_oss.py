@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gpt-oss, Transformers' quant_method `mxfp4`: the experts' weights, all experts of a layer in one tensor.
+
+`NAME_blocks` uint8 [E, N, K/32, 16] and `NAME_scales` uint8 [E, N, K/32], so the bytes of [E, N, K/2]; `NAME_bias` [E, N].
+NAME is `...experts.gate_up_proj`, whose rows alternate between gate and up, and `...experts.down_proj`. Activations stay as they are.
+"""
+
+from typing import Any
+
+from .description import Layer, Scheme, describe_layer
+from .errors import CheckpointError
+from .tensor_files import TensorFiles
+
+METHOD = "mxfp4"
+PACKED, SCALE = "_blocks", "_scales"
+
+
+def read_layers(config: dict[str, Any], files: TensorFiles) -> dict[str, Layer]:
+    """The layers, which are told by their tensors' names; `quantization_config` says no more than the method."""
+    layers = {}
+    for tensor in files:
+        if not tensor.endswith(PACKED):
+            continue
+        name = tensor.removesuffix(PACKED)
+        excluded = [m for m in config.get("modules_to_not_convert") or [] if name == m or name.startswith(f"{m}.")]
+        if excluded:
+            raise CheckpointError(
+                f"{files[tensor]} is packed, but quantization_config.modules_to_not_convert lists {excluded[0]}"
+            )
+        layers[name] = describe_layer(files, name, Scheme("w4a16"), tensor, f"{name}{SCALE}", f"{name}_bias", experts=True)
+    return layers

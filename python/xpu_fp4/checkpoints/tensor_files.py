@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of a model directory: one safetensors file, or several under an index. Headers are read, data is mapped."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError, with the file's name, if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor. dtype is safetensors' name of it: U8, BF16, F32, ..."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}: tensor {self.name}"
+
+
+class TensorFiles(Mapping[str, TensorInfo]):
+    """The tensors in a directory, by name.
+
+    Raises CheckpointError, naming the file: none there, a shard missing or truncated, a shard without a tensor that the index
+    promises, a tensor in two shards.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _files_in(folder)
+        self._open = {file: _open(file) for file in self.files}
+        self._infos: dict[str, TensorInfo] = {}
+        for file, opened in self._open.items():
+            for name in opened.keys():  # noqa: SIM118: not a mapping
+                if name in self._infos:
+                    raise CheckpointError(f"{file}: tensor {name} is also in {self._infos[name].file}")
+                view = opened.get_slice(name)
+                self._infos[name] = TensorInfo(name, file, view.get_dtype(), tuple(view.get_shape()))
+        _check_index(folder, self._infos)
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._infos[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, its memory mapped from the file: pages are read when touched. Writing to it does not reach the file."""
+        tensor: Tensor = self._open[self[name].file].get_tensor(name)
+        return tensor
+
+
+def _files_in(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        return _indexed_files(folder)
+    found = sorted(folder.glob("*.safetensors"))
+    if folder / SINGLE in found:
+        return [folder / SINGLE]
+    if len(found) == 1:
+        return found
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a directory")
+    if found:
+        raise CheckpointError(f"{folder} has {len(found)} safetensors files and neither {INDEX} nor {SINGLE}")
+    raise CheckpointError(f"{folder} has no safetensors files")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor names to file names")
+    return weight_map
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    names = sorted(set(_weight_map(folder).values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / INDEX} names the file {name!r}, expected a name in the same directory")
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name} does not exist, but {INDEX} names it")
+    return [folder / name for name in names]
+
+
+def _check_index(folder: Path, infos: Mapping[str, TensorInfo]) -> None:
+    if not (folder / INDEX).exists():
+        return
+    for name, file in _weight_map(folder).items():
+        if name not in infos or infos[name].file.name != file:
+            raise CheckpointError(f"{folder / file} has no tensor {name}, but {INDEX} says so")
+
+
+def _open(file: Path) -> Any:  # noqa: ANN401: safetensors has no types
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our quantizer in Transformers' registry, as `xpu_fp4`. Imported only when a model is loaded: it imports transformers.
+
+A checkpoint names the quantizer that wrote it, and Transformers registers each name once. So a model comes to us by its
+configuration: `from_pretrained(folder, config=xpu_fp4.transformers_config(folder))`.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.core_model_loading import WeightRenaming
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import compressed_tensors, quark
+from .errors import CheckpointError
+from .models import replace_layers
+from .reader import open_checkpoint
+
+METHOD = "xpu_fp4"
+
+
+@register_quantization_config(METHOD)
+class XpuFp4Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
+    """Says only that xpu_fp4 loads the checkpoint; how it is quantized is read from the checkpoint itself."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.quant_method = METHOD
+
+
+@register_quantizer(METHOD)
+class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces the quantized layers of a model on the meta device; Transformers then loads the tensors into them."""
+
+    requires_calibration = True  # a checkpoint is quantized already
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files")
+        if not files:
+            raise CheckpointError("an MXFP4 model is loaded from a directory, expected one in from_pretrained")
+        self.checkpoint = open_checkpoint(Path(files[0]).parent)
+        replace_layers(model, self.checkpoint)
+
+    def get_weight_conversions(self) -> list[Any]:
+        if self.checkpoint.format != quark.METHOD:
+            return []
+        names = "|".join(map(re.escape, self.checkpoint.layers))
+        return [WeightRenaming(rf"^({names})\.{quark.PACKED}$", rf"\1.{compressed_tensors.PACKED}")]
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return False
