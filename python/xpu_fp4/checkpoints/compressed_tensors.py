@@ -93,7 +93,7 @@ def _read_group(group: dict[str, Any], outer_format: str | None, scale_mode: Sca
     return Scheme("w4a4", scale_mode)
 
 
-def _check_arguments(arguments: Any, dynamic: bool, where: str) -> None:  # noqa: ANN401: parsed JSON
+def _check_arguments(arguments: Any, dynamic: bool, where: str) -> None:
     if not isinstance(arguments, dict):
         raise CheckpointError(f"{where} is {arguments!r}, expected an object")
     expected = {**_MXFP4, "dynamic": dynamic}

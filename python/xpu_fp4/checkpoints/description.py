@@ -25,7 +25,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized weight: codes [*, N, K/2] and scales [*, N, K/32], both uint8, where * is nothing or the number of experts."""
+    """A quantized weight: codes [*, N, K/2] and scales [*, N, K/32], both uint8, * nothing or the number of experts."""
 
     name: str
     """Dotted name of the module or, for the experts that share one tensor, of the projection."""
@@ -101,7 +101,7 @@ def describe_layer(
     return Layer(name, (*rows, k), scheme, packed, scale, bias if bias in files else None)
 
 
-def get_scale_mode(value: Any, where: str) -> ScaleMode:  # noqa: ANN401: parsed JSON
+def get_scale_mode(value: Any, where: str) -> ScaleMode:
     """The value, if it names a scale rule. Raises CheckpointError, saying where it stands, if not."""
     if value not in get_args(ScaleMode):
         raise CheckpointError(f"{where} has the scale mode {value!r}, expected one of {', '.join(get_args(ScaleMode))}")

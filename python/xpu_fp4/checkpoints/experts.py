@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experts of a mixture-of-experts layer in MXFP4, in place of Transformers' experts module."""
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -54,10 +57,13 @@ class MXFP4Experts(nn.Module):
             if expert >= self.num_experts:  # the index that Transformers gives to slots of other ranks
                 continue
             token, slot = torch.where(top_k_index == expert)
-            hidden = self.source._apply_gate(self._project(GATE_UP, expert, hidden_states[token]))
+            hidden = self._gate(self._project(GATE_UP, expert, hidden_states[token]))
             y = self._project(DOWN, expert, hidden) * top_k_weights[token, slot, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out
+
+    def _gate(self, gate_up: Tensor) -> Tensor:
+        return cast(Callable[[Tensor], Tensor], self.source._apply_gate)(gate_up)
 
     def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
         blocks = self.get_parameter(f"{name}_blocks")[expert].flatten(1)

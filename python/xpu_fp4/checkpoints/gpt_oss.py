@@ -2,7 +2,7 @@
 """gpt-oss, Transformers' quant_method `mxfp4`: the experts' weights, all experts of a layer in one tensor.
 
 `NAME_blocks` uint8 [E, N, K/32, 16] and `NAME_scales` uint8 [E, N, K/32], so the bytes of [E, N, K/2]; `NAME_bias` [E, N].
-NAME is `...experts.gate_up_proj`, whose rows alternate between gate and up, and `...experts.down_proj`. Activations stay as they are.
+NAME is `...experts.gate_up_proj`, whose rows alternate between gate and up, and `...experts.down_proj`. W4A16.
 """
 
 from typing import Any

@@ -3,10 +3,10 @@
 
 import importlib
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .tensor_files import read_json
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def load_model(folder: str | PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN401: any of Transformers' models
+def load_model(folder: str | PathLike[str], **kwargs: Any) -> Any:
     """A Transformers model out of an MXFP4 model directory, its quantized layers as MXFP4Linear.
 
     The class is the one that config.json names; weights are never there in high precision. Keyword arguments go to
@@ -41,7 +41,7 @@ def load_model(folder: str | PathLike[str], **kwargs: Any) -> Any:  # noqa: ANN4
     return model
 
 
-def transformers_config(folder: str | PathLike[str]) -> Any:  # noqa: ANN401: any of Transformers' configurations
+def transformers_config(folder: str | PathLike[str]) -> Any:
     """The model's configuration, naming us as its quantizer: `AutoModelForCausalLM.from_pretrained(folder, config=...)`.
 
     Registers our quantizer with Transformers. Needed because a checkpoint names the quantizer that wrote it, and Transformers
@@ -65,8 +65,8 @@ def apply_checkpoint(model: Model, folder: str | PathLike[str]) -> Model:
     `torch.device("meta")` costs what the checkpoint holds; others are copied into.
 
     Raises:
-        CheckpointError: a quantized layer that the model does not have as an nn.Linear of that shape, a tensor of another shape,
-            or a parameter of the model that the checkpoint lacks.
+        CheckpointError: a quantized layer that the model does not have as an nn.Linear of that shape, a tensor of another
+            shape, or a parameter of the model that the checkpoint lacks.
 
     Tensors that the model has no place for are named in a warning.
     """
@@ -76,7 +76,7 @@ def apply_checkpoint(model: Model, folder: str | PathLike[str]) -> Model:
         _load_layer(model, checkpoint, name, names[name])
     left_over = _load_others(model, checkpoint)
     if hasattr(model, "tie_weights"):
-        model.tie_weights()
+        cast(Callable[[], None], model.tie_weights)()
     missing = [name for name, tensor in _state(model).items() if tensor.is_meta]
     if missing:
         raise CheckpointError(
@@ -88,7 +88,7 @@ def apply_checkpoint(model: Model, folder: str | PathLike[str]) -> Model:
 
 
 def replace_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Puts MXFP4 modules, on the meta device, where the checkpoint has quantized layers; returns each layer's name in the model.
+    """Puts MXFP4 modules, on the meta device, where the checkpoint has quantized layers; returns their names in the model.
 
     Nothing is replaced if any layer does not fit.
     """
@@ -117,7 +117,7 @@ def skeleton(folder: Path) -> nn.Module:
     return model
 
 
-def model_class(folder: Path) -> Any:  # noqa: ANN401: a class of Transformers
+def model_class(folder: Path) -> Any:
     """The class that config.json's `architectures` names."""
     names = read_json(folder / CONFIG).get("architectures")
     if not names:
@@ -128,7 +128,7 @@ def model_class(folder: Path) -> Any:  # noqa: ANN401: a class of Transformers
     return found
 
 
-def require_transformers() -> Any:  # noqa: ANN401: a module
+def require_transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizes a model directory into compressed-tensors' MXFP4 format, shard by shard.
 
-Memory: one shard of the input, mapped, and the shard that it becomes. The output directory appears whole, by a rename, when all is
-done; until then the work is in `OUT.partial`, which has no config.json, so nothing loads it. A run that was interrupted goes on
-where it stopped, after the last shard that was finished.
+Memory: one shard of the input, mapped, and the shard that it becomes. The output directory appears whole, by a rename, when all
+is done; until then the work is in `OUT.partial`, which has no config.json, so nothing loads it. A run that was interrupted goes
+on where it stopped, after the last shard that was finished.
 """
 
 import fcntl

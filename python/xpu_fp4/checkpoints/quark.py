@@ -40,7 +40,7 @@ def read_layers(config: dict[str, Any], files: TensorFiles) -> dict[str, Layer]:
     return layers
 
 
-def _read_scheme(scheme: Any, where: str) -> Scheme | None:  # noqa: ANN401: parsed JSON
+def _read_scheme(scheme: Any, where: str) -> Scheme | None:
     """None: not quantized."""
     if not isinstance(scheme, dict):
         raise CheckpointError(f"{where} is {scheme!r}, expected an object")
@@ -56,7 +56,7 @@ def _read_scheme(scheme: Any, where: str) -> Scheme | None:  # noqa: ANN401: par
     return Scheme("w4a4", get_scale_mode(spec.get("scale_calculation_mode") or "even", f"{where}.input_tensors"))
 
 
-def _check_spec(spec: Any, dynamic: bool, where: str) -> dict[str, Any]:  # noqa: ANN401: parsed JSON
+def _check_spec(spec: Any, dynamic: bool, where: str) -> dict[str, Any]:
     if isinstance(spec, list) and len(spec) == 1:
         spec = spec[0]
     if not isinstance(spec, dict):

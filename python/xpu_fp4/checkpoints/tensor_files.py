@@ -55,7 +55,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         self._open = {file: _open(file) for file in self.files}
         self._infos: dict[str, TensorInfo] = {}
         for file, opened in self._open.items():
-            for name in opened.keys():  # noqa: SIM118: not a mapping
+            for name in opened.keys():  # noqa: SIM118  # safetensors' handle is no mapping
                 if name in self._infos:
                     raise CheckpointError(f"{file}: tensor {name} is also in {self._infos[name].file}")
                 view = opened.get_slice(name)
@@ -117,7 +117,7 @@ def _check_index(folder: Path, infos: Mapping[str, TensorInfo]) -> None:
             raise CheckpointError(f"{folder / file} has no tensor {name}, but {INDEX} says so")
 
 
-def _open(file: Path) -> Any:  # noqa: ANN401: safetensors has no types
+def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
