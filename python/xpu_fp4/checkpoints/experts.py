@@ -38,7 +38,8 @@ class MXFP4Experts(nn.Module):
         self.scheme: Scheme = gate_up.scheme
         self.num_experts = gate_up.shape[0]
         source._parameters.clear()
-        self.source = source
+        # In a tuple, so that it is no submodule: Transformers would initialize the parameters that it has no more.
+        self._source = (source,)
         for name, layer in ((GATE_UP, gate_up), (DOWN, down)):
             *rows, k = layer.shape
             blocks = torch.zeros(*rows, k // BLOCK, BLOCK // 2, dtype=torch.uint8, device=device)
@@ -63,7 +64,7 @@ class MXFP4Experts(nn.Module):
         return out
 
     def _gate(self, gate_up: Tensor) -> Tensor:
-        return cast(Callable[[Tensor], Tensor], self.source._apply_gate)(gate_up)
+        return cast(Callable[[Tensor], Tensor], self._source[0]._apply_gate)(gate_up)
 
     def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
         blocks = self.get_parameter(f"{name}_blocks")[expert].flatten(1)

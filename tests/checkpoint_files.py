@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small model directories in every format."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import random_codes, random_scales, seeded
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig
+from xpu_fp4.checkpoints.tensor_files import TensorFiles
+
+HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 64, 96, 128, 2
+LINEARS = {
+    f"model.layers.{layer}.{name}": shape
+    for layer in range(LAYERS)
+    for name, shape in {
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.k_proj": (32, HIDDEN),
+        "self_attn.v_proj": (32, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+        "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+    }.items()
+}
+"""The linear layers of the small Llama that are quantized, with [N, K]."""
+
+IDS = torch.arange(1, 25)[None]
+
+
+def llama_config(*, tied: bool = False) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def llama(dtype: torch.dtype = torch.bfloat16, *, tied: bool = False) -> Any:
+    torch.manual_seed(0)
+    # Not by .to(dtype), which would round the rotary embedding's frequencies too.
+    return AutoModelForCausalLM.from_config(llama_config(tied=tied), dtype=dtype).eval()
+
+
+def save_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, *, tied: bool = False, shards: bool = True) -> Path:
+    """An unquantized model directory, in several shards unless told otherwise."""
+    llama(dtype, tied=tied).save_pretrained(folder, max_shard_size="40KB" if shards else "1GB")
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Copies of all tensors in a directory."""
+    files = TensorFiles(folder)
+    return {name: files.tensor(name).clone() for name in files}
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    """A model directory of one safetensors file; config is all of config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def packed_llama(packed_name: str, scale_name: str) -> dict[str, Tensor]:
+    """The small Llama with random codes and scales in its linear layers; the other tensors are its own."""
+    generator = seeded(3)
+    linears = {f"{name}.weight" for name in LINEARS}
+    tensors = {name: t.detach().clone() for name, t in llama().state_dict().items() if name not in linears}
+    for name, (n, k) in LINEARS.items():
+        tensors[f"{name}.{packed_name}"] = random_codes(n, k, generator)
+        tensors[f"{name}.{scale_name}"] = random_scales(n, k, generator, 118, 124)
+    return tensors
+
+
+def llama_json(quantization_config: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = llama_config().to_dict()
+    return config | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "quantization_config": quantization_config}
+
+
+MXFP4_ARGUMENTS = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False}
+
+
+def compressed_tensors_config(*, mode: str = "w4a4", **changes: Any) -> dict[str, Any]:
+    """As llm-compressor writes it, without scale_dtype; changes are of the top level."""
+    group = {
+        "targets": ["Linear"],
+        "weights": MXFP4_ARGUMENTS,
+        "input_activations": MXFP4_ARGUMENTS | {"dynamic": True} if mode == "w4a4" else None,
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "mxfp4-pack-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    return config | changes
+
+
+QUARK_WEIGHT = {
+    "dtype": "fp4",
+    "qscheme": "per_group",
+    "group_size": 32,
+    "ch_axis": -1,
+    "symmetric": None,
+    "scale_format": "e8m0",
+    "scale_calculation_mode": "even",
+    "is_dynamic": False,
+}
+
+
+def quark_config(*, mode: str = "w4a4", **changes: Any) -> dict[str, Any]:
+    inputs = QUARK_WEIGHT | {"is_dynamic": True} if mode == "w4a4" else None
+    scheme = {"weight": QUARK_WEIGHT, "input_tensors": inputs, "output_tensors": None, "bias": None}
+    config = {
+        "quant_method": "quark",
+        "global_quant_config": scheme,
+        "exclude": ["lm_head"],
+        "layer_quant_config": {},
+        "layer_type_quant_config": {},
+    }
+    return config | changes
+
+
+EXPERTS = 4
+
+
+def save_gpt_oss(folder: Path) -> Path:
+    """A small gpt-oss with random codes and scales in its experts."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    model = GptOssForCausalLM(config).to(torch.bfloat16)
+    generator = seeded(4)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, k, n = tensor.shape  # the model has them transposed
+            tensors[f"{name}_blocks"] = random_codes(experts * n, k, generator).view(experts, n, k // 32, 16)
+            tensors[f"{name}_scales"] = random_scales(experts * n, k, generator, 118, 122).view(experts, n, k // 32)
+        else:
+            tensors[name] = torch.randn(tensor.shape, generator=generator).to(tensor.dtype) * 0.1 + tensor.detach()
+    described = config.to_dict() | {
+        "architectures": ["GptOssForCausalLM"],
+        "dtype": "bfloat16",
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
+    }
+    return write_checkpoint(folder, tensors, described)

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in models: ours read by compressed-tensors and Transformers, theirs by us, with the same bits."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import xpu_fp4
+from checkpoint_files import (
+    IDS,
+    LINEARS,
+    compressed_tensors_config,
+    llama,
+    llama_config,
+    llama_json,
+    packed_llama,
+    quark_config,
+    save_gpt_oss,
+    save_llama,
+    tensors_of,
+    write_checkpoint,
+)
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from compressed_tensors.quantization.utils import calculate_qparams
+from helpers import MODES, assert_same_bits
+from torch import nn
+from transformers import AutoModelForCausalLM, GptOssForCausalLM, LlamaForCausalLM, Mxfp4Config
+from xpu_fp4 import Mode, MXFP4Linear, ScaleMode, reference
+from xpu_fp4.checkpoints import (
+    CheckpointError,
+    MXFP4Experts,
+    open_checkpoint,
+    plan_quantization,
+    quantize_checkpoint,
+)
+
+COMPRESSOR = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
+PRESETS = {"w4a4": "MXFP4", "w4a16": "MXFP4A16"}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save_llama(tmp_path / "source")
+
+
+def layers(model: nn.Module) -> dict[str, MXFP4Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, MXFP4Linear)}
+
+
+def assert_same_model(model: nn.Module, expected: nn.Module) -> None:
+    state, want = model.state_dict(), expected.state_dict()
+    assert state.keys() == want.keys()
+    for name, tensor in want.items():
+        assert_same_bits(state[name], tensor)
+    assert {n: (m.mode, m.scale_mode) for n, m in layers(model).items()} == {
+        n: (m.mode, m.scale_mode) for n, m in layers(expected).items()
+    }
+    with torch.inference_mode():
+        assert_same_bits(model(IDS).logits, expected(IDS).logits)
+
+
+# ---- what we write ----
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("scale_mode", MODES)
+def test_our_checkpoint_is_the_model_quantized_in_place(
+    source: Path, tmp_path: Path, mode: Mode, scale_mode: ScaleMode
+) -> None:
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out", mode=mode, scale_mode=scale_mode)
+    expected = xpu_fp4.quantize_(LlamaForCausalLM.from_pretrained(source), mode=mode, scale_mode=scale_mode)
+    if mode == "w4a16":
+        for module in layers(expected).values():
+            module.scale_mode = "even"  # it quantizes no activations
+    loaded = xpu_fp4.load_model(out)
+    assert layers(loaded).keys() == LINEARS.keys()
+    assert_same_model(loaded, expected)
+
+
+@pytest.mark.parametrize("scale_mode", MODES)
+def test_compressed_tensors_decompresses_ours_to_our_weights(source: Path, tmp_path: Path, scale_mode: ScaleMode) -> None:
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out", scale_mode=scale_mode)
+    scheme = QuantizationScheme(targets=["Linear"], **PRESET_SCHEMES["MXFP4"])
+    stored = tensors_of(out)
+    for name, module in layers(xpu_fp4.load_model(out)).items():
+        parts = {part: stored[f"{name}.{part}"] for part in ("weight_packed", "weight_scale")}
+        theirs = COMPRESSOR.decompress(parts, scheme)["weight"]
+        assert_same_bits(theirs, module.dequantized_weight(torch.bfloat16))
+        assert_same_bits(theirs.float(), module.dequantized_weight())
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+def test_transformers_loads_ours_by_itself(source: Path, tmp_path: Path, mode: Mode) -> None:
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out", mode=mode)
+    ours = xpu_fp4.load_model(out)
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    with torch.inference_mode():
+        expected = theirs(IDS).logits  # it decompresses at the first forward
+    for name, module in layers(ours).items():
+        assert_same_bits(theirs.get_submodule(name).weight.data, module.dequantized_weight(torch.bfloat16))
+    assert (theirs.get_submodule(name).quantization_scheme.input_activations is not None) == (mode == "w4a4")
+    torch.testing.assert_close(ours(IDS).logits, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_float32_model_keeps_its_dtype(tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "source", torch.float32, shards=False)
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+    loaded = xpu_fp4.load_model(out)
+    assert loaded.dtype == torch.float32
+    assert_same_model(loaded, xpu_fp4.quantize_(LlamaForCausalLM.from_pretrained(source)))
+
+
+# ---- what others write ----
+
+
+def compress(model: Any, mode: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Lets compressed-tensors quantize and save a model; returns its own dequantized weights."""
+    scheme = QuantizationScheme(targets=["Linear"], format="mxfp4-pack-quantized", **PRESET_SCHEMES[PRESETS[mode]])
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format="mxfp4-pack-quantized")
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            groups = module.weight.data.unflatten(-1, (-1, 32))
+            scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+            module.weight_scale.data.copy_(scale)
+            module.quantization_status = QuantizationStatus.FROZEN
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    stored = tensors_of(folder)
+    parts = ("weight_packed", "weight_scale")
+    return {name: COMPRESSOR.decompress({p: stored[f"{name}.{p}"] for p in parts}, scheme)["weight"] for name in LINEARS}
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+def test_a_checkpoint_that_compressed_tensors_compressed_loads(tmp_path: Path, mode: Mode) -> None:
+    theirs = compress(llama(), mode, tmp_path)
+    loaded = layers(xpu_fp4.load_model(tmp_path))
+    assert loaded.keys() == theirs.keys()
+    for name, module in loaded.items():
+        assert (module.mode, module.scale_mode) == (mode, "even")
+        assert_same_bits(module.dequantized_weight(torch.bfloat16), theirs[name])
+        # Their rule for scales is ours.
+        q, scale = reference.quantize(llama().get_submodule(name).weight.detach(), "even")
+        assert_same_bits(module.weight_scale.data, scale)
+        assert_same_bits(module.weight_packed.data, q)
+
+
+def expected_llama(mode: Mode) -> Any:
+    """The small Llama of packed_llama, put together by hand."""
+    tensors = packed_llama("weight_packed", "weight_scale")
+    model = xpu_fp4.quantize_(llama(), mode=mode)
+    model.load_state_dict(tensors)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+def test_quark_loads_into_our_layers(tmp_path: Path, mode: Mode) -> None:
+    folder = write_checkpoint(tmp_path, packed_llama("weight", "weight_scale"), llama_json(quark_config(mode=mode)))
+    assert_same_model(xpu_fp4.load_model(folder), expected_llama(mode))
+
+
+def test_gpt_oss_loads_into_our_experts(tmp_path: Path) -> None:
+    folder = save_gpt_oss(tmp_path)
+    model = xpu_fp4.load_model(folder)
+    assert sum(isinstance(module, MXFP4Experts) for module in model.modules()) == 2
+    assert sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith("_proj")) == 0
+    theirs = GptOssForCausalLM.from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True))
+    assert type(theirs.model.layers[0].mlp.experts).__name__ == "GptOssExperts"
+    with torch.inference_mode():
+        # float32, so that only the order of additions differs.
+        torch.testing.assert_close(model.float()(IDS).logits, theirs.float()(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+# ---- ways in ----
+
+
+def test_auto_model_takes_our_configuration(source: Path, tmp_path: Path) -> None:
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(out, config=xpu_fp4.transformers_config(out))
+    assert_same_model(model, xpu_fp4.load_model(out))
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "again")
+
+
+FOLDERS = {
+    "compressed-tensors": lambda folder: write_checkpoint(
+        folder, packed_llama("weight_packed", "weight_scale"), llama_json(compressed_tensors_config())
+    ),
+    "quark": lambda folder: write_checkpoint(folder, packed_llama("weight", "weight_scale"), llama_json(quark_config())),
+    "gpt-oss": save_gpt_oss,
+}
+
+
+@pytest.mark.parametrize("format", FOLDERS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_apply_checkpoint_gives_the_loaded_model(tmp_path: Path, format: str, device: str) -> None:
+    folder = FOLDERS[format](tmp_path)
+    expected = xpu_fp4.load_model(folder)
+    with torch.device(device):
+        model = type(expected)(transformers.AutoConfig.from_pretrained(folder)).to(torch.bfloat16).eval()
+    for name, buffer in expected.named_buffers():  # computed at construction, and not of the checkpoint
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer
+    assert xpu_fp4.apply_checkpoint(model, folder) is model
+    assert_same_model(model, expected)
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "source", tied=True)
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+    assert "lm_head.weight" not in tensors_of(out)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama_config(tied=True)).to(torch.bfloat16)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    for loaded in (xpu_fp4.load_model(out), xpu_fp4.apply_checkpoint(model, out)):
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert not loaded.lm_head.weight.is_meta
+
+
+def test_a_base_model_loads_what_was_saved_with_a_head(source: Path, tmp_path: Path) -> None:
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+    base = transformers.AutoModel.from_pretrained(out, config=xpu_fp4.transformers_config(out))
+    with torch.inference_mode():
+        expected = xpu_fp4.load_model(out).model(IDS).last_hidden_state
+        assert_same_bits(base(IDS).last_hidden_state, expected)
+    with pytest.warns(UserWarning, match=r"the model has no place for lm_head.weight"):
+        applied = xpu_fp4.apply_checkpoint(transformers.LlamaModel(llama_config()).to(torch.bfloat16), out)
+    assert layers(applied).keys() == {name.removeprefix("model.") for name in LINEARS}
+
+
+# ---- what does not fit is named, and the model is left alone ----
+
+
+def test_a_model_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    folder = FOLDERS["compressed-tensors"](tmp_path)
+    down = "model.layers.1.mlp.down_proj"
+    cases: dict[str, nn.Module | None] = {
+        rf"{down}.weight_packed is for a weight \[64, 96\], but the model's {down} is \[64, 64\]": nn.Linear(
+            64, 64, bias=False
+        ),
+        rf"the model has a bias for {down}, the checkpoint has none": nn.Linear(96, 64),
+        rf"the model's {down} is a Identity, expected nn.Linear": nn.Identity(),
+        rf"quantizes {down}, but LlamaForCausalLM has no module of that name": None,
+    }
+    for message, module in cases.items():
+        model = llama()
+        model.model.layers[1].mlp.down_proj = module
+        with pytest.raises(CheckpointError, match=message):
+            xpu_fp4.apply_checkpoint(model, folder)
+        assert not layers(model)
+
+
+def test_a_tensor_that_the_checkpoint_lacks_is_named(tmp_path: Path) -> None:
+    tensors = packed_llama("weight_packed", "weight_scale")
+    del tensors["model.norm.weight"]
+    folder = write_checkpoint(tmp_path, tensors, llama_json(compressed_tensors_config()))
+    with pytest.raises(CheckpointError, match=r"has no tensors, or of another shape, for model\.norm\.weight"):
+        xpu_fp4.load_model(folder)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama_config())
+    with pytest.raises(CheckpointError, match=r"has no tensors for model\.norm\.weight, model\.rotary_emb"):
+        xpu_fp4.apply_checkpoint(model, folder)
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    for architectures, message in ((["NoSuchModel"], "names the architecture NoSuchModel"), ([], "names no architectures")):
+        config = llama_json(compressed_tensors_config()) | {"architectures": architectures}
+        write_checkpoint(tmp_path, packed_llama("weight_packed", "weight_scale"), config)
+        with pytest.raises(CheckpointError, match=message):
+            xpu_fp4.load_model(tmp_path)
+
+
+def test_without_transformers_reading_works_and_loading_says_what_is_missing(tmp_path: Path) -> None:
+    folder = FOLDERS["compressed-tensors"](tmp_path)
+    code = f"""
+import sys
+import xpu_fp4
+from xpu_fp4.checkpoints import open_checkpoint
+light = not {{"transformers", "matplotlib", "compressed_tensors"}} & sys.modules.keys()
+assert light, "import xpu_fp4 must stay light"
+sys.modules["transformers"] = None
+assert len(open_checkpoint({str(folder)!r}).layers) == {len(LINEARS)}
+try:
+    xpu_fp4.load_model({str(folder)!r})
+except ImportError as error:
+    assert "pip install 'xpu_fp4[transformers]'" in str(error), error
+else:
+    raise AssertionError("loaded without transformers")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_checkpoint_may_go_away_after_loading(tmp_path: Path) -> None:
+    """The weights are in memory of the model, not in mapped files."""
+    folder = FOLDERS["compressed-tensors"](tmp_path / "a")
+    model, expected = xpu_fp4.apply_checkpoint(llama(), folder), xpu_fp4.apply_checkpoint(llama(), folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(0)
+    assert_same_model(model, expected)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(folder)
