@@ -97,7 +97,7 @@ def quantize_checkpoint(
     Raises:
         FileExistsError: `out` is there and not empty.
         CheckpointError: a weight holds NaN or Inf.
-        RuntimeError: another process is writing the same output.
+        BlockingIOError: another process is writing the same output.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -188,7 +188,7 @@ def _only_writer(partial: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another process is writing {partial}") from None
+            raise BlockingIOError(f"another process is writing {partial}") from None
         yield
 
 
@@ -223,6 +223,7 @@ def _write_shard(plan: Plan, file: Path, target: Path, scale_mode: ScaleMode) ->
             tensors[name] = tensor
     temporary = target.with_name(target.name + ".tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
+    shutil.copymode(target.with_name(_JOB), temporary)  # safetensors' files are for their owner only
     _publish(temporary, target)
 
 

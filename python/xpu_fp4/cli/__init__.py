@@ -4,7 +4,7 @@
 import click
 
 from .._version import __version__
-from . import bench, doctor
+from . import bench, doctor, evaluate, generate, inspect, quantize
 
 
 @click.group()
@@ -13,7 +13,7 @@ def main() -> None:
     """MXFP4 for PyTorch on Intel XPUs and CPUs."""
 
 
-main.add_command(bench.command)
-main.add_command(doctor.command)
+for module in (doctor, bench, quantize, inspect, evaluate, generate):
+    main.add_command(module.command)
 
-__all__ = ["bench", "doctor", "main"]
+__all__ = ["bench", "doctor", "evaluate", "generate", "inspect", "main", "quantize"]

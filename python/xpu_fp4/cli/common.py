@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands on model directories share."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import click
+from rich.console import Console
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def wide_console() -> Console:
+    """Tables with a line for each layer keep their lines where no terminal limits them."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def errors_as_messages(command: Callable[P, R]) -> Callable[P, R]:
+    """Bad input and missing packages end a command with one line and exit code 1, not with a traceback."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            raise click.ClickException(str(error)) from error
+
+    return wrapped

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`xpu-fp4 generate`: let an MXFP4 language model answer a prompt."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..checkpoints import load_model
+from ..checkpoints.models import require_transformers
+from .common import DIRECTORY, errors_as_messages
+
+
+@click.command("generate")
+@click.argument("folder", metavar="DIR", type=DIRECTORY)
+@click.option("--prompt", required=True, help="Taken as a chat message where the model has a chat template.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the chat template.")
+@errors_as_messages
+@torch.inference_mode()
+def command(folder: Path, prompt: str, max_new_tokens: int, raw: bool) -> None:
+    """Answer a prompt with the MXFP4 language model in DIR, greedily, so that the answer is always the same."""
+    transformers = require_transformers()
+    transformers.logging.disable_progress_bar()
+    model = load_model(folder)
+    if not model.can_generate():
+        raise ValueError(f"{folder} is a {type(model).__name__}, which generates no text")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=not raw, skip_special_tokens=True)
+    model.generate(**_tokens(tokenizer, prompt, raw), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+
+
+def _tokens(tokenizer: Any, prompt: str, raw: bool) -> Any:
+    if raw or not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`xpu-fp4 quantize`: a model directory into an MXFP4 model directory."""
+
+from pathlib import Path
+from typing import get_args
+
+import click
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..checkpoints import Plan, plan_quantization, quantize_checkpoint
+from ..functional import Mode, ScaleMode
+from .common import DIRECTORY, errors_as_messages
+
+
+@click.command("quantize")
+@click.argument("source", type=DIRECTORY)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--scheme", type=click.Choice(get_args(Mode)), default="w4a4", show_default=True, help="Quantize inputs too?")
+@click.option(
+    "--scale-mode",
+    type=click.Choice(get_args(ScaleMode)),
+    default="even",
+    show_default=True,
+    help="How scales are chosen. Other readers than xpu_fp4 know even only, for the inputs of w4a4.",
+)
+@click.option(
+    "--ignore",
+    multiple=True,
+    help="A linear layer to leave as it is: its name, or re: and a regex. Can be repeated. In place of the default, lm_head.",
+)
+@errors_as_messages
+def command(source: Path, out: Path, scheme: Mode, scale_mode: ScaleMode, ignore: tuple[str, ...]) -> None:
+    """Quantize the linear layers of the Transformers model in SOURCE into the new directory OUT.
+
+    OUT has compressed-tensors' format, which vLLM, Transformers and xpu_fp4 load. It appears when it is complete. Interrupted,
+    run the same command again: finished shards in OUT.partial are kept. Memory: about one shard of SOURCE, and what becomes
+    of it.
+    """
+    console = Console()
+    plan = plan_quantization(source, ignore or None)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"Quantizing to MXFP4 ({scheme})", total=None)
+        quantize_checkpoint(
+            plan,
+            out,
+            mode=scheme,
+            scale_mode=scale_mode,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    _report(console, plan, out)
+
+
+def _report(console: Console, plan: Plan, out: Path) -> None:
+    before, after = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (plan.source, out))
+    kept = ", ".join(plan.kept) or "none"
+    console.print(f"{len(plan.quantized)} linear layers are MXFP4; kept as they are: {kept}", highlight=False)
+    console.print(f"{out}: {decimal(after)}, from {decimal(before)}", highlight=False)
