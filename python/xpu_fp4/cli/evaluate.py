@@ -15,6 +15,9 @@ from ..checkpoints.evaluation import LayerNoise, embedding_similarity, layer_noi
 from ..checkpoints.models import model_class, require_transformers
 from .common import DIRECTORY, errors_as_messages, wide_console
 
+NOISE_TOKENS = 256
+NOISE_SENTENCES = 16
+
 
 @dataclass
 class Evaluation:
@@ -89,7 +92,7 @@ def _language_model(found: Evaluation, quantized: Any, original: Any, ids: torch
         found.figures["perplexity"] = f"{perplexity(quantized, ids):.2f}"
         if original is not None:
             found.figures["perplexity of the original"] = f"{perplexity(original, ids):.2f}"
-            found.noise = layer_noise(original, quantized, lambda model: model(ids[:1]))
+            found.noise = layer_noise(original, quantized, lambda model: model(ids[:1, :NOISE_TOKENS]))
 
 
 def _embedding_model(found: Evaluation, quantized: Any, original: Any, tokenizer: Any, sentences: list[str]) -> None:
@@ -100,7 +103,9 @@ def _embedding_model(found: Evaluation, quantized: Any, original: Any, tokenizer
     found.figures["sentences"] = str(len(sentences))
     found.figures["cosine similarity, mean"] = f"{similarity.mean():.4f}"
     found.figures["cosine similarity, least"] = f"{similarity.min():.4f}"
-    found.noise = layer_noise(original, quantized, lambda model: sentence_embeddings(model, tokenizer, sentences[:16]))
+    found.noise = layer_noise(
+        original, quantized, lambda model: sentence_embeddings(model, tokenizer, sentences[:NOISE_SENTENCES])
+    )
 
 
 def _print(found: Evaluation, console: Console) -> None:

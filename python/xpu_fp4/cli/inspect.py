@@ -43,16 +43,14 @@ def _as_json(checkpoint: Checkpoint, statistics: dict[str, ScaleStatistics]) -> 
 
 
 def _print(checkpoint: Checkpoint, statistics: dict[str, ScaleStatistics]) -> None:
-    console = Console()
-    table = Table(
-        title=f"{checkpoint.folder}: {checkpoint.format}, {len(checkpoint.layers)} MXFP4 layers", title_justify="left"
-    )
+    console = wide_console()
+    title = f"{checkpoint.folder}: {checkpoint.format}, {len(checkpoint.layers)} MXFP4 layers"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
-    table.add_column("shape", no_wrap=True)
-    table.add_column("scheme", no_wrap=True)
-    table.add_column("scales 2^", no_wrap=True)
-    for column in ("pairs", "quads", "tile pairs", "tile quads"):
-        table.add_column(column, justify="right")
+    for column in ("shape", "scheme", "scales 2^"):
+        table.add_column(column, no_wrap=True)
+    for column in ("pairs", "quads", "pairs\nin tiles", "quads\nin tiles"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, layer in checkpoint.layers.items():
         found = statistics[name]
         scheme = layer.scheme.mode if layer.scheme.mode == "w4a16" else f"{layer.scheme.mode} {layer.scheme.scale_mode}"
