@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..checkpoints.statistics import ScaleStatistics, scale_statistics
-from .common import DIRECTORY, errors_as_messages
+from .common import DIRECTORY, errors_as_messages, wide_console
 
 _BARS = " ▁▂▃▄▅▆▇█"
 

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a checkpoint: what is chosen, what is refused, and that an interrupted run never looks like a finished one."""
+
+import json
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import LINEARS, llama_config, llama_json, save_llama, tensors_of, write_checkpoint
+from helpers import assert_same_bits
+from safetensors.torch import save_file
+from xpu_fp4.checkpoints import CheckpointError, open_checkpoint, plan_quantization, quantize_checkpoint
+from xpu_fp4.checkpoints.tensor_files import INDEX
+
+Q0 = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_llama(tmp_path_factory.mktemp("source"))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "pooling").mkdir()
+    (folder / "pooling" / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"weights in another format")
+    return folder
+
+
+def unquantized_json() -> dict[str, object]:
+    return {key: value for key, value in llama_json({}).items() if key != "quantization_config"}
+
+
+def assert_same_tensors(folder: Path, expected: Path) -> None:
+    tensors, want = tensors_of(folder), tensors_of(expected)
+    assert tensors.keys() == want.keys()
+    for name, tensor in want.items():
+        assert_same_bits(tensors[name], tensor)
+
+
+def test_shards_small_files_and_the_rest_are_kept(source: Path, tmp_path: Path) -> None:
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    names = {path.name for path in source.iterdir()} - {"pytorch_model.bin"}
+    assert {path.name for path in out.iterdir()} == names
+    assert (out / "pooling" / "config.json").read_text() == "{}"
+    assert not (tmp_path / "out.partial").exists()
+    before, after = tensors_of(source), tensors_of(out)
+    assert after.keys() - before.keys() == {f"{name}.{part}" for name in LINEARS for part in ("weight_packed", "weight_scale")}
+    for name in before.keys() & after.keys():
+        assert_same_bits(after[name], before[name])
+    index = json.loads((out / INDEX).read_text())
+    assert index["weight_map"].keys() == after.keys()
+    assert all(
+        stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((out / "config.json").stat().st_mode) for path in out.glob("*.s*")
+    )
+
+
+def test_config_says_what_was_done(source: Path, tmp_path: Path) -> None:
+    plan = plan_quantization(source, [Q0, r"re:lm_.*"])
+    out = quantize_checkpoint(plan, tmp_path / "out", mode="w4a16", scale_mode="rceil")
+    config = json.loads((out / "config.json").read_text())
+    original = json.loads((source / "config.json").read_text())
+    described = config.pop("quantization_config")
+    assert config == original
+    assert described["ignore"] == ["lm_head", Q0]
+    assert described["config_groups"]["group_0"]["input_activations"] is None
+    assert open_checkpoint(out).layers.keys() == LINEARS.keys() - {Q0}
+    assert f"{Q0}.weight" in tensors_of(out)
+
+
+def test_only_a_rule_that_others_do_not_know_is_recorded_for_us(source: Path, tmp_path: Path) -> None:
+    for scale_mode, recorded in (("even", None), ("floor", {"scale_mode": "floor"})):
+        out = quantize_checkpoint(plan_quantization(source), tmp_path / scale_mode, scale_mode=scale_mode)  # type: ignore[arg-type]
+        assert json.loads((out / "config.json").read_text())["quantization_config"].get("xpu_fp4") == recorded
+        assert {layer.scheme.scale_mode for layer in open_checkpoint(out).layers.values()} == {scale_mode}
+
+
+# ---- what cannot be done is named, before anything is written ----
+
+
+def test_a_pattern_that_ignores_nothing_is_named(source: Path) -> None:
+    with pytest.raises(ValueError, match=r"ignore has 'q_proj', which matches no linear layer; a regex starts with re:"):
+        plan_quantization(source, ["q_proj"])
+
+
+def test_everything_ignored_is_refused(source: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no linear layer to quantize"):
+        plan_quantization(source, ["re:.*"])
+
+
+def test_a_quantized_model_is_refused(source: Path, tmp_path: Path) -> None:
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is quantized already, by 'compressed-tensors'"):
+        plan_quantization(out)
+
+
+def test_an_existing_output_is_left_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(FileExistsError, match="exists already"):
+        quantize_checkpoint(plan_quantization(source), tmp_path)
+    with pytest.raises(FileExistsError, match="exists already"):
+        quantize_checkpoint(plan_quantization(source), tmp_path / "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_layer_that_does_not_fit_in_blocks_is_named(tmp_path: Path) -> None:
+    tensors = tensors_of(save_llama(tmp_path / "whole"))
+    tensors[f"{Q0}.weight"] = torch.zeros(64, 48, dtype=torch.bfloat16)
+    write_checkpoint(tmp_path / "bad", tensors, unquantized_json())
+    message = r"model.safetensors: tensor .*q_proj.weight has shape \[64, 48\], expected \[N, K\] with K a multiple of 32"
+    with pytest.raises(CheckpointError, match=message):
+        plan_quantization(tmp_path / "bad")
+    assert Q0 not in plan_quantization(tmp_path / "bad", [Q0]).quantized
+    tensors[f"{Q0}.weight"] = torch.zeros(64, 64, dtype=torch.float64)
+    write_checkpoint(tmp_path / "bad", tensors, unquantized_json())
+    with pytest.raises(CheckpointError, match=r"q_proj.weight has dtype F64, expected one of BF16, F16, F32"):
+        plan_quantization(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    tensors = tensors_of(save_llama(tmp_path / "whole"))
+    tensors[f"{Q0}.weight"][3, 5] = value
+    plan = plan_quantization(write_checkpoint(tmp_path / "bad", tensors, unquantized_json()))
+    with pytest.raises(CheckpointError, match=r"model.safetensors: tensor .*q_proj.weight holds NaN or Inf"):
+        quantize_checkpoint(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_one_by_one_are_linear_layers(tmp_path: Path) -> None:
+    """Checkpoints store each expert's matrices, which Transformers' modules fuse."""
+    tensors = tensors_of(save_llama(tmp_path / "whole"))
+    tensors["model.layers.0.mlp.experts.3.w1.weight"] = torch.randn(8, 32).bfloat16()
+    plan = plan_quantization(write_checkpoint(tmp_path / "moe", tensors, unquantized_json()))
+    assert set(plan.quantized) == {*LINEARS, "model.layers.0.mlp.experts.3.w1"}
+
+
+# ---- interruption ----
+
+
+def test_finished_shards_of_an_interrupted_run_are_kept(source: Path, tmp_path: Path) -> None:
+    expected = quantize_checkpoint(plan_quantization(source), tmp_path / "expected")
+    written: dict[str, int] = {}
+
+    def stop_after_two(done: int, total: int) -> None:
+        written.update({path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.safetensors")})
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plan_quantization(source), tmp_path / "out", progress=stop_after_two)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        open_checkpoint(tmp_path / "out.partial")
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+    assert {name: (out / name).stat().st_mtime_ns for name in written} == written
+    assert_same_tensors(out, expected)
+
+
+def test_shards_of_other_settings_are_not_kept(source: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plan_quantization(source), tmp_path / "out", scale_mode="ceil", progress=stop)
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+    assert_same_tensors(out, quantize_checkpoint(plan_quantization(source), tmp_path / "expected"))
+
+
+def test_two_writers_of_one_output_are_kept_apart(source: Path, tmp_path: Path) -> None:
+    def second(done: int, total: int) -> None:
+        with pytest.raises(BlockingIOError, match=r"another process is writing .*out\.partial"):
+            quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+
+    quantize_checkpoint(plan_quantization(source), tmp_path / "out", progress=second)
+
+
+# Quantizes again and again in forked children, which share the imported torch, and kills each at a random moment of its run.
+KILLER = """
+import os, pathlib, random, shutil, signal, sys, time
+import torch
+torch.set_num_threads(1)  # no threads, so that children may be forked
+from xpu_fp4.checkpoints import plan_quantization, quantize_checkpoint
+source, out, kills, seed = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+plan = plan_quantization(source)
+partial = out.with_name(out.name + ".partial")
+
+def start():
+    child = os.fork()
+    if child == 0:
+        quantize_checkpoint(plan, out)
+        os._exit(0)
+    return child
+
+begin = time.monotonic()
+os.waitpid(start(), 0)
+duration = time.monotonic() - begin
+random.seed(seed)
+killed = 0
+print("whole", flush=True)
+while killed < kills:
+    sys.stdin.readline()  # the test has looked at what is there
+    if out.exists():
+        shutil.rmtree(out)
+    child = start()
+    time.sleep(random.uniform(0, 1.1 * duration))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    killed += os.WIFSIGNALED(status)
+    if killed % 3 == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # some runs begin anew, the others go on
+    print("killed" if os.WIFSIGNALED(status) else "whole", flush=True)
+"""
+
+
+def test_a_killed_run_never_leaves_a_wrong_output(source: Path, tmp_path: Path) -> None:
+    expected = quantize_checkpoint(plan_quantization(source), tmp_path / "expected")
+    out, kills = tmp_path / "out", 24
+    arguments = [sys.executable, "-c", KILLER, str(source), str(out), str(kills), "0"]
+    outcomes = {"nothing": 0, "whole": 0}
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as killer:
+        assert killer.stdin is not None
+        assert killer.stdout is not None
+        for line in killer.stdout:
+            if out.exists():
+                assert_same_tensors(out, expected)
+                assert (out / "config.json").read_text() == (expected / "config.json").read_text()
+                assert {path.name for path in out.iterdir()} == {path.name for path in expected.iterdir()}
+            else:
+                assert line == "killed\n"
+                with pytest.raises(CheckpointError):
+                    open_checkpoint(out)
+            partial = tmp_path / "out.partial"
+            if partial.exists() and (partial / "config.json").exists():
+                assert_same_tensors(partial, expected)  # killed between the last file and the rename
+            elif partial.exists():
+                with pytest.raises(CheckpointError):
+                    open_checkpoint(partial)
+            outcomes["whole" if out.exists() else "nothing"] += 1
+            if killer.poll() is None:
+                try:
+                    killer.stdin.write("\n")
+                    killer.stdin.flush()
+                except BrokenPipeError:  # that was the last
+                    break
+    assert killer.returncode == 0
+    assert outcomes["nothing"] >= 20, outcomes
+
+
+# ---- memory ----
+
+MEMORY = """
+import resource, sys
+from xpu_fp4.checkpoints import plan_quantization, quantize_checkpoint
+quantize_checkpoint(plan_quantization(sys.argv[1]), sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.large
+def test_memory_is_bounded_by_the_largest_shard(tmp_path: Path) -> None:
+    """A 4 GB model in shards of half a GB: less than twice the largest shard and 1 GB."""
+    hidden, layers = 4096, 30
+    config = llama_config()
+    config.update({"hidden_size": hidden, "intermediate_size": hidden, "num_hidden_layers": layers, "vocab_size": 512})
+    config.update({"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128})
+    source = tmp_path / "source"
+    config.save_pretrained(source)
+    described = json.loads((source / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(described))
+    rows = {"self_attn.q_proj": hidden, "self_attn.o_proj": hidden, "mlp.gate_proj": hidden, "mlp.up_proj": hidden}
+    weight = torch.randn(hidden, hidden).bfloat16()
+    weight_map: dict[str, str] = {}
+    for shard in range(layers // 4 + 1):
+        file = f"model-{shard}.safetensors"
+        tensors = {
+            f"model.layers.{layer}.{name}.weight": weight[:n].clone()
+            for layer in range(4 * shard, min(4 * shard + 4, layers))
+            for name, n in rows.items()
+        }
+        save_file(tensors, source / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    (source / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    sizes = [path.stat().st_size for path in source.glob("*.safetensors")]
+    assert sum(sizes) > 4e9
+    begin = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "out")], check=True, capture_output=True, text=True
+    )
+    peak = int(result.stdout)
+    print(f"peak {peak / 1e6:.0f} MB, largest shard {max(sizes) / 1e6:.0f} MB, {time.monotonic() - begin:.0f} s")
+    assert peak < 2 * max(sizes) + 1e9
