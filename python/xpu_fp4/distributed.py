@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor parallelism for MXFP4Linear: styles for `torch.distributed.tensor.parallel.parallelize_module`.
+
+    plan = {"up": ColumnParallel(), "down": RowParallel()}
+    parallelize_module(model, mesh, plan)
+    parallelize_module(llama, mesh, tensor_parallel_plan(llama))  # by Transformers' own plan
+
+Parameters become DTensors, so `state_dict` is what torch.distributed.checkpoint saves and loads, at any number of ranks.
+FSDP2's `fully_shard` takes MXFP4Linear as it is, and needs nothing from here.
+
+Not imported by `import xpu_fp4`.
+"""
+
+import re
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement
+
+from .modules import MXFP4Linear
+
+BLOCK = 32
+
+
+class _ShardedLinear(MXFP4Linear):
+    """An MXFP4Linear whose parameters are DTensors. It computes by an MXFP4Linear of the shards of this rank."""
+
+    mesh: DeviceMesh
+    # In a tuple, so that it is no submodule with parameters of its own.
+    _local: tuple[MXFP4Linear] | None = None
+    _local_state: list[tuple[int, int | None]]
+
+    def _local_linear(self) -> MXFP4Linear:
+        """Made anew when parameters have been replaced or written to."""
+        shards = [parameter.to_local() for parameter in self._sharded_parameters()]
+        state = [(shard.data_ptr(), None if shard.is_inference() else shard._version) for shard in shards]
+        if self._local is None or state != self._local_state:
+            packed, scale, *bias = shards
+            local = MXFP4Linear(
+                2 * packed.shape[1],
+                packed.shape[0],
+                bool(bias),
+                mode=self.mode,
+                scale_mode=self.scale_mode,
+                device="meta",
+            )
+            local.weight_packed = nn.Parameter(packed, requires_grad=False)
+            local.weight_scale = nn.Parameter(scale, requires_grad=False)
+            local.bias = nn.Parameter(bias[0], requires_grad=False) if bias else None
+            self._local, self._local_state = (local,), state
+        return self._local[0]
+
+    @abstractmethod
+    def _sharded_parameters(self) -> list[DTensor]: ...
+
+
+def _gather(shard: Tensor, mesh: DeviceMesh) -> list[Tensor]:
+    shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
+    dist.all_gather(shards, shard.contiguous(), group=mesh.get_group())
+    return shards
+
+
+class _ColumnParallelLinear(_ShardedLinear):
+    gather_output: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self._local_linear()(x)
+        return torch.cat(_gather(y, self.mesh), dim=-1) if self.gather_output else y
+
+    def _sharded_parameters(self) -> list[Any]:
+        return [p for p in (self.weight_packed, self.weight_scale, self.bias) if p is not None]
+
+
+class _RowParallelLinear(_ShardedLinear):
+    split_input: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.split_input:
+            x = x.chunk(self.mesh.size(), dim=-1)[self.mesh.get_local_rank()]
+        # float32 in, float32 out: the values of x stay what they are, and the partial sum is not rounded.
+        partial = self._local_linear()(x.float())
+        y, *others = _gather(partial, self.mesh)
+        for other in others:
+            y = y + other
+        if isinstance(self.bias, DTensor):
+            y = y + self.bias.to_local().float()
+        return y.to(x.dtype)
+
+    def _sharded_parameters(self) -> list[Any]:
+        return [self.weight_packed, self.weight_scale]
+
+
+class _Style(ParallelStyle):
+    """What both styles do: check, distribute the parameters, and change the module's class in place."""
+
+    def _shard(self, module: nn.Module, mesh: DeviceMesh, kind: type[_ShardedLinear], **placements: Placement) -> nn.Module:
+        for name, placement in placements.items():
+            parameter = getattr(module, name)
+            if parameter is not None:
+                distributed = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=self.src_data_rank)
+                setattr(module, name, nn.Parameter(distributed, requires_grad=False))
+        # parallelize_module keeps the module that it gave us, so it is changed, not replaced.
+        module.__class__ = kind
+        module.mesh = mesh  # type: ignore[assignment]  # it is a _ShardedLinear now
+        return module
+
+
+class ColumnParallel(_Style):
+    """Each rank has N / ranks of the rows of the weight [N, K], so of the outputs, and gets all of x.
+
+    Bit for bit the same as one process. A rank's output is its share [..., N / ranks], in rank order, as RowParallel takes it;
+    with gather_output it is the whole [..., N].
+
+    Applying it raises TypeError for a module that is no MXFP4Linear, and ValueError if N does not divide by the ranks.
+    """
+
+    def __init__(self, *, gather_output: bool = False) -> None:
+        self.gather_output = gather_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        n, ranks = _checked(module, device_mesh).out_features, device_mesh.size()
+        if n % ranks != 0:
+            raise ValueError(f"out_features {n} does not divide by {ranks} ranks")
+        self._shard(module, device_mesh, _ColumnParallelLinear, weight_packed=Shard(0), weight_scale=Shard(0), bias=Shard(0))
+        module.gather_output = self.gather_output  # type: ignore[assignment]
+        return module
+
+
+class RowParallel(_Style):
+    """Each rank has K / ranks of the columns of the weight [N, K], cut between blocks, and gets that share of x.
+
+    The result is defined to the bit in mode `w4a4`, and is another one than that of one process: each rank's partial sum is
+    NUMERICS' W4A4 product over its own K / ranks in float32 (quads of blocks begin at its first block; no bias); the partial
+    sums are added in float32 in the order of ranks, ((p0 + p1) + p2) + ..., then the bias, and the result is rounded once to
+    x's dtype. The sums are gathered, not all-reduced, since the order of additions in an all-reduce depends on its algorithm.
+
+    x is the share of this rank [..., K / ranks], as ColumnParallel leaves it; with split_input it is the whole [..., K].
+
+    Applying it raises TypeError for a module that is no MXFP4Linear, and ValueError if a share of K is no multiple of 32: a
+    block has one scale and cannot be cut.
+    """
+
+    def __init__(self, *, split_input: bool = False) -> None:
+        self.split_input = split_input
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        k, ranks = _checked(module, device_mesh).in_features, device_mesh.size()
+        if k % (BLOCK * ranks) != 0:
+            raise ValueError(
+                f"in_features {k} on {ranks} ranks is {k / ranks:g} for each, expected a multiple of {BLOCK}: "
+                "a block has one scale and cannot be cut"
+            )
+        self._shard(module, device_mesh, _RowParallelLinear, weight_packed=Shard(1), weight_scale=Shard(1), bias=Replicate())
+        module.split_input = self.split_input  # type: ignore[assignment]
+        return module
+
+
+_STYLES_OF_TRANSFORMERS = {
+    "colwise": lambda: ColumnParallel(),
+    "colwise_gather_output": lambda: ColumnParallel(gather_output=True),
+    "colwise_rep": lambda: ColumnParallel(gather_output=True),
+    "rowwise": lambda: RowParallel(),
+    "rowwise_split_input": lambda: RowParallel(split_input=True),
+    "rowwise_rep": lambda: RowParallel(split_input=True),
+}
+
+
+def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """A plan for parallelize_module out of the plan that a Transformers model brings, for its MXFP4Linear modules.
+
+    Other modules stay whole on every rank. Raises ValueError if the model has no plan, or a style in it is none of ours: to
+    leave one layer out of a plan would break its neighbours.
+    """
+    plan: dict[str, str] = getattr(model, "tp_plan", None) or {}
+    if not plan:
+        raise ValueError(f"{type(model).__name__} has no tensor parallel plan")
+    found: dict[str, ParallelStyle] = {}
+    for name, module in model.named_modules():
+        style = next((style for pattern, style in plan.items() if _means(pattern, name)), None)
+        if style is None or not isinstance(module, MXFP4Linear):
+            continue
+        if style not in _STYLES_OF_TRANSFORMERS:
+            raise ValueError(f"{name} has the style {style!r}, expected one of {', '.join(_STYLES_OF_TRANSFORMERS)}")
+        found[name] = _STYLES_OF_TRANSFORMERS[style]()
+    return found
+
+
+def _means(pattern: str, name: str) -> bool:
+    """In Transformers' plans * is a number."""
+    return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
+
+
+def _checked(module: nn.Module, mesh: DeviceMesh) -> MXFP4Linear:
+    if type(module) is not MXFP4Linear:
+        raise TypeError(f"the module is a {type(module).__name__}, expected MXFP4Linear")
+    if mesh.ndim != 1:
+        raise ValueError(f"the mesh has {mesh.ndim} dimensions, expected 1: take the tensor-parallel one, mesh[name]")
+    return module

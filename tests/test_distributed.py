@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes compute what one does. Each property is a function that both run, in one launch for all of them."""
+
+import copy
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import xpu_fp4
+from helpers import DTYPES, assert_same_bits
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.multiprocessing.spawn import spawn
+from xpu_fp4 import Mode, MXFP4Linear, reference
+from xpu_fp4.distributed import ColumnParallel, RowParallel, tensor_parallel_plan
+
+RANKS = 2
+N, K = 48, 320  # 5 blocks a rank: a quad that is not full, and one that one process would cut elsewhere
+MODES: tuple[Mode, ...] = ("w4a4", "w4a16")
+
+
+def linear(mode: Mode, dtype: torch.dtype, *, seed: int = 0) -> tuple[MXFP4Linear, Tensor]:
+    """The same module and input in every process."""
+    torch.manual_seed(seed)
+    module = MXFP4Linear.from_linear(nn.Linear(K, N, dtype=dtype), mode=mode)
+    spread = torch.exp2(torch.randint(-10, 10, (3, 5, K // 32)).float()).repeat_interleave(32, -1)
+    return module, torch.randn(3, 5, K, dtype=dtype) * spread.to(dtype)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.up = MXFP4Linear.from_linear(nn.Linear(64, 128))
+        self.down = MXFP4Linear.from_linear(nn.Linear(128, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(nn.functional.silu(self.up(x)))
+        return y
+
+
+def zeroed(block: Block) -> Block:
+    for parameter in block.parameters():
+        parameter.data.zero_()
+    return block
+
+
+PLAN: dict[str, Any] = {"up": ColumnParallel(), "down": RowParallel()}
+
+
+def column_gives_the_bits_of_one_process(mesh: DeviceMesh, tmp: Path) -> None:
+    for mode in MODES:
+        for dtype in DTYPES:
+            module, x = linear(mode, dtype)
+            expected = module(x)
+            whole = parallelize_module(copy.deepcopy(module), mesh, ColumnParallel(gather_output=True))
+            assert_same_bits(whole(x), expected)
+            share = parallelize_module(copy.deepcopy(module), mesh, ColumnParallel())
+            assert_same_bits(share(x), expected.chunk(RANKS, -1)[mesh.get_local_rank()].contiguous())
+
+
+def row_adds_partial_sums_in_the_order_of_ranks(mesh: DeviceMesh, tmp: Path) -> None:
+    differs = False
+    for dtype in DTYPES:
+        module, x = linear("w4a4", dtype)
+        assert module.bias is not None
+        total = torch.zeros(15, N)
+        w, w_scale = module.weight_packed.chunk(RANKS, 1), module.weight_scale.chunk(RANKS, 1)
+        for rank, part in enumerate(x.flatten(0, 1).chunk(RANKS, 1)):
+            q, scale = reference.quantize(part, "even")
+            p = reference.gemm(q, scale, w[rank].contiguous(), w_scale[rank].contiguous(), torch.float32)
+            total = p if rank == 0 else total + p
+        expected = (total + module.bias.float()).to(dtype).view(3, 5, N)
+        sharded = parallelize_module(copy.deepcopy(module), mesh, RowParallel())
+        assert_same_bits(sharded(x.chunk(RANKS, -1)[mesh.get_local_rank()]), expected)
+        split = parallelize_module(copy.deepcopy(module), mesh, RowParallel(split_input=True))
+        assert_same_bits(split(x), expected)
+        differs |= not torch.equal(module(x), expected)
+    assert differs, "the data does not tell the order of additions"
+
+
+def row_w4a16_is_near_one_process(mesh: DeviceMesh, tmp: Path) -> None:
+    module, x = linear("w4a16", torch.float32)
+    sharded = parallelize_module(copy.deepcopy(module), mesh, RowParallel(split_input=True))
+    torch.testing.assert_close(sharded(x), module(x), rtol=1e-4, atol=1e-4 * float(x.abs().max()))
+
+
+def a_block_is_never_cut(mesh: DeviceMesh, tmp: Path) -> None:
+    with pytest.raises(ValueError, match="in_features 96 on 2 ranks is 48 for each, expected a multiple of 32"):
+        parallelize_module(MXFP4Linear(96, 64), mesh, RowParallel())
+    with pytest.raises(ValueError, match="out_features 33 does not divide by 2 ranks"):
+        parallelize_module(MXFP4Linear(64, 33), mesh, ColumnParallel())
+    with pytest.raises(TypeError, match="is a Linear, expected MXFP4Linear"):
+        parallelize_module(nn.Linear(64, 64), mesh, ColumnParallel())
+    grid = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("data", "tensor"))
+    with pytest.raises(ValueError, match="the mesh has 2 dimensions, expected 1"):
+        ColumnParallel()._apply(MXFP4Linear(64, 64), grid)
+    parallelize_module(MXFP4Linear(64, 64), grid["tensor"], ColumnParallel())
+
+
+def a_shard_holds_its_part_of_codes_and_scales(mesh: DeviceMesh, tmp: Path) -> None:
+    whole = Block()
+    sharded = parallelize_module(Block(), mesh, PLAN)
+    rank = mesh.get_local_rank()
+    for name, dimension in (("up", 0), ("down", 1)):
+        for part in ("weight_packed", "weight_scale"):
+            parameter = sharded.get_parameter(f"{name}.{part}")
+            assert isinstance(parameter, DTensor)
+            expected = whole.get_parameter(f"{name}.{part}").chunk(RANKS, dimension)[rank]
+            assert_same_bits(parameter.to_local(), expected.contiguous())
+    assert sharded.state_dict().keys() == whole.state_dict().keys()
+
+
+def a_sharded_state_dict_is_saved_and_loaded(mesh: DeviceMesh, tmp: Path) -> None:
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
+    sharded = parallelize_module(Block(), mesh, PLAN)
+    expected = sharded(x)
+    save(sharded.state_dict(), checkpoint_id=tmp / "tensor_parallel")
+
+    other = parallelize_module(zeroed(Block()), mesh, PLAN)
+    assert not torch.equal(other(x), expected)
+    state = other.state_dict()
+    load(state, checkpoint_id=tmp / "tensor_parallel")  # in place
+    assert_same_bits(other(x), expected)
+    other.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in state.items()})
+    assert_same_bits(other(x), x)
+    other.load_state_dict(sharded.state_dict())
+    assert_same_bits(other(x), expected)
+
+    alone = zeroed(Block())
+    load(alone.state_dict(), checkpoint_id=tmp / "tensor_parallel", no_dist=True)
+    for name, parameter in Block().state_dict().items():
+        assert_same_bits(alone.state_dict()[name], parameter)
+
+
+def fsdp_gives_the_bits_of_one_process(mesh: DeviceMesh, tmp: Path) -> None:
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(2 + mesh.get_local_rank()))  # other data on each rank
+    blocks = nn.Sequential(Block(), Block())
+    expected = blocks(x)
+    whole = {name: tensor.clone() for name, tensor in blocks.state_dict().items()}
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(blocks, mesh=mesh)
+    for _ in range(2):
+        assert_same_bits(blocks(x), expected)
+    assert all(isinstance(parameter, DTensor) for parameter in blocks.parameters())
+    save(blocks.state_dict(), checkpoint_id=tmp / "fsdp")
+    gathered = get_model_state_dict(blocks, options=StateDictOptions(full_state_dict=True))
+    if mesh.get_local_rank() == 0:
+        for name, tensor in whole.items():
+            got = gathered[name]
+            assert isinstance(got, Tensor)
+            assert_same_bits(got, tensor)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in blocks.state_dict().items()}
+    blocks.load_state_dict(zeros)
+    assert_same_bits(blocks(x), x)
+    state = blocks.state_dict()
+    load(state, checkpoint_id=tmp / "fsdp")
+    blocks.load_state_dict(state)
+    assert_same_bits(blocks(x), expected)
+
+
+def a_transformers_model_is_sharded_by_its_own_plan(mesh: DeviceMesh, tmp: Path) -> None:
+    from checkpoint_files import IDS, llama_config
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = llama_config()
+    config.num_key_value_heads, config.intermediate_size = 2, 128
+    model = xpu_fp4.quantize_(LlamaForCausalLM(config).eval())
+    with torch.inference_mode():
+        expected = model(IDS).logits
+    parallelize_module(model, mesh, tensor_parallel_plan(model))
+    assert sum(isinstance(parameter, DTensor) for parameter in model.parameters()) == 2 * 7 * 2
+    with torch.inference_mode():
+        logits = model(IDS).logits
+    both = [torch.empty_like(logits) for _ in range(RANKS)]
+    dist.all_gather(both, logits)
+    assert_same_bits(both[0], both[1])
+    # Not the same bits: partial sums, and a flipped rounding of one activation's code travels on.
+    torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1)
+    with pytest.raises(ValueError, match="Block has no tensor parallel plan"):
+        tensor_parallel_plan(Block())
+
+
+PROPERTIES: list[Callable[[DeviceMesh, Path], None]] = [
+    column_gives_the_bits_of_one_process,
+    row_adds_partial_sums_in_the_order_of_ranks,
+    row_w4a16_is_near_one_process,
+    a_block_is_never_cut,
+    a_shard_holds_its_part_of_codes_and_scales,
+    a_sharded_state_dict_is_saved_and_loaded,
+    fsdp_gives_the_bits_of_one_process,
+    a_transformers_model_is_sharded_by_its_own_plan,
+]
+
+
+def run_all(rank: int, tmp: Path) -> None:
+    """Every property in one process. What fails is written down, and the others go on."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp / 'rendezvous'}", rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for check in PROPERTIES:
+        try:
+            check(mesh, tmp)
+        except Exception:
+            (tmp / f"{check.__name__}.{rank}").write_text(traceback.format_exc())
+        else:
+            (tmp / f"{check.__name__}.{rank}").write_text("passed")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp = tmp_path_factory.mktemp("ranks")
+    spawn(run_all, (tmp,), nprocs=RANKS)
+    return tmp
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in PROPERTIES])
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_two_processes(results: Path, check: str, rank: int) -> None:
+    assert (results / f"{check}.{rank}").read_text() == "passed"
