@@ -52,9 +52,9 @@ class TensorFiles(Mapping[str, TensorInfo]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = _files_in(folder)
-        self._open = {file: _open(file) for file in self.files}
         self._infos: dict[str, TensorInfo] = {}
-        for file, opened in self._open.items():
+        for file in self.files:
+            self._current = (file, opened := _open(file))
             for name in opened.keys():  # noqa: SIM118  # safetensors' handle is no mapping
                 if name in self._infos:
                     raise CheckpointError(f"{file}: tensor {name} is also in {self._infos[name].file}")
@@ -73,7 +73,11 @@ class TensorFiles(Mapping[str, TensorInfo]):
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, its memory mapped from the file: pages are read when touched. Writing to it does not reach the file."""
-        tensor: Tensor = self._open[self[name].file].get_tensor(name)
+        file = self[name].file
+        # One file at a time stays open: mapped pages are resident memory for as long as they are mapped.
+        if self._current[0] != file:
+            self._current = (file, _open(file))
+        tensor: Tensor = self._current[1].get_tensor(name)
         return tensor
 
 

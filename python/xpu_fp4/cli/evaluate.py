@@ -63,6 +63,8 @@ def command(folder: Path, text: Path, original: Path | None, window: int, window
     with console.status("Loading"):
         quantized = load_model(folder)
         unquantized = None if original is None else model_class(original).from_pretrained(original).eval()
+    if unquantized is not None and type(unquantized) is not type(quantized):
+        raise ValueError(f"--original is a {type(unquantized).__name__}, expected a {type(quantized).__name__} as in {folder}")
     found = Evaluation(folder, original)
     if quantized.can_generate():
         _language_model(found, quantized, unquantized, _windows(tokenizer, content, window, windows), console)
@@ -75,7 +77,7 @@ def command(folder: Path, text: Path, original: Path | None, window: int, window
         from .report import write_report
 
         write_report(found, report)
-        console.print(f"Report: {report}", highlight=False)
+        console.print(f"Report: {report}", highlight=False, soft_wrap=True)
 
 
 def _windows(tokenizer: Any, content: str, window: int, windows: int) -> torch.Tensor:

@@ -56,5 +56,5 @@ def command(source: Path, out: Path, scheme: Mode, scale_mode: ScaleMode, ignore
 def _report(console: Console, plan: Plan, out: Path) -> None:
     before, after = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (plan.source, out))
     kept = ", ".join(plan.kept) or "none"
-    console.print(f"{len(plan.quantized)} linear layers are MXFP4; kept as they are: {kept}", highlight=False)
-    console.print(f"{out}: {decimal(after)}, from {decimal(before)}", highlight=False)
+    console.print(f"{len(plan.quantized)} linear layers are MXFP4; kept as they are: {kept}", highlight=False, soft_wrap=True)
+    console.print(f"{out}: {decimal(after)}, from {decimal(before)}", highlight=False, soft_wrap=True)

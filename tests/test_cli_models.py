@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands on model directories, from an unquantized model to its report."""
+
+import copy
+import json
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import xpu_fp4
+from checkpoint_files import IDS, LINEARS, VOCABULARY, llama, save_llama
+from click.testing import CliRunner, Result
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from xpu_fp4 import MXFP4Linear
+from xpu_fp4.checkpoints import open_checkpoint
+from xpu_fp4.checkpoints.evaluation import layer_noise, perplexity
+from xpu_fp4.checkpoints.statistics import scale_statistics
+from xpu_fp4.cli import main
+
+WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(message: str, *arguments: object) -> None:
+    result = run(*arguments)
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.split()), result.output
+    assert isinstance(result.exception, SystemExit), "a traceback"
+
+
+def save_tokenizer(folder: Path) -> None:
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    save_llama(folder)
+    save_tokenizer(folder)
+    succeed("quantize", folder, folder.with_name("w4a4"))
+    return folder.with_name("w4a4")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    BertModel(BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=64, initializer_range=0.5)).save_pretrained(
+        folder
+    )
+    save_tokenizer(folder)
+    succeed("quantize", folder, folder.with_name("w4a16"), "--scheme", "w4a16")
+    return folder.with_name("w4a16")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(" ".join(WORDS[i : i + 10]) for i in range(0, 100, 10)))
+    return path
+
+
+# ---- quantize ----
+
+
+def test_quantize_takes_its_options(language_model: Path, tmp_path: Path) -> None:
+    source = language_model.with_name("llama")
+    options = ("--scheme", "w4a16", "--scale-mode", "ceil", "--ignore", "lm_head", "--ignore", "re:.*down_proj")
+    output = succeed("quantize", source, tmp_path / "out", *options)
+    assert "12 linear layers are MXFP4; kept as they are: lm_head, model.layers.0.mlp.down_proj" in output
+    layers = open_checkpoint(tmp_path / "out").layers
+    assert layers.keys() == {name for name in LINEARS if "down_proj" not in name}
+    assert {layer.scheme.mode for layer in layers.values()} == {"w4a16"}
+
+
+def test_quantize_says_what_is_wrong(language_model: Path, tmp_path: Path) -> None:
+    source = language_model.with_name("llama")
+    fail("is quantized already, by 'compressed-tensors'", "quantize", language_model, tmp_path / "out")
+    fail("ignore has 'lm_haed', which matches no linear layer", "quantize", source, tmp_path / "out", "--ignore", "lm_haed")
+    fail("exists already", "quantize", source, language_model)
+    fail("does not exist", "quantize", tmp_path / "nowhere", tmp_path / "out")
+    fail("config.json does not exist", "quantize", tmp_path, tmp_path / "out")
+    fail("'int4' is not one of", "quantize", source, tmp_path / "out", "--scheme", "int4")
+
+
+# ---- inspect ----
+
+
+def test_inspect_shows_every_layer(language_model: Path) -> None:
+    output = succeed("inspect", language_model)
+    assert "compressed-tensors, 14 MXFP4 layers" in output
+    lines = {line.split()[0]: line.split() for line in output.splitlines() if "_proj" in line}
+    assert {name: line[1:3] for name, line in lines.items()} == {name: [f"{n}x{k}", "w4a4"] for name, (n, k) in LINEARS.items()}
+
+
+def test_inspect_json_counts_every_block(language_model: Path) -> None:
+    content = json.loads(succeed("inspect", language_model, "--json"))
+    assert content["format"] == "compressed-tensors"
+    for name, (n, k) in LINEARS.items():
+        layer = content["layers"][name]
+        assert layer["shape"] == [n, k]
+        assert (layer["mode"], layer["scale_mode"]) == ("w4a4", "even")
+        assert sum(layer["histogram"].values()) == n * k // 32
+
+
+def test_alignment_is_that_of_the_definition() -> None:
+    rows = torch.full((64, 5), 127, dtype=torch.uint8)
+    rows[0, :2] = torch.tensor([127, 130])  # 3 apart: aligned
+    rows[1, :2] = torch.tensor([127, 131])  # 4 apart: not
+    rows[40, 1:3] = torch.tensor([120, 120])  # both pairs are not, nor is the quad
+    rows[41, 4] = 255
+    found = scale_statistics(rows)
+    assert found.invalid == 1
+    assert found.histogram == {0: 64 * 5 - 5, 3: 1, 4: 1, -7: 2}
+    assert found.pairs == pytest.approx(1 - 3 / (64 * 3))
+    assert found.quads == pytest.approx(1 - 2 / (64 * 2))
+    assert found.tile_pairs == pytest.approx(1 - 3 / 6)
+    assert found.tile_quads == pytest.approx(1 - 2 / 4)
+
+
+# ---- eval ----
+
+
+def test_eval_compares_language_models(language_model: Path, text: Path, tmp_path: Path) -> None:
+    source = language_model.with_name("llama")
+    arguments = ("eval", language_model, "--text", text, "--window", 32, "--windows", 2, "--original", source)
+    output = succeed(*arguments, "--report", tmp_path / "report.html")
+    assert "64 in windows of 32" in output
+    for line in ("perplexity", "perplexity of the original", *LINEARS):
+        assert line in output
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"<td>{name}</td>" in page for name in LINEARS)
+    assert "data:image/png;base64," in page
+    succeed(*arguments, "--report", tmp_path / "report.png")
+    content = (tmp_path / "report.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert struct.unpack(">2I", content[16:24]) == (1200, 500)
+
+
+def test_eval_compares_sentence_embeddings(encoder: Path, text: Path) -> None:
+    output = succeed("eval", encoder, "--text", text, "--original", encoder.with_name("bert"))
+    figures = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in output.splitlines() if "│" in line}
+    assert figures["sentences"] == "10"
+    assert 0.5 < float(figures["cosine similarity, least"]) <= float(figures["cosine similarity, mean"]) < 1
+    assert "encoder.layer.1.output.dense" in output
+
+
+def test_eval_says_what_is_missing(language_model: Path, encoder: Path, text: Path, tmp_path: Path) -> None:
+    fail("expected at least one window of 1024", "eval", language_model, "--text", text)
+    fail("give --original to compare sentence embeddings", "eval", encoder, "--text", text)
+    fail("--report needs a name that ends in", "eval", encoder, "--text", text, "--report", tmp_path / "x.pdf")
+    fail("has no quantization_config", "eval", language_model.with_name("llama"), "--text", text)
+    bert = encoder.with_name("bert")
+    fail("--original is a BertModel, expected a LlamaForCausalLM", "eval", language_model, "--text", text, "--original", bert)
+
+
+def test_perplexity_is_that_of_the_definition() -> None:
+    model = llama(torch.float32)
+    ids = IDS.view(2, 12)
+    with torch.inference_mode():
+        expected = [cross_entropy(model(row[None]).logits[0, :-1], row[1:]).item() for row in ids]
+        assert perplexity(model, ids) == pytest.approx(math.exp(sum(expected) / 2))
+
+
+def test_noise_is_of_each_layer_by_itself() -> None:
+    first, second = nn.Linear(64, 64), nn.Linear(64, 32)
+    quantized = xpu_fp4.quantize_(nn.Sequential(copy.deepcopy(first), copy.deepcopy(second)), mode="w4a16")
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        for linear, module in ((first, quantized[0]), (second, quantized[1])):
+            assert isinstance(module, MXFP4Linear)
+            linear.weight.copy_(module.dequantized_weight())
+        first.weight[0, 0] += 1
+        noise = layer_noise(nn.Sequential(first, second), quantized, lambda model: model(x))
+        signal = float(first(x).double().square().sum()), float(first.weight.double().square().sum())
+    assert [layer.name for layer in noise] == ["0", "1"]
+    assert noise[0].output == pytest.approx(10 * math.log10(signal[0] / float(x[:, 0].double().square().sum())), rel=1e-3)
+    assert noise[0].weight == pytest.approx(10 * math.log10(signal[1]), rel=1e-6)
+    assert noise[1].weight == math.inf
+    assert noise[1].output > 100, "the second layer is given the original's inputs, so the first one's noise is not in it"
+
+
+# ---- generate ----
+
+
+def test_generate_is_greedy(language_model: Path) -> None:
+    arguments = ("generate", language_model, "--prompt", "w1 w2 w3", "--max-new-tokens", 5)
+    output = succeed(*arguments)
+    assert succeed(*arguments) == output
+    ids = torch.tensor([[4, 5, 6]])
+    model = xpu_fp4.load_model(language_model)
+    with torch.inference_mode():
+        for _ in range(5):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    words = ["<pad>", "<s>", "</s>", *WORDS]
+    assert output.split() == [words[i] for i in ids[0, 3:]]
+
+
+def test_generate_needs_a_language_model(encoder: Path) -> None:
+    fail("is a BertModel, which generates no text", "generate", encoder, "--prompt", "w1")
+
+
+def test_every_command_has_help() -> None:
+    commands: dict[str, Callable[..., object]] = dict.fromkeys(("quantize", "inspect", "eval", "generate"), succeed)
+    for name in commands:
+        assert succeed(name, "--help").startswith(f"Usage: main {name}")
