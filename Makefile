@@ -10,10 +10,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CPP_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench build pytest ctest format lint clean
+.PHONY: demo models test bench build pytest ctest format lint clean
 
 demo: build $(VENV)/.demo  ## a real language model in MXFP4 W4A4
 	python examples/smollm2.py
+
+models: build $(VENV)/.demo  ## two small model directories and texts, for docs/CHECKPOINTS.md
+	python examples/export_models.py build/models
 
 test: ctest pytest  ## all tests
 
