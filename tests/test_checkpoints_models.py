@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints in models: ours read by compressed-tensors and Transformers, theirs by us, with the same bits."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,45 @@ def test_gpt_oss_loads_into_our_experts(tmp_path: Path) -> None:
         torch.testing.assert_close(model(IDS).logits, theirs.float()(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+MOE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+}
+MIXTRAL = transformers.MixtralConfig(**MOE, num_local_experts=3)
+QWEN = transformers.Qwen3MoeConfig(**MOE, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=32)
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, QWEN], ids=lambda config: config.model_type)
+def test_experts_that_are_stored_one_by_one_load_into_our_experts(tmp_path: Path, config: Any) -> None:
+    torch.manual_seed(0)
+    original = AutoModelForCausalLM.from_config(config).eval()
+    original.save_pretrained(tmp_path / "source")
+    plan = plan_quantization(tmp_path / "source")
+    assert sum(".experts." in name for name in plan.quantized) == 2 * 3 * 3
+    assert sum("gate" in name for name in plan.kept) == 2, "routers are left alone"
+    out = quantize_checkpoint(plan, tmp_path / "out", mode="w4a16")
+    loaded = xpu_fp4.load_model(out)
+    experts = {name: module for name, module in loaded.named_modules() if isinstance(module, MXFP4Experts)}
+    assert len(experts) == 2
+    for name, module in loaded.named_modules():  # the original, with the weights that codes and scales stand for
+        if isinstance(module, MXFP4Linear):
+            original.get_submodule(name).weight.data = module.dequantized_weight()
+    for name in experts:
+        for projection in ("gate_up_proj", "down_proj"):
+            weight = original.get_submodule(name).get_parameter(projection)
+            weight.data = xpu_fp4.dequantize(*xpu_fp4.quantize(weight.data))
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(IDS).logits, original(IDS).logits, rtol=1e-4, atol=1e-4)
+    applied = xpu_fp4.apply_checkpoint(AutoModelForCausalLM.from_config(config).eval(), out)
+    assert_same_model(applied, loaded)
+
+
 # ---- ways in ----
 
 
@@ -261,6 +301,26 @@ def test_a_model_that_does_not_fit_is_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             xpu_fp4.apply_checkpoint(model, folder)
         assert not layers(model)
+
+
+def test_experts_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    folder = save_gpt_oss(tmp_path)
+    config, stored = json.loads((folder / "config.json").read_text()), tensors_of(folder)
+    experts = "model.layers.0.mlp.experts"
+    whole = {part: stored[f"{experts}.down_proj_{part}"] for part in ("blocks", "scales", "bias")}
+    cases: dict[str, dict[str, torch.Tensor]] = {
+        r"down_proj is \[3, 64, 96\], but the model's is \[4, 64, 96\]": {part: t[:3].clone() for part, t in whole.items()},
+        "down_proj is missing or incomplete": {},
+        "experts of model.layers.0.mlp.experts differ in scheme or bias": {p: t for p, t in whole.items() if p != "bias"},
+    }
+    for message, down in cases.items():
+        others = {name: tensor for name, tensor in stored.items() if not name.startswith(f"{experts}.down_proj")}
+        write_checkpoint(folder, others | {f"{experts}.down_proj_{part}": t for part, t in down.items()}, config)
+        model = GptOssForCausalLM(transformers.AutoConfig.from_pretrained(folder))
+        with pytest.raises(CheckpointError, match=message):
+            xpu_fp4.apply_checkpoint(model, folder)
+        assert type(model.model.layers[0].mlp.experts).__name__ == "GptOssExperts"
+        assert model.get_parameter(f"{experts}.down_proj").shape == (4, 96, 64)
 
 
 def test_a_tensor_that_the_checkpoint_lacks_is_named(tmp_path: Path) -> None:

@@ -130,14 +130,6 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_experts_one_by_one_are_linear_layers(tmp_path: Path) -> None:
-    """Checkpoints store each expert's matrices, which Transformers' modules fuse."""
-    tensors = tensors_of(save_llama(tmp_path / "whole"))
-    tensors["model.layers.0.mlp.experts.3.w1.weight"] = torch.randn(8, 32).bfloat16()
-    plan = plan_quantization(write_checkpoint(tmp_path / "moe", tensors, unquantized_json()))
-    assert set(plan.quantized) == {*LINEARS, "model.layers.0.mlp.experts.3.w1"}
-
-
 # ---- interruption ----
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import linear
-from .description import BLOCK, Layer, Scheme
+from .description import BLOCK, Scheme
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
@@ -21,35 +21,43 @@ class MXFP4Experts(nn.Module):
 
     Args:
         source: Transformers' experts module, whose gate function stays in use; its parameters are dropped.
-        gate_up, down: the layers, of one scheme, by which the parameters are shaped.
+        shapes: [E, N, K] of both weights, by name.
+        scheme: of both.
+        bias: whether there are biases.
         device, dtype: of the parameters; dtype is the biases'.
     """
 
     def __init__(
         self,
         source: nn.Module,
-        gate_up: Layer,
-        down: Layer,
+        shapes: dict[str, tuple[int, ...]],
+        scheme: Scheme,
         *,
+        bias: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.scheme: Scheme = gate_up.scheme
-        self.num_experts = gate_up.shape[0]
+        self.scheme = scheme
+        self.num_experts = shapes[GATE_UP][0]
         source._parameters.clear()
         # In a tuple, so that it is no submodule: Transformers would initialize the parameters that it has no more.
         self._source = (source,)
-        for name, layer in ((GATE_UP, gate_up), (DOWN, down)):
-            *rows, k = layer.shape
-            blocks = torch.zeros(*rows, k // BLOCK, BLOCK // 2, dtype=torch.uint8, device=device)
-            scales = torch.zeros(*rows, k // BLOCK, dtype=torch.uint8, device=device)
-            bias = (
-                None if layer.bias is None else nn.Parameter(torch.zeros(rows, device=device, dtype=dtype), requires_grad=False)
-            )
-            self.register_parameter(f"{name}_blocks", nn.Parameter(blocks, requires_grad=False))
-            self.register_parameter(f"{name}_scales", nn.Parameter(scales, requires_grad=False))
-            self.register_parameter(f"{name}_bias", bias)
+        for name, (*rows, k) in shapes.items():
+            parts = {
+                "blocks": torch.zeros(*rows, k // BLOCK, BLOCK // 2, dtype=torch.uint8, device=device),
+                "scales": torch.zeros(*rows, k // BLOCK, dtype=torch.uint8, device=device),
+                "bias": torch.zeros(rows, device=device, dtype=dtype) if bias else None,
+            }
+            for part, tensor in parts.items():
+                parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+                self.register_parameter(f"{name}_{part}", parameter)
+
+    def fold_blocks(self) -> None:
+        """Gives codes that were set as [E, N, K/2] their shape [E, N, K/32, 16]."""
+        for name in (f"{GATE_UP}_blocks", f"{DOWN}_blocks"):
+            blocks = self.get_parameter(name)
+            blocks.data = blocks.data.view(*blocks.shape[:2], -1, BLOCK // 2)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens [T, H], the experts chosen for each [T, top_k] and their weights [T, top_k] -> [T, H]."""

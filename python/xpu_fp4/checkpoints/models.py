@@ -11,10 +11,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..modules import MXFP4Linear
-from .description import Checkpoint, Layer
+from .description import Checkpoint
 from .errors import CheckpointError
-from .experts import DOWN, GATE_UP, MXFP4Experts
+from .placement import Place, names_in_model, replace_layers
 from .reader import CONFIG, open_checkpoint
 from .tensor_files import read_json
 
@@ -71,9 +70,8 @@ def apply_checkpoint(model: Model, folder: str | PathLike[str]) -> Model:
     Tensors that the model has no place for are named in a warning.
     """
     checkpoint = open_checkpoint(folder)
-    names = replace_layers(model, checkpoint)
-    for name in checkpoint.layers:
-        _load_layer(model, checkpoint, name, names[name])
+    for name, place in replace_layers(model, checkpoint).items():
+        _load_layer(model, checkpoint, name, place)
     left_over = _load_others(model, checkpoint)
     if hasattr(model, "tie_weights"):
         cast(Callable[[], None], model.tie_weights)()
@@ -85,28 +83,6 @@ def apply_checkpoint(model: Model, folder: str | PathLike[str]) -> Model:
     if left_over:
         warnings.warn(f"{checkpoint.folder}: the model has no place for {_some(left_over)}", stacklevel=2)
     return model
-
-
-def replace_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Puts MXFP4 modules, on the meta device, where the checkpoint has quantized layers; returns their names in the model.
-
-    Nothing is replaced if any layer does not fit.
-    """
-    names = {name: _name_in_model(model, checkpoint, name) for name in checkpoint.layers}
-    for name, layer in checkpoint.layers.items():
-        _check_fits(model, names[name], layer, checkpoint)
-    for name, layer in checkpoint.layers.items():
-        owner, _, attribute = names[name].rpartition(".")
-        if len(layer.shape) == 2:
-            setattr(model.get_submodule(owner), attribute, _empty_linear(model.get_submodule(names[name]), layer))
-        elif attribute == GATE_UP:
-            down = checkpoint.layers[name.removesuffix(GATE_UP) + DOWN]
-            source = model.get_submodule(owner)
-            dtype = source.get_parameter(GATE_UP).dtype
-            experts = MXFP4Experts(source, layer, down, device="meta", dtype=dtype).train(source.training)
-            parent, _, last = owner.rpartition(".")
-            setattr(model.get_submodule(parent), last, experts)
-    return names
 
 
 def skeleton(folder: Path) -> nn.Module:
@@ -135,94 +111,36 @@ def require_transformers() -> Any:
         raise ImportError(f"transformers is needed for this: pip install 'xpu_fp4[transformers]' ({error})") from error
 
 
-def _empty_linear(linear: nn.Module, layer: Layer) -> MXFP4Linear:
-    assert isinstance(linear, nn.Linear)
-    return MXFP4Linear(
-        layer.in_features,
-        layer.out_features,
-        linear.bias is not None,
-        mode=layer.scheme.mode,
-        scale_mode=layer.scheme.scale_mode,
-        device="meta",
-        dtype=linear.weight.dtype,
-    ).train(linear.training)
-
-
-def _name_in_model(model: nn.Module, checkpoint: Checkpoint, name: str) -> str:
-    """A checkpoint may have been saved from the base model, or from a model around it: then its names differ by a prefix."""
-    prefix = getattr(model, "base_model_prefix", "")
-    candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
-    is_expert = len(checkpoint.layers[name].shape) == 3
-    for candidate in candidates:
-        if _has(model, candidate.rpartition(".")[0] if is_expert else candidate):
-            return candidate
-    raise CheckpointError(f"{checkpoint.folder} quantizes {name}, but {type(model).__name__} has no module of that name")
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
-
-
-def _check_fits(model: nn.Module, name: str, layer: Layer, checkpoint: Checkpoint) -> None:
-    where = f"{checkpoint.files[layer.packed]}"
-    if len(layer.shape) == 3:
-        _check_experts_fit(model, name, layer, checkpoint)
-        return
-    module = model.get_submodule(name)
-    if type(module) is not nn.Linear:
-        raise CheckpointError(f"{where} is quantized, but the model's {name} is a {type(module).__name__}, expected nn.Linear")
-    if layer.shape != tuple(module.weight.shape):
-        raise CheckpointError(
-            f"{where} is for a weight {list(layer.shape)}, but the model's {name} is {list(module.weight.shape)}"
-        )
-    if (layer.bias is None) != (module.bias is None):
-        has, lacks = ("model", "checkpoint") if layer.bias is None else ("checkpoint", "model")
-        raise CheckpointError(f"{where}: the {has} has a bias for {name}, the {lacks} has none")
-
-
-def _check_experts_fit(model: nn.Module, name: str, layer: Layer, checkpoint: Checkpoint) -> None:
-    where = f"{checkpoint.files[layer.packed]}"
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    weight = getattr(module, attribute, None)
-    if attribute not in (GATE_UP, DOWN) or not hasattr(module, "_apply_gate") or not isinstance(weight, Tensor):
-        raise CheckpointError(
-            f"{where} is for experts, but the model's {owner} is a {type(module).__name__} without {attribute}"
-        )
-    shape = weight.transpose(1, 2).shape if getattr(module, "is_transposed", False) else weight.shape
-    if layer.shape != tuple(shape):
-        raise CheckpointError(f"{where} is for weights {list(layer.shape)}, but the model's {name} are {list(shape)}")
-    other = layer.name.removesuffix(attribute) + (DOWN if attribute == GATE_UP else GATE_UP)
-    if other not in checkpoint.layers:
-        raise CheckpointError(f"{where} is quantized, but {other} is not: expected both")
-
-
-def _load_layer(model: nn.Module, checkpoint: Checkpoint, name: str, name_in_model: str) -> None:
-    layer = checkpoint.layers[name]
-    packed, scale = checkpoint.weight(name)
-    bias = checkpoint.bias(name)
-    if len(layer.shape) == 2:
-        target, parts = model.get_submodule(name_in_model), ("weight_packed", "weight_scale", "bias")
-    else:
-        owner, _, attribute = name_in_model.rpartition(".")
-        target, parts = model.get_submodule(owner), (f"{attribute}_blocks", f"{attribute}_scales", f"{attribute}_bias")
-    for part, tensor in zip(parts, (packed, scale, bias), strict=True):
-        if tensor is not None:
+def _load_layer(model: nn.Module, checkpoint: Checkpoint, name: str, place: Place) -> None:
+    target = model.get_submodule(place.module)
+    parts = ("weight_packed", "weight_scale", "bias")
+    if place.projection is not None:
+        parts = (f"{place.projection}_blocks", f"{place.projection}_scales", f"{place.projection}_bias")
+    for part, tensor in zip(parts, (*checkpoint.weight(name), checkpoint.bias(name)), strict=True):
+        if tensor is None:
+            continue
+        if place.expert is None:
             _put(target, part, tensor.view(target.get_parameter(part).shape))
+        else:
+            _put_expert(target, part, tensor, place)
+
+
+def _put_expert(experts: nn.Module, name: str, value: Tensor, place: Place) -> None:
+    """One expert's rows of a parameter, which gets its memory with the first of them."""
+    target = experts.get_parameter(name)
+    if target.is_meta:
+        target = nn.Parameter(torch.empty_like(target, device="cpu"), requires_grad=False)
+        experts.register_parameter(name, target)
+    rows = target.data[place.expert][place.part * len(value) :][: len(value)]
+    rows.copy_(value.view(rows.shape))
 
 
 def _load_others(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     """Loads what is not quantized; returns the names that the model has no place for."""
     state = _state(model)
-    prefix = getattr(model, "base_model_prefix", "")
     left_over = []
     for name in checkpoint.other_tensors():
-        candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        found = next((candidate for candidate in candidates if candidate in state), None)
+        found = next((candidate for candidate in names_in_model(model, name) if candidate in state), None)
         if found is None:
             left_over.append(name)
             continue

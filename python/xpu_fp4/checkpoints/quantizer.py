@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import Mode, ScaleMode, quantize
 from . import compressed_tensors
 from .description import BLOCK
 from .errors import CheckpointError
+from .models import skeleton
+from .placement import names_in_model
 from .reader import CONFIG, quantization_config
 from .tensor_files import INDEX, TensorFiles, read_json
 
@@ -35,7 +37,7 @@ _LOCK = "job.lock"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _FLOATS = {"F16", "BF16", "F32"}
 _NAN_SCALE = 255
-# Per-expert linear layers of a checkpoint, which Transformers fuses when it loads them.
+# Linear layers of single experts, which Transformers' modules fuse.
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 Progress = Callable[[int, int], None]
@@ -69,10 +71,9 @@ def plan_quantization(source: str | PathLike[str], ignore: Sequence[str] | None 
     if found is not None:
         raise CheckpointError(f"{source} is quantized already, by {found.get('quant_method')!r}: start from its original")
     files = TensorFiles(source)
-    linears = _linear_layers(source, files)
-    kept = _ignored(linears, ["lm_head"] if ignore is None else ignore, strict=ignore is not None)
-    # Tied weights: the module is there, and its tensor is that of another.
-    kept |= {name for name in linears if f"{name}.weight" not in files}
+    linears, others = _linear_layers(source, files)
+    names = [*linears, *others]
+    kept = {*others, *_ignored(names, ["lm_head"] if ignore is None else ignore, strict=ignore is not None)}
     quantized = [name for name in linears if name not in kept]
     if not quantized:
         raise CheckpointError(f"{source} has no linear layer to quantize; kept: {', '.join(sorted(kept)) or 'none'}")
@@ -126,27 +127,28 @@ def quantize_checkpoint(
     return out
 
 
-def _linear_layers(source: Path, files: TensorFiles) -> list[str]:
-    """Names, as in the files, of the model's nn.Linear modules and of the linear layers of single experts."""
-    from .models import skeleton
+def _linear_layers(source: Path, files: TensorFiles) -> tuple[list[str], list[str]]:
+    """Names of the linear layers in the files, and of further modules that readers of the format might take for such.
 
+    Those are linear layers whose weight is another module's (tied), and routers.
+    """
     model = skeleton(source)
-    prefix = getattr(model, "base_model_prefix", "")
     modules = dict(model.named_modules())
-    names = [name for name, module in modules.items() if type(module) is torch.nn.Linear]
-    in_files = {_name_in_files(name, prefix, files) for name in names}
-    fused = {
-        name.removesuffix(".weight")
-        for name in files
-        if name.endswith(".weight") and _EXPERT.search(name) and name.removesuffix(".weight") not in modules
-    }
-    return sorted(in_files | fused)
-
-
-def _name_in_files(name: str, prefix: str, files: TensorFiles) -> str:
-    """A checkpoint may have been saved from the base model, or from a model around it: then its names differ by a prefix."""
-    candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((c for c in candidates if f"{c}.weight" in files), name)
+    linears, others = [], []
+    found: set[str] = set()
+    for tensor in files:
+        name, _, kind = tensor.rpartition(".")
+        in_model = next((n for n in names_in_model(model, name) if n in modules), None)
+        module = None if in_model is None else modules[in_model]
+        found.add(in_model or name)
+        if kind != "weight":
+            continue
+        if type(module) is nn.Linear or (module is None and _EXPERT.search(name)):
+            linears.append(name)
+        elif len(files[tensor].shape) == 2 and not isinstance(module, nn.Embedding):
+            others.append(name)
+    tied = [name for name, module in modules.items() if type(module) is nn.Linear and name not in found]
+    return linears, [*others, *tied]
 
 
 def _ignored(linears: Collection[str], ignore: Sequence[str], *, strict: bool) -> set[str]:

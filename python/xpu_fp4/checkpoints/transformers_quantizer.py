@@ -5,18 +5,20 @@ A checkpoint names the quantizer that wrote it, and Transformers registers each 
 configuration: `from_pretrained(folder, config=xpu_fp4.transformers_config(folder))`.
 """
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import compressed_tensors, quark
 from .errors import CheckpointError
-from .models import replace_layers
+from .experts import MXFP4Experts
+from .placement import replace_layers
 from .reader import open_checkpoint
 
 METHOD = "xpu_fp4"
@@ -49,6 +51,28 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
         names = "|".join(map(re.escape, self.checkpoint.layers))
         return [WeightRenaming(rf"^({names})\.{quark.PACKED}$", rf"\1.{compressed_tensors.PACKED}")]
 
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Where Transformers stacks the weights of single experts, their codes and scales are stacked in the same way.
+
+        First in the list: the first pattern that is found in a name counts, and theirs is found in ours.
+        """
+        stacked = [
+            WeightConverter(
+                [f"{pattern}_{part}$" for pattern in conversion.source_patterns],
+                f"{conversion.target_patterns[0]}_{ours}",
+                copy.deepcopy(conversion.operations),
+            )
+            for conversion in weight_conversions
+            if isinstance(conversion, WeightConverter) and all(_of_experts(p) for p in conversion.source_patterns)
+            for part, ours in (("packed", "blocks"), ("scale", "scales"))
+        ]
+        return [*stacked, *weight_conversions, *self.get_weight_conversions()]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, MXFP4Experts):
+                module.fold_blocks()
+
     @property
     def is_trainable(self) -> bool:
         return False
@@ -59,3 +83,7 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return False
+
+
+def _of_experts(pattern: str) -> bool:
+    return "experts" in pattern and pattern.endswith(".weight")

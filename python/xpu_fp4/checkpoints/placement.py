@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a checkpoint's layers belong in a model, and the MXFP4 modules that go there."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..modules import MXFP4Linear
+from .description import Checkpoint, Layer, Scheme
+from .errors import CheckpointError
+from .experts import DOWN, GATE_UP, MXFP4Experts
+
+# The linear layers of one expert, as checkpoints name them: the projection of the experts module, and which part of its rows.
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
+_PARTS = {
+    "gate_proj": (GATE_UP, 0),
+    "up_proj": (GATE_UP, 1),
+    "down_proj": (DOWN, 0),
+    "w1": (GATE_UP, 0),
+    "w3": (GATE_UP, 1),
+    "w2": (DOWN, 0),
+}
+# Modules that Transformers has renamed since checkpoints were written.
+_RENAMED = {".block_sparse_moe.": ".mlp."}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer's place: a linear layer or, where there is a projection, all or one of the experts in an experts module."""
+
+    module: str
+    projection: str | None = None
+    expert: int | None = None
+    part: int = 0
+
+
+def replace_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]:
+    """Puts MXFP4 modules, on the meta device, where the checkpoint has quantized layers; returns where each layer is.
+
+    Nothing is replaced if any layer does not fit. Raises CheckpointError, naming the layer, if one does not.
+    """
+    places = {name: _place(model, checkpoint, name) for name in checkpoint.layers}
+    modules: dict[str, nn.Module] = {}
+    experts: defaultdict[str, dict[str, Place]] = defaultdict(dict)
+    for name, place in places.items():
+        if place.projection is None:
+            modules[place.module] = _linear(model.get_submodule(place.module), checkpoint, name, place.module)
+        else:
+            experts[place.module][name] = place
+    makers = {module: _experts(model, checkpoint, module, mine) for module, mine in experts.items()}
+    modules |= {module: maker() for module, maker in makers.items()}  # all of them fit
+    for name, module in modules.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, module)
+    return places
+
+
+def names_in_model(model: nn.Module, name: str) -> list[str]:
+    """What a checkpoint's name may be in a model: one of the two may have a base model's prefix, or an older name."""
+    prefix = getattr(model, "base_model_prefix", "")
+    renamed = name
+    for old, new in _RENAMED.items():
+        renamed = renamed.replace(old, new)
+    return [variant for n in (name, renamed) for variant in (n, f"{prefix}.{n}", n.removeprefix(f"{prefix}."))]
+
+
+def _place(model: nn.Module, checkpoint: Checkpoint, name: str) -> Place:
+    if len(checkpoint.layers[name].shape) == 3:
+        owner, _, projection = name.rpartition(".")
+        place = Place(owner, projection)
+    elif (match := _EXPERT.fullmatch(name)) and match[3] in _PARTS and not _find(model, name):
+        projection, part = _PARTS[match[3]]
+        place = Place(match[1], projection, int(match[2]), part)
+    else:
+        place = Place(name)
+    module = _find(model, place.module)
+    if module is None:
+        raise CheckpointError(f"{checkpoint.folder} quantizes {name}, but {type(model).__name__} has no module of that name")
+    return Place(module, place.projection, place.expert, place.part)
+
+
+def _find(model: nn.Module, name: str) -> str | None:
+    return next((candidate for candidate in names_in_model(model, name) if _has(model, candidate)), None)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _linear(module: nn.Module, checkpoint: Checkpoint, name: str, name_in_model: str) -> MXFP4Linear:
+    layer = checkpoint.layers[name]
+    where = checkpoint.files[layer.packed]
+    if type(module) is not nn.Linear:
+        kind = type(module).__name__
+        raise CheckpointError(f"{where} is quantized, but the model's {name_in_model} is a {kind}, expected nn.Linear")
+    if layer.shape != tuple(module.weight.shape):
+        shape = list(module.weight.shape)
+        raise CheckpointError(f"{where} is for a weight {list(layer.shape)}, but the model's {name_in_model} is {shape}")
+    if (layer.bias is None) != (module.bias is None):
+        has, lacks = ("model", "checkpoint") if layer.bias is None else ("checkpoint", "model")
+        raise CheckpointError(f"{where}: the {has} has a bias for {name_in_model}, the {lacks} has none")
+    return MXFP4Linear(
+        layer.in_features,
+        layer.out_features,
+        module.bias is not None,
+        mode=layer.scheme.mode,
+        scale_mode=layer.scheme.scale_mode,
+        device="meta",
+        dtype=module.weight.dtype,
+    ).train(module.training)
+
+
+@dataclass(frozen=True)
+class _MakeExperts:
+    source: nn.Module
+    shapes: dict[str, tuple[int, ...]]
+    scheme: Scheme
+    bias: bool
+
+    def __call__(self) -> MXFP4Experts:
+        dtype = self.source.get_parameter(GATE_UP).dtype
+        made = MXFP4Experts(self.source, self.shapes, self.scheme, bias=self.bias, device="meta", dtype=dtype)
+        return made.train(self.source.training)
+
+
+def _experts(model: nn.Module, checkpoint: Checkpoint, name: str, places: dict[str, Place]) -> _MakeExperts:
+    module = model.get_submodule(name)
+    layers = [checkpoint.layers[layer] for layer in places]
+    where = checkpoint.files[layers[0].packed]
+    if not hasattr(module, "_apply_gate") or not all(isinstance(getattr(module, p, None), Tensor) for p in (GATE_UP, DOWN)):
+        kind = type(module).__name__
+        raise CheckpointError(
+            f"{where} is for experts, but the model's {name} is a {kind}, expected one with {GATE_UP} and {DOWN}"
+        )
+    if len({layer.scheme for layer in layers}) > 1 or len({layer.bias is None for layer in layers}) > 1:
+        raise CheckpointError(f"{where}: the experts of {name} differ in scheme or bias, expected all alike")
+    shapes = {}
+    for projection in (GATE_UP, DOWN):
+        weight = module.get_parameter(projection)
+        expected = tuple(weight.transpose(1, 2).shape if getattr(module, "is_transposed", False) else weight.shape)
+        mine = {place: checkpoint.layers[layer] for layer, place in places.items() if place.projection == projection}
+        shapes[projection] = _fused_shape(mine, 2 if projection == GATE_UP else 1)
+        if shapes[projection] != expected:
+            found = list(shapes[projection]) or "missing or incomplete"
+            raise CheckpointError(f"{where} is for experts, whose {projection} is {found}, but the model's is {list(expected)}")
+    return _MakeExperts(module, shapes, layers[0].scheme, layers[0].bias is not None)
+
+
+def _fused_shape(layers: dict[Place, Layer], parts: int) -> tuple[int, ...]:
+    """[E, N, K] of all experts together; nothing if some are missing or differ."""
+    shapes = {layer.shape for layer in layers.values()}
+    if len(shapes) != 1:
+        return ()
+    shape = shapes.pop()
+    if len(shape) == 3:
+        return shape
+    count = max(place.expert or 0 for place in layers) + 1
+    n, k = shape
+    return (count, parts * n, k) if len(layers) == count * parts else ()
