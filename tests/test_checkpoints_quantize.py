@@ -183,7 +183,10 @@ partial = out.with_name(out.name + ".partial")
 def start():
     child = os.fork()
     if child == 0:
-        quantize_checkpoint(plan, out)
+        try:
+            quantize_checkpoint(plan, out)
+        except BaseException:
+            os._exit(1)
         os._exit(0)
     return child
 
@@ -201,6 +204,7 @@ while killed < kills:
     time.sleep(random.uniform(0, 1.1 * duration))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run after a killed one failed"
     killed += os.WIFSIGNALED(status)
     if killed % 3 == 0:
         shutil.rmtree(partial, ignore_errors=True)  # some runs begin anew, the others go on
