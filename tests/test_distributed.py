@@ -64,6 +64,7 @@ def column_gives_the_bits_of_one_process(mesh: DeviceMesh, tmp: Path) -> None:
         for dtype in DTYPES:
             module, x = linear(mode, dtype)
             expected = module(x)
+            assert module.is_prepacked
             whole = parallelize_module(copy.deepcopy(module), mesh, ColumnParallel(gather_output=True))
             assert_same_bits(whole(x), expected)
             share = parallelize_module(copy.deepcopy(module), mesh, ColumnParallel())
@@ -111,7 +112,9 @@ def a_block_is_never_cut(mesh: DeviceMesh, tmp: Path) -> None:
 
 def a_shard_holds_its_part_of_codes_and_scales(mesh: DeviceMesh, tmp: Path) -> None:
     whole = Block()
-    sharded = parallelize_module(Block(), mesh, PLAN)
+    block = Block()
+    block(torch.zeros(1, 64))  # prepacks
+    sharded = parallelize_module(block, mesh, PLAN)
     rank = mesh.get_local_rank()
     for name, dimension in (("up", 0), ("down", 1)):
         for part in ("weight_packed", "weight_scale"):
@@ -119,7 +122,13 @@ def a_shard_holds_its_part_of_codes_and_scales(mesh: DeviceMesh, tmp: Path) -> N
             assert isinstance(parameter, DTensor)
             expected = whole.get_parameter(f"{name}.{part}").chunk(RANKS, dimension)[rank]
             assert_same_bits(parameter.to_local(), expected.contiguous())
-    assert sharded.state_dict().keys() == whole.state_dict().keys()
+    before = {name: tensor.to_local().clone() for name, tensor in sharded.state_dict().items()}
+    assert before.keys() == whole.state_dict().keys()
+    sharded(torch.zeros(1, 64))
+    assert all(sharded.get_submodule(name).is_prepacked for name in ("up", "down"))
+    for name, tensor in sharded.state_dict().items():
+        assert isinstance(tensor, DTensor)
+        assert_same_bits(tensor.to_local(), before[name])
 
 
 def a_sharded_state_dict_is_saved_and_loaded(mesh: DeviceMesh, tmp: Path) -> None:
@@ -131,15 +140,20 @@ def a_sharded_state_dict_is_saved_and_loaded(mesh: DeviceMesh, tmp: Path) -> Non
     other = parallelize_module(zeroed(Block()), mesh, PLAN)
     assert not torch.equal(other(x), expected)
     state = other.state_dict()
-    load(state, checkpoint_id=tmp / "tensor_parallel")  # in place
+    load(state, checkpoint_id=tmp / "tensor_parallel")
+    other.load_state_dict(state)
     assert_same_bits(other(x), expected)
     other.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in state.items()})
     assert_same_bits(other(x), x)
     other.load_state_dict(sharded.state_dict())
     assert_same_bits(other(x), expected)
+    other.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in state.items()}, assign=True)
+    assert_same_bits(other(x), x)
 
     alone = zeroed(Block())
-    load(alone.state_dict(), checkpoint_id=tmp / "tensor_parallel", no_dist=True)
+    state = alone.state_dict()
+    load(state, checkpoint_id=tmp / "tensor_parallel", no_dist=True)
+    alone.load_state_dict(state)
     for name, parameter in Block().state_dict().items():
         assert_same_bits(alone.state_dict()[name], parameter)
 
@@ -147,14 +161,17 @@ def a_sharded_state_dict_is_saved_and_loaded(mesh: DeviceMesh, tmp: Path) -> Non
 def fsdp_gives_the_bits_of_one_process(mesh: DeviceMesh, tmp: Path) -> None:
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(2 + mesh.get_local_rank()))  # other data on each rank
     blocks = nn.Sequential(Block(), Block())
-    expected = blocks(x)
+    expected = copy.deepcopy(blocks)(x)
     whole = {name: tensor.clone() for name, tensor in blocks.state_dict().items()}
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(blocks, mesh=mesh)
     for _ in range(2):
         assert_same_bits(blocks(x), expected)
-    assert all(isinstance(parameter, DTensor) for parameter in blocks.parameters())
+        held = {name for block in blocks for name, parameter in block.named_parameters() if isinstance(parameter, DTensor)}
+        assert held == {f"{layer}.{part}" for layer in ("up", "down") for part in ("weight_packed", "weight_scale", "bias")}
+    linears = [module for module in blocks.modules() if isinstance(module, MXFP4Linear)]
+    assert not any(module.is_prepacked for module in linears), "a rank would keep all of every weight"
     save(blocks.state_dict(), checkpoint_id=tmp / "fsdp")
     gathered = get_model_state_dict(blocks, options=StateDictOptions(full_state_dict=True))
     if mesh.get_local_rank() == 0:

@@ -6,14 +6,15 @@
     parallelize_module(llama, mesh, tensor_parallel_plan(llama))  # by Transformers' own plan
 
 Parameters become DTensors, so `state_dict` is what torch.distributed.checkpoint saves and loads, at any number of ranks.
-FSDP2's `fully_shard` takes MXFP4Linear as it is, and needs nothing from here.
+Load into it as torch does: `torch.distributed.checkpoint.load(state)`, then `model.load_state_dict(state)`.
+
+FSDP2's `fully_shard` takes MXFP4Linear as it is, before the first forward (or after `unprepack_`); it needs nothing from here.
 
 Not imported by `import xpu_fp4`.
 """
 
 import re
-from abc import abstractmethod
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -23,41 +24,55 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from .modules import MXFP4Linear
+from .backends import cpu_backend_name
+from .functional import linear, linear_prepacked, prepack, unprepack
+from .modules import _WEIGHTS, MXFP4Linear
 
 BLOCK = 32
 
 
 class _ShardedLinear(MXFP4Linear):
-    """An MXFP4Linear whose parameters are DTensors. It computes by an MXFP4Linear of the shards of this rank."""
+    """An MXFP4Linear whose weight is a DTensor, or this rank's shard of it in the native kernels' layout."""
 
     mesh: DeviceMesh
-    # In a tuple, so that it is no submodule with parameters of its own.
-    _local: tuple[MXFP4Linear] | None = None
-    _local_state: list[tuple[int, int | None]]
+    placement: Shard
 
-    def _local_linear(self) -> MXFP4Linear:
-        """Made anew when parameters have been replaced or written to."""
-        shards = [parameter.to_local() for parameter in self._sharded_parameters()]
-        state = [(shard.data_ptr(), None if shard.is_inference() else shard._version) for shard in shards]
-        if self._local is None or state != self._local_state:
-            packed, scale, *bias = shards
-            local = MXFP4Linear(
-                2 * packed.shape[1],
-                packed.shape[0],
-                bool(bias),
-                mode=self.mode,
-                scale_mode=self.scale_mode,
-                device="meta",
-            )
-            local.weight_packed = nn.Parameter(packed, requires_grad=False)
-            local.weight_scale = nn.Parameter(scale, requires_grad=False)
-            local.bias = nn.Parameter(bias[0], requires_grad=False) if bias else None
-            self._local, self._local_state = (local,), state
-        return self._local[0]
+    def local_features(self) -> tuple[int, int]:
+        """N and K of this rank's shard."""
+        shape = [self.out_features, self.in_features]
+        shape[self.placement.dim] //= self.mesh.size()
+        return shape[0], shape[1]
 
-    @abstractmethod
-    def _sharded_parameters(self) -> list[DTensor]: ...
+    def prepack_(self) -> "_ShardedLinear":
+        if self._prepacked is None:
+            self._prepacked = prepack(*self._local_weight())
+            for name in _WEIGHTS:
+                delattr(self, name)
+        return self
+
+    def _unprepacked(self) -> tuple[Tensor, Tensor]:
+        assert self._prepacked is not None
+        shards = unprepack(self._prepacked, *self.local_features())
+        packed, scale = (DTensor.from_local(t, self.mesh, [self.placement], run_check=False) for t in shards)
+        return packed, scale
+
+    def _local_weight(self) -> tuple[Tensor, Tensor]:
+        packed, scale = (cast(DTensor, getattr(self, name)).to_local() for name in _WEIGHTS)
+        return packed, scale
+
+    def _can_prepack(self) -> bool:
+        return self.mesh.device_type == "cpu" and cpu_backend_name() == "native"
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._prepacked is None and not torch.compiler.is_compiling() and self._can_prepack():
+            self.prepack_()
+        if self._prepacked is None:
+            return linear(x, *self._local_weight(), bias, mode=self.mode, scale_mode=self.scale_mode)
+        n, _ = self.local_features()
+        return linear_prepacked(x, self._prepacked, n, bias, mode=self.mode, scale_mode=self.scale_mode)
+
+    def _local_bias(self) -> Tensor | None:
+        return self.bias.to_local() if isinstance(self.bias, DTensor) else None
 
 
 def _gather(shard: Tensor, mesh: DeviceMesh) -> list[Tensor]:
@@ -70,11 +85,8 @@ class _ColumnParallelLinear(_ShardedLinear):
     gather_output: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self._local_linear()(x)
+        y = self._multiply(x, self._local_bias())
         return torch.cat(_gather(y, self.mesh), dim=-1) if self.gather_output else y
-
-    def _sharded_parameters(self) -> list[Any]:
-        return [p for p in (self.weight_packed, self.weight_scale, self.bias) if p is not None]
 
 
 class _RowParallelLinear(_ShardedLinear):
@@ -84,30 +96,31 @@ class _RowParallelLinear(_ShardedLinear):
         if self.split_input:
             x = x.chunk(self.mesh.size(), dim=-1)[self.mesh.get_local_rank()]
         # float32 in, float32 out: the values of x stay what they are, and the partial sum is not rounded.
-        partial = self._local_linear()(x.float())
-        y, *others = _gather(partial, self.mesh)
+        y, *others = _gather(self._multiply(x.float(), None), self.mesh)
         for other in others:
             y = y + other
-        if isinstance(self.bias, DTensor):
-            y = y + self.bias.to_local().float()
+        bias = self._local_bias()
+        if bias is not None:
+            y = y + bias.float()
         return y.to(x.dtype)
-
-    def _sharded_parameters(self) -> list[Any]:
-        return [self.weight_packed, self.weight_scale]
 
 
 class _Style(ParallelStyle):
     """What both styles do: check, distribute the parameters, and change the module's class in place."""
 
-    def _shard(self, module: nn.Module, mesh: DeviceMesh, kind: type[_ShardedLinear], **placements: Placement) -> nn.Module:
-        for name, placement in placements.items():
+    def _shard(
+        self, module: nn.Module, mesh: DeviceMesh, kind: type[_ShardedLinear], weight: Shard, bias: Placement
+    ) -> nn.Module:
+        sharded = cast(_ShardedLinear, module)
+        sharded.unprepack_()
+        for name, placement in ((_WEIGHTS[0], weight), (_WEIGHTS[1], weight), ("bias", bias)):
             parameter = getattr(module, name)
             if parameter is not None:
                 distributed = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=self.src_data_rank)
                 setattr(module, name, nn.Parameter(distributed, requires_grad=False))
         # parallelize_module keeps the module that it gave us, so it is changed, not replaced.
         module.__class__ = kind
-        module.mesh = mesh  # type: ignore[assignment]  # it is a _ShardedLinear now
+        sharded.mesh, sharded.placement = mesh, weight
         return module
 
 
@@ -127,7 +140,7 @@ class ColumnParallel(_Style):
         n, ranks = _checked(module, device_mesh).out_features, device_mesh.size()
         if n % ranks != 0:
             raise ValueError(f"out_features {n} does not divide by {ranks} ranks")
-        self._shard(module, device_mesh, _ColumnParallelLinear, weight_packed=Shard(0), weight_scale=Shard(0), bias=Shard(0))
+        self._shard(module, device_mesh, _ColumnParallelLinear, Shard(0), Shard(0))
         module.gather_output = self.gather_output  # type: ignore[assignment]
         return module
 
@@ -156,7 +169,7 @@ class RowParallel(_Style):
                 f"in_features {k} on {ranks} ranks is {k / ranks:g} for each, expected a multiple of {BLOCK}: "
                 "a block has one scale and cannot be cut"
             )
-        self._shard(module, device_mesh, _RowParallelLinear, weight_packed=Shard(1), weight_scale=Shard(1), bias=Replicate())
+        self._shard(module, device_mesh, _RowParallelLinear, Shard(1), Replicate())
         module.split_input = self.split_input  # type: ignore[assignment]
         return module
 

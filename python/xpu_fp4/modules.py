@@ -32,6 +32,8 @@ class MXFP4Linear(nn.Module):
         device, dtype: of the parameters; dtype is the bias's.
     """
 
+    _is_managed = False
+
     def __init__(
         self,
         in_features: int,
@@ -117,6 +119,12 @@ class MXFP4Linear(nn.Module):
             return self._unprepacked()[_WEIGHTS.index(name)]
         return super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        # Whoever puts a tensor subclass there, like FSDP its DTensors, manages the weight from then on.
+        if name in _WEIGHTS and type(value) not in (nn.Parameter, Tensor):
+            self._is_managed = True
+        super().__setattr__(name, value)  # type: ignore[arg-type]  # nn.Module takes any value
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MXFP4Linear":
         # .to(), .cuda(), .share_memory() and the like are for the weight as it is stored.
         self.unprepack_()
@@ -138,11 +146,14 @@ class MXFP4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] float32, float16 or bfloat16 -> [..., N] of the same dtype."""
-        if self._prepacked is None and not torch.compiler.is_compiling() and _can_prepack(self.weight_packed):
+        if self._prepacked is None and not torch.compiler.is_compiling() and self._can_prepack():
             self.prepack_()
         if self._prepacked is None:
             return linear(x, self.weight_packed, self.weight_scale, self.bias, mode=self.mode, scale_mode=self.scale_mode)
         return linear_prepacked(x, self._prepacked, self.out_features, self.bias, mode=self.mode, scale_mode=self.scale_mode)
+
+    def _can_prepack(self) -> bool:
+        return not self._is_managed and _can_prepack(self.weight_packed)
 
     def extra_repr(self) -> str:
         return (
