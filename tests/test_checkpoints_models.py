@@ -333,6 +333,8 @@ def test_a_tensor_that_the_checkpoint_lacks_is_named(tmp_path: Path) -> None:
         model = LlamaForCausalLM(llama_config())
     with pytest.raises(CheckpointError, match=r"has no tensors for model\.norm\.weight, model\.rotary_emb"):
         xpu_fp4.apply_checkpoint(model, folder)
+    with pytest.raises(CheckpointError, match=r"has no tensors for model\.norm\.weight$"):
+        xpu_fp4.apply_checkpoint(llama(), folder)
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:

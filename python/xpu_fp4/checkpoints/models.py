@@ -70,16 +70,16 @@ def apply_checkpoint(model: Model, folder: str | PathLike[str]) -> Model:
     Tensors that the model has no place for are named in a warning.
     """
     checkpoint = open_checkpoint(folder)
-    for name, place in replace_layers(model, checkpoint).items():
+    places = replace_layers(model, checkpoint)
+    for name, place in places.items():
         _load_layer(model, checkpoint, name, place)
-    left_over = _load_others(model, checkpoint)
+    loaded, left_over = _load_others(model, checkpoint)
     if hasattr(model, "tie_weights"):
         cast(Callable[[], None], model.tie_weights)()
-    missing = [name for name, tensor in _state(model).items() if tensor.is_meta]
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.folder} has no tensors for {_some(missing)}, which the model left on the meta device"
-        )
+    for module in {place.module for place in places.values()}:
+        loaded |= {f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters()}
+    if missing := _missing(model, loaded):
+        raise CheckpointError(f"{checkpoint.folder} has no tensors for {_some(missing)}")
     if left_over:
         warnings.warn(f"{checkpoint.folder}: the model has no place for {_some(left_over)}", stacklevel=2)
     return model
@@ -135,9 +135,10 @@ def _put_expert(experts: nn.Module, name: str, value: Tensor, place: Place) -> N
     rows.copy_(value.view(rows.shape))
 
 
-def _load_others(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """Loads what is not quantized; returns the names that the model has no place for."""
+def _load_others(model: nn.Module, checkpoint: Checkpoint) -> tuple[set[str], list[str]]:
+    """Loads what is not quantized; returns the names in the model, and the names that the model has no place for."""
     state = _state(model)
+    loaded: set[str] = set()
     left_over = []
     for name in checkpoint.other_tensors():
         found = next((candidate for candidate in names_in_model(model, name) if candidate in state), None)
@@ -151,7 +152,18 @@ def _load_others(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
             )
         owner, _, attribute = found.rpartition(".")
         _put(model.get_submodule(owner), attribute, checkpoint.files.tensor(name))
-    return left_over
+        loaded.add(found)
+    return loaded, left_over
+
+
+def _missing(model: nn.Module, loaded: Collection[str]) -> list[str]:
+    """Parameters that were not loaded under any of their names, saved buffers that were not, and what is still on meta."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    known = {id(parameter) for name, parameter in parameters.items() if name in loaded}
+    unknown = {name for name, parameter in parameters.items() if id(parameter) not in known}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    unknown |= (buffers & model.state_dict().keys()) - set(loaded)
+    return sorted(unknown | {name for name, tensor in _state(model).items() if tensor.is_meta})
 
 
 def _state(model: nn.Module) -> Mapping[str, Tensor]:
