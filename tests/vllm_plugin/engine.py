@@ -36,6 +36,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
         "VLLM_CONFIG_ROOT": str(folder / "config"),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # tiny layers: handing them out costs more
         **more,
     }
 
