@@ -69,7 +69,7 @@ def quantization_config(groups: Groups) -> QuantizationConfig:
     )
 
 
-def quantize(model: nn.Module, groups: Groups) -> None:
+def quantize(model: Any, groups: Groups) -> None:
     """Gives the model compressed-tensors' scales and its emulation: forward now rounds weights and activations to MXFP4."""
     apply_quantization_config(model, quantization_config(groups))
     for module in model.modules():

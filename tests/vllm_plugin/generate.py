@@ -32,7 +32,7 @@ def drop_in() -> None:
     from vllm.model_executor.kernels.linear import XPUMxFp4LinearKernel, register_linear_kernel
     from vllm.platforms import PlatformEnum
 
-    class XPUKernelOnCpu(XPUMxFp4LinearKernel):  # type: ignore[misc]
+    class XPUKernelOnCpu(XPUMxFp4LinearKernel):
         @classmethod
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
             return True, None

@@ -2,6 +2,7 @@
 """Greedy decoding by Transformers, every linear emulated by compressed-tensors: nothing of xpu_fp4 or vLLM takes part."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import fake_quantize
@@ -28,7 +29,7 @@ def _decode(model: nn.Module, prompt: list[int]) -> list[int]:
     return tokens
 
 
-def _round_weight(linear: nn.Module) -> None:
+def _round_weight(linear: Any) -> None:
     """Rounds the weight now, once, instead of in every forward."""
     scheme = linear.quantization_scheme
     linear.weight.data = fake_quantize(linear.weight.data, linear.weight_scale, None, scheme.weights)

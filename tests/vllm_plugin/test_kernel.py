@@ -2,6 +2,7 @@
 """The kernel class by itself: what vLLM asks it, what it answers, what it computes."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -37,15 +38,15 @@ def on_xpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernel._platform_backend.cache_clear()
 
 
-def layer_with(weight: Tensor, scale: Tensor) -> nn.Module:
-    layer = nn.Module()
+def layer_with(weight: Tensor, scale: Tensor) -> Any:
+    layer: Any = nn.Module()
     layer.prefix = "model.layers.0.mlp.down_proj"
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.weight_scale = nn.Parameter(scale, requires_grad=False)
     return layer
 
 
-def random_layer() -> tuple[nn.Module, Tensor, Tensor]:
+def random_layer() -> tuple[Any, Tensor, Tensor]:
     weight, scale = reference.quantize(torch.randn(N, K))
     layer = layer_with(weight.clone(), scale.clone())
     return layer, weight, scale
@@ -120,6 +121,20 @@ def test_w4a16_is_within_its_bound(dtype: torch.dtype, with_bias: bool, leading:
     got = served.apply_weights(layer, x, bias if with_bias else None)
     assert got.dtype == dtype
     assert bool(((got.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("key", [None, kMxfp4Dynamic])
+def test_the_sycl_backend_serves_the_checkpoints_own_layout_with_the_same_bits(
+    key: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, weight, scale = random_layer()
+    served, x = init_mxfp4_linear_kernel(key), torch.randn(5, K)
+    served.process_weights_after_loading(layer)
+    monkeypatch.setattr(kernel, "cpu_backend_name", lambda: "sycl")
+    unpacked = layer_with(weight, scale)
+    served.process_weights_after_loading(unpacked)
+    assert unpacked.weight.shape == weight.shape
+    assert torch.equal(served.apply_weights(unpacked, x), served.apply_weights(layer, x))
 
 
 def test_a_slice_of_wider_activations_is_served() -> None:

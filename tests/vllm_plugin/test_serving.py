@@ -27,20 +27,20 @@ def test_formats_are_told_apart_by_their_tokens(reference: Reference) -> None:
 def test_w4a4_of_compressed_tensors(models: Models, reference: Reference, tmp_path: Path) -> None:
     run = generate(models.w4a4, tmp_path)
     assert_tokens(run, reference(W4A4))
-    assert run.ops == {"xpu_fp4::mxfp4_linear": FUSED_LINEARS * NEW_TOKENS}
+    assert run.ops == {"xpu_fp4::mxfp4_linear_prepacked": FUSED_LINEARS * NEW_TOKENS}
 
 
 def test_weight_only_of_compressed_tensors_keeps_activations(models: Models, reference: Reference, tmp_path: Path) -> None:
     run = generate(models.w4a16, tmp_path)
     assert_tokens(run, reference(W4A16))
-    assert run.ops == {"xpu_fp4::mxfp4_linear_w4a16": FUSED_LINEARS * NEW_TOKENS}
+    assert run.ops == {"xpu_fp4::mxfp4_linear_w4a16_prepacked": FUSED_LINEARS * NEW_TOKENS}
 
 
 def test_weight_only_is_recognised_layer_by_layer(models: Models, reference: Reference, tmp_path: Path) -> None:
     run = generate(models.mixed, tmp_path)
     assert_tokens(run, reference(MIXED))
     half = FUSED_LINEARS * NEW_TOKENS // 2
-    assert run.ops == {"xpu_fp4::mxfp4_linear": half, "xpu_fp4::mxfp4_linear_w4a16": half}
+    assert run.ops == {"xpu_fp4::mxfp4_linear_prepacked": half, "xpu_fp4::mxfp4_linear_w4a16_prepacked": half}
 
 
 def test_w4a4_of_quark(models: Models, reference: Reference, tmp_path: Path) -> None:
@@ -52,13 +52,13 @@ def test_weight_only_of_quark_equals_that_of_compressed_tensors(models: Models, 
     quark = generate(models.quark_w4a16, tmp_path, dtype="bfloat16")
     compressed = generate(models.w4a16, tmp_path, dtype="bfloat16")
     assert quark.tokens == compressed.tokens
-    assert quark.ops == compressed.ops == {"xpu_fp4::mxfp4_linear_w4a16": FUSED_LINEARS * NEW_TOKENS}
+    assert quark.ops == compressed.ops == {"xpu_fp4::mxfp4_linear_w4a16_prepacked": FUSED_LINEARS * NEW_TOKENS}
 
 
 def test_torch_compile(models: Models, reference: Reference, tmp_path: Path) -> None:
     run = generate(models.w4a4, tmp_path, enforce_eager=False)
     assert_tokens(run, reference(W4A4))
-    assert run.ops == {"xpu_fp4::mxfp4_linear": FUSED_LINEARS * NEW_TOKENS}
+    assert run.ops == {"xpu_fp4::mxfp4_linear_prepacked": FUSED_LINEARS * NEW_TOKENS}
 
 
 def test_engine_in_a_process_of_its_own(models: Models, reference: Reference, tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 """The MXFP4 linear kernel that vLLM selects, for CPU and XPU."""
 
 import functools
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.kernels.linear import MxFp4LinearKernel, MxFp4LinearLayerConfig
 from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Dynamic
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
-from ..._library import BLOCK, ops
-from ...backends import Backend, backend
+from ..._library import BLOCK
+from ...backends import Backend, backend, cpu_backend_name
+from ...functional import Mode, linear, linear_prepacked, prepack
 
 
 @functools.cache
@@ -20,7 +22,7 @@ def _platform_backend() -> Backend | None:
     if current_platform.is_xpu():
         return backend("xpu")
     if current_platform.is_cpu():
-        return backend(ops._cpu_backend())
+        return backend(cpu_backend_name())
     return None
 
 
@@ -50,21 +52,24 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
             )
         return True, None
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Raises ValueError if the weight's blocks and scales do not match."""
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Moves the weight to the layout of the backend's fastest ops. Raises ValueError if its blocks and scales do not match."""
         weight, scale = layer.weight.data, layer.weight_scale.data
         _check_blocks(getattr(layer, "prefix", type(layer).__name__), weight, scale)
-        replace_parameter(layer, "weight", weight.contiguous())
-        replace_parameter(layer, "weight_scale", scale.contiguous())
-
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] -> [..., N] of x's dtype."""
-        out: Tensor
-        if self.config.activation_quant_key is None:
-            out = ops.mxfp4_linear_w4a16(x, layer.weight, layer.weight_scale, bias)
+        if current_platform.is_cpu() and cpu_backend_name() == "native":
+            layer.xpu_fp4_out_features = len(weight)
+            replace_parameter(layer, "weight", prepack(weight, scale))
+            layer.weight_scale = None  # it is in the prepacked weight
         else:
-            out = ops.mxfp4_linear(x, layer.weight, layer.weight_scale, bias)
-        return out
+            replace_parameter(layer, "weight", weight)
+            replace_parameter(layer, "weight_scale", scale)
+
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N] of x's dtype."""
+        mode: Mode = "w4a16" if self.config.activation_quant_key is None else "w4a4"
+        if layer.weight_scale is None:
+            return linear_prepacked(x, layer.weight, layer.xpu_fp4_out_features, bias, mode=mode)
+        return linear(x, layer.weight, layer.weight_scale, bias, mode=mode)
 
 
 def _check_blocks(name: str, weight: Tensor, scale: Tensor) -> None:
