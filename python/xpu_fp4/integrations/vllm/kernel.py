@@ -53,7 +53,7 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Moves the weight to the layout of the backend's fastest ops. Raises ValueError if its blocks and scales do not match."""
+        """Prepacks the weight where the backend can. Raises ValueError if its blocks and scales do not match."""
         weight, scale = layer.weight.data, layer.weight_scale.data
         _check_blocks(getattr(layer, "prefix", type(layer).__name__), weight, scale)
         if current_platform.is_cpu() and cpu_backend_name() == "native":
