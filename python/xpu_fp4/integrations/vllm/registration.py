@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `register` does where vLLM is one that we know. All that can fail with another vLLM comes before the first change."""
+
+import dataclasses
+import inspect
+
+from vllm.model_executor.kernels.linear import MxFp4LinearLayerConfig, register_linear_kernel
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.platforms import PlatformEnum
+
+from .kernel import XpuFp4LinearKernel
+from .weight_only import WeightOnlyAwareConfig
+
+
+def register_kernel_and_config() -> None:
+    """Raises NotImplementedError if vLLM's kernel interface asks for more than we know of."""
+    unknown = {field.name for field in dataclasses.fields(MxFp4LinearLayerConfig)} - {"activation_quant_key"}
+    if unknown:
+        raise NotImplementedError(f"MxFp4LinearLayerConfig has unknown fields: {', '.join(sorted(unknown))}")
+    if inspect.isabstract(XpuFp4LinearKernel):
+        abstract = ", ".join(sorted(XpuFp4LinearKernel.__abstractmethods__))
+        raise NotImplementedError(f"MxFp4LinearKernel has unknown abstract methods: {abstract}")
+    runs_here, _ = XpuFp4LinearKernel.is_supported()
+    # Behind what is registered already: on XPU vLLM's own kernel stays first, and ours takes what it refuses.
+    for platform in (PlatformEnum.CPU, PlatformEnum.XPU):
+        register_linear_kernel(XpuFp4LinearKernel, platform, "mxfp4")
+    if runs_here:
+        register_quantization_config("compressed-tensors")(WeightOnlyAwareConfig)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints and reference tokens, made once."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import checkpoints
+from .checkpoints import Groups
+from .reference import certain_tokens
+
+W4A4: Groups = {"MXFP4": ["Linear"]}
+W4A16: Groups = {"MXFP4A16": ["Linear"]}
+MIXED: Groups = {"MXFP4A16": ["re:.*(q|k|v|o)_proj"], "MXFP4": ["re:.*(gate|up|down)_proj"]}
+
+
+@dataclass(frozen=True)
+class Models:
+    """Folders of the tiny Llama in bf16 and of its MXFP4 checkpoints."""
+
+    bf16: Path
+    w4a4: Path
+    w4a16: Path
+    mixed: Path
+    quark_w4a4: Path
+    quark_w4a16: Path
+
+
+@pytest.fixture(scope="session")
+def uncompiled() -> Iterator[None]:
+    """compressed-tensors compiles its rounding for every shape, which takes minutes."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, uncompiled: None) -> Models:
+    folder = tmp_path_factory.mktemp("models")
+    bf16 = checkpoints.save_tiny_llama(folder / "bf16")
+    w4a4 = checkpoints.save_compressed(bf16, folder / "w4a4", W4A4)
+    w4a16 = checkpoints.save_compressed(bf16, folder / "w4a16", W4A16)
+    return Models(
+        bf16,
+        w4a4,
+        w4a16,
+        checkpoints.save_compressed(bf16, folder / "mixed", MIXED),
+        checkpoints.save_as_quark(w4a4, folder / "quark_w4a4", "MXFP4"),
+        checkpoints.save_as_quark(w4a16, folder / "quark_w4a16", "MXFP4A16"),
+    )
+
+
+Reference = Callable[..., list[list[int]]]
+
+
+@pytest.fixture(scope="session")
+def reference(models: Models) -> Reference:
+    """Groups -> the tokens that Transformers is certain of."""
+    known: dict[str, list[list[int]]] = {}
+
+    def tokens(groups: Groups, *, xpu_activations: bool = False) -> list[list[int]]:
+        key = f"{groups} {xpu_activations}"
+        if key not in known:
+            known[key] = certain_tokens(models.bf16, groups, xpu_activations=xpu_activations)
+        return known[key]
+
+    return tokens

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One vLLM engine in a process of its own: reads its settings as JSON from the argument, prints what came out as JSON."""
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+
+def allow_quark_in_float32() -> None:
+    """vLLM lets Quark checkpoints run in half precision only, where greedy tokens of two implementations part ways."""
+    from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
+
+    QuarkConfig.get_supported_act_dtypes = lambda self: [torch.float32]
+
+
+def drop_in() -> None:
+    """vLLM's own XPU kernel on this CPU. It brings `vllm::xpu_mxfp4_quantize`, from a module that needs vllm_xpu_kernels."""
+    import types
+
+    import xpu_fp4  # before the stand-ins, which keep it from defining the ops
+
+    for name, attribute in {
+        "vllm_xpu_kernels": "",
+        "vllm_xpu_kernels.flash_attn_interface": "flash_attn_varlen_func",
+        "vllm_xpu_kernels.rotary": "apply_rotary_emb",
+    }.items():
+        sys.modules[name] = types.ModuleType(name)
+        setattr(sys.modules[name], attribute or "__path__", None)
+    import vllm._xpu_ops  # noqa: F401
+    from vllm.model_executor.kernels.linear import XPUMxFp4LinearKernel, register_linear_kernel
+    from vllm.platforms import PlatformEnum
+
+    class XPUKernelOnCpu(XPUMxFp4LinearKernel):
+        @classmethod
+        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+            return True, None
+
+    register_linear_kernel(XPUKernelOnCpu, PlatformEnum.CPU, "mxfp4")
+    assert xpu_fp4
+
+
+PREPARATIONS = {"quark_float32": allow_quark_in_float32, "drop_in": drop_in}
+
+
+def count_ops(profile: torch.profiler.profile) -> dict[str, int]:
+    """How often each op that can serve a linear ran."""
+    names = ("xpu_fp4::", "_xpu_C::", "_C::per_token")
+    return {event.key: event.count for event in profile.key_averages() if event.key.startswith(names)}
+
+
+def main(settings: dict[str, Any]) -> None:
+    for name in settings.pop("prepare"):
+        PREPARATIONS[name]()
+    from vllm import LLM, SamplingParams
+
+    prompts = [{"prompt_token_ids": ids} for ids in settings.pop("prompts")]
+    sampling = SamplingParams(temperature=0, max_tokens=settings.pop("new_tokens"), ignore_eos=True, detokenize=False)
+    llm = LLM(skip_tokenizer_init=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=256, **settings)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    print("RESULT " + json.dumps({"tokens": tokens, "ops": count_ops(profile)}))
+
+
+if __name__ == "__main__":  # workers import this file again
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy decoding by Transformers, every linear emulated by compressed-tensors: nothing of xpu_fp4 or vLLM takes part."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import fake_quantize
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from .checkpoints import Groups, quantize
+
+# Far above float32's rounding errors in these models.
+NOISE = 1e-6
+NOISY_RUNS = 4
+
+# Of several lengths; none is a multiple of another's.
+PROMPTS = [[1, *range(10 + i, 10 + i + length)] for i, length in enumerate([3, 40, 7, 4, 11, 90])]
+NEW_TOKENS = 8
+
+
+def _decode(model: nn.Module, prompt: list[int]) -> list[int]:
+    tokens, ids, cache = [], torch.tensor([prompt]), None
+    for _ in range(NEW_TOKENS):
+        output = model(ids, past_key_values=cache, use_cache=True)
+        ids, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+        tokens.append(int(ids))
+    return tokens
+
+
+def _round_weight(linear: Any) -> None:
+    """Rounds the weight now, once, instead of in every forward."""
+    scheme = linear.quantization_scheme
+    linear.weight.data = fake_quantize(linear.weight.data, linear.weight_scale, None, scheme.weights)
+    linear.quantization_scheme = scheme.model_copy(update={"weights": None})
+
+
+def _add_noise(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    (x,) = args
+    return (x + NOISE * x.square().mean().sqrt() * torch.randn_like(x),)
+
+
+def _round_as_vllm_xpu_kernels(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """x rounded to MXFP4 with vllm-xpu-kernels' numbers: scale 2^ceil(log2(amax / 6)), ties toward zero."""
+    blocks = args[0].double().unflatten(-1, (-1, 32))
+    scale = torch.exp2((blocks.abs().amax(-1, keepdim=True) / 6).clamp(min=1e-10).log2().ceil())
+    thresholds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=torch.float64)
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+    code = torch.bucketize((blocks / scale).abs(), thresholds)  # how many thresholds lie below
+    return ((values[code] * blocks.sign() * scale).flatten(-2).to(args[0].dtype),)
+
+
+@torch.no_grad()
+def certain_tokens(source: Path, groups: Groups, *, xpu_activations: bool = False) -> list[list[int]]:
+    """The tokens that follow each of PROMPTS, as far as they are certain.
+
+    A rounding error may turn the code of an activation, and so a token and all after it. Tokens count as certain as far as
+    float64, float32, and float32 with noise in the input of every linear give the same. xpu_activations has activations
+    rounded as vllm-xpu-kernels does.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the layers are tiny: handing them out costs more
+    runs = []
+    for dtype in (torch.float64, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+        quantize(model, groups)
+        linears = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
+        for linear in linears:
+            _round_weight(linear)
+        for linear in linears if xpu_activations else []:
+            linear.register_forward_pre_hook(_round_as_vllm_xpu_kernels)
+        runs.append([_decode(model, prompt) for prompt in PROMPTS])
+    for linear in linears:
+        linear.register_forward_pre_hook(_add_noise, prepend=True)
+    runs += [[_decode(model, prompt) for prompt in PROMPTS] for _ in range(NOISY_RUNS)]
+    return [_common_prefix(list(tokens)) for tokens in zip(*runs, strict=True)]
+
+
+def _common_prefix(runs: list[list[int]]) -> list[int]:
+    length = next((i for i, tokens in enumerate(zip(*runs, strict=True)) if len(set(tokens)) > 1), NEW_TOKENS)
+    return runs[0][:length]

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel class by itself: what vLLM asks it, what it answers, what it computes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import vllm.model_executor.kernels.linear as linear_kernels
+from torch import Tensor, nn
+from vllm.model_executor.kernels.linear import MxFp4LinearLayerConfig, XPUMxFp4LinearKernel, init_mxfp4_linear_kernel
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kMxfp4Dynamic
+from vllm.platforms import PlatformEnum, current_platform
+from vllm.plugins import load_general_plugins
+from xpu_fp4 import Backend, reference
+from xpu_fp4.integrations.vllm import kernel, register
+from xpu_fp4.integrations.vllm.kernel import XpuFp4LinearKernel
+
+K, N = 160, 48  # five blocks
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    register()
+
+
+def kernels_of(platform: PlatformEnum) -> list[type]:
+    return list(linear_kernels._POSSIBLE_MXFP4_KERNELS[platform])
+
+
+@pytest.fixture
+def on_xpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """vLLM and the kernel believe that this is an XPU on which ours can run."""
+    monkeypatch.setattr(type(current_platform), "_enum", PlatformEnum.XPU)
+    monkeypatch.setattr(kernel, "backend", lambda name: Backend(name, True, ""))
+    kernel._platform_backend.cache_clear()
+    yield
+    kernel._platform_backend.cache_clear()
+
+
+def layer_with(weight: Tensor, scale: Tensor) -> Any:
+    layer: Any = nn.Module()
+    layer.prefix = "model.layers.0.mlp.down_proj"
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+    return layer
+
+
+def random_layer() -> tuple[Any, Tensor, Tensor]:
+    weight, scale = reference.quantize(torch.randn(N, K))
+    layer = layer_with(weight.clone(), scale.clone())
+    return layer, weight, scale
+
+
+def test_registering_again_changes_nothing() -> None:
+    register()
+    load_general_plugins()
+    assert kernels_of(PlatformEnum.CPU).count(XpuFp4LinearKernel) == 1
+    assert kernels_of(PlatformEnum.XPU) == [XPUMxFp4LinearKernel, XpuFp4LinearKernel]
+
+
+def test_on_xpu_the_built_in_kernel_comes_first_and_ours_takes_what_it_refuses(
+    on_xpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert type(init_mxfp4_linear_kernel(kMxfp4Dynamic)) is XPUMxFp4LinearKernel
+    assert type(init_mxfp4_linear_kernel(None)) is XpuFp4LinearKernel
+    monkeypatch.setenv("VLLM_DISABLED_KERNELS", "XPUMxFp4LinearKernel")
+    assert type(init_mxfp4_linear_kernel(kMxfp4Dynamic)) is XpuFp4LinearKernel
+
+
+def test_a_backend_that_is_off_is_named_with_its_reason(on_xpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "backend", lambda name: Backend(name, False, "torch sees no XPU device"))
+    with pytest.raises(ValueError, match="xpu_fp4's xpu backend is off: torch sees no XPU device"):
+        init_mxfp4_linear_kernel(None)
+
+
+def test_another_platform_is_named(on_xpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "_enum", PlatformEnum.CUDA)
+    supported, reason = XpuFp4LinearKernel.is_supported()
+    assert not supported
+    assert reason is not None
+    assert "platforms cpu and xpu" in reason
+
+
+@pytest.mark.parametrize("key", [None, kMxfp4Dynamic])
+def test_both_activation_formats_are_ours(key: object) -> None:
+    assert XpuFp4LinearKernel.can_implement(MxFp4LinearLayerConfig(key)) == (True, None)
+    assert type(init_mxfp4_linear_kernel(key)) is XpuFp4LinearKernel
+
+
+def test_other_activation_formats_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"XpuFp4LinearKernel: the checkpoint asks for activations quantized as .*f8e4m3"):
+        init_mxfp4_linear_kernel(kFp8DynamicTokenSym)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("leading", [(7,), (2, 3), (0,), (1,)])
+def test_w4a4_has_the_bits_of_the_definition(dtype: torch.dtype, with_bias: bool, leading: tuple[int, ...]) -> None:
+    layer, weight, scale = random_layer()
+    served = init_mxfp4_linear_kernel(kMxfp4Dynamic)
+    served.process_weights_after_loading(layer)
+    x = torch.randn(*leading, K).to(dtype)
+    bias = torch.randn(N).to(dtype) if with_bias else None
+    expected = reference.gemm(*reference.quantize(x.flatten(0, -2)), weight, scale, dtype, bias)
+    assert torch.equal(served.apply_weights(layer, x, bias), expected.view(*leading, N))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("leading", [(7,), (2, 3)])
+def test_w4a16_is_within_its_bound(dtype: torch.dtype, with_bias: bool, leading: tuple[int, ...]) -> None:
+    layer, weight, scale = random_layer()
+    served = init_mxfp4_linear_kernel(None)
+    served.process_weights_after_loading(layer)
+    x = torch.randn(*leading, K).to(dtype)
+    bias = torch.randn(N).to(dtype) if with_bias else torch.zeros(N, dtype=dtype)
+    w = reference.values(weight, scale)
+    exact = x.double() @ w.t() + bias.double()
+    bound = 2**-22 * K**0.5 * (x.double().abs() @ w.abs().t()) + exact.abs() * torch.finfo(dtype).eps
+    got = served.apply_weights(layer, x, bias if with_bias else None)
+    assert got.dtype == dtype
+    assert bool(((got.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("key", [None, kMxfp4Dynamic])
+def test_the_sycl_backend_serves_the_checkpoints_own_layout_with_the_same_bits(
+    key: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, weight, scale = random_layer()
+    served, x = init_mxfp4_linear_kernel(key), torch.randn(5, K)
+    served.process_weights_after_loading(layer)
+    monkeypatch.setattr(kernel, "cpu_backend_name", lambda: "sycl")
+    unpacked = layer_with(weight, scale)
+    served.process_weights_after_loading(unpacked)
+    assert unpacked.weight.shape == weight.shape
+    assert torch.equal(served.apply_weights(unpacked, x), served.apply_weights(layer, x))
+
+
+def test_a_slice_of_wider_activations_is_served() -> None:
+    layer, weight, scale = random_layer()
+    served = init_mxfp4_linear_kernel(kMxfp4Dynamic)
+    served.process_weights_after_loading(layer)
+    x = torch.randn(5, 2 * K)[:, K:]
+    expected = reference.gemm(*reference.quantize(x), weight, scale, torch.float32)
+    assert torch.equal(served.apply_weights(layer, x), expected)
+
+
+@pytest.mark.parametrize("key", [None, kMxfp4Dynamic])
+def test_dynamo_traces_the_layer_without_a_break(key: object) -> None:
+    layer, _, _ = random_layer()
+    served = init_mxfp4_linear_kernel(key)
+    served.process_weights_after_loading(layer)
+    x = torch.randn(4, K)
+    compiled = torch.compile(lambda t: served.apply_weights(layer, t), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), served.apply_weights(layer, x))
+
+
+def test_a_shard_that_cuts_a_block_is_refused_by_its_name() -> None:
+    # K = 96 over two workers: vLLM gives each 48 values and one scale of a row.
+    layer = layer_with(torch.zeros(N, 24, dtype=torch.uint8), torch.zeros(N, 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj: .* choose another tensor parallel size"):
+        init_mxfp4_linear_kernel(kMxfp4Dynamic).process_weights_after_loading(layer)
