@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "architectures.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 namespace xpu_fp4::syclrt {
@@ -10,7 +12,9 @@ namespace {
 namespace syclexp = sycl::ext::oneapi::experimental;
 
 // Rows beyond which expanding the weights, 1.5 bytes of traffic for each, costs less than decoding them for every 32 rows.
-constexpr int64_t kSmallRows = 32;
+constexpr int kSmallRows = 32;
+// Rows for which gemm_small.cpp is compiled.
+constexpr int kSmallTiles[] = {1, 4, 8, 16, kSmallRows};
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -79,7 +83,11 @@ Override variant_override() {
 GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, int64_t m, int64_t n,
                    std::optional<Kernel> forced) {
   const Kernel kernel = forced ? *forced : m <= kSmallRows ? Kernel::small : Kernel::large;
-  if (kernel != Kernel::large) return {kernel, {0, 0}, 1, 1};
+  if (kernel == Kernel::portable) return {kernel, {}, 1, 1, 0};
+  if (kernel == Kernel::small) {
+    const auto fits = std::find_if(std::begin(kSmallTiles), std::end(kSmallTiles), [&](int rows) { return rows >= m; });
+    return {kernel, {}, 1, 1, fits != std::end(kSmallTiles) ? *fits : kSmallRows};
+  }
   const auto tiles = [&](Tile tile) {
     return ceil_div(m, 8 * tile.row_units) * ceil_div(n, architecture.sub_group * tile.column_units);
   };
@@ -91,7 +99,7 @@ GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, int6
     return static_cast<int>(wanted);
   };
   return {kernel, tile, fit(4, ceil_div(m, 8 * tile.row_units)),
-          fit(8, ceil_div(n, architecture.sub_group * tile.column_units))};
+          fit(8, ceil_div(n, architecture.sub_group * tile.column_units)), 0};
 }
 
 }  // namespace xpu_fp4::syclrt

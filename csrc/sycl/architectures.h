@@ -37,8 +37,9 @@ enum class Kernel {
 
 struct GemmPlan {
   Kernel kernel;
-  Tile tile;
-  int group_rows, group_columns;  // sub-groups of a work-group
+  Tile tile;                      // large
+  int group_rows, group_columns;  // large: sub-groups of a work-group
+  int rows;                       // small: of a work-group
 };
 
 /// What XPU_FP4_SYCL_VARIANT asks for: `portable`, an architecture's name, or `NAME:small`, `NAME:large`. Read at each call.

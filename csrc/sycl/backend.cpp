@@ -42,6 +42,8 @@ sycl::nd_range<2> grid(int64_t rows, int64_t lanes) {
   return {{static_cast<size_t>(rows), static_cast<size_t>(round_up(lanes, kGroupLanes))}, {1, static_cast<size_t>(kGroupLanes)}};
 }
 
+constexpr uint32_t kMagicBits = 0x4B400000;  // of 1.5 * 2^23: kernels/quad_sum.hpp
+
 // An operand in the expanded form of kernels/layout.hpp; owns its memory.
 struct Expanded {
   std::shared_ptr<void> memory;
@@ -120,7 +122,7 @@ class SyclBackend final : public Backend {
   };
 
   Choice choose(int64_t m, int64_t n, int64_t k) const {
-    const Choice portable = {nullptr, {Kernel::portable, {0, 0}, 1, 1}};
+    const Choice portable = {nullptr, {Kernel::portable, {}, 1, 1, 0}};
     const Override forced = variant_override();
     const sycl::device device = queue_.get_device();
     const Architecture* architecture = forced.architecture != nullptr ? forced.architecture : architecture_of(device);
@@ -153,10 +155,15 @@ class SyclBackend final : public Backend {
 
   static sycl::nd_range<2> expand_range(const Expanded& out) { return grid(out.layout.quads, out.layout.padded_rows); }
 
+  static int64_t rows_of_tile(const Choice& choice) {
+    return choice.plan.kernel == Kernel::large ? 8 * choice.plan.tile.row_units
+                                               : round_up(choice.plan.rows, choice.architecture->sub_group);
+  }
+
   template <class Launch>
   Expanded expand_a(const Choice& choice, int64_t m, int64_t k, const Launch& launch_into) const {
     const Architecture& architecture = *choice.architecture;
-    const Expanded a = allocate_expanded(m, 8 * choice.plan.tile.row_units, k, architecture.sub_group);
+    const Expanded a = allocate_expanded(m, rows_of_tile(choice), k, architecture.sub_group);
     Macros macros = macros_of(architecture);
     const Arrangement arrangement = architecture.block_2d ? Arrangement::rows : Arrangement::row_fragments;
     macros.emplace_back("ARRANGEMENT", static_cast<int>(arrangement));
@@ -166,7 +173,28 @@ class SyclBackend final : public Backend {
 
   void gemm_expanded(const Choice& choice, const Expanded& a, const Weight& w, const Bias& bias, void* y, DType y_dtype,
                      int64_t n, int64_t k) const {
-    const auto& [kernel, tile, group_rows, group_columns] = choice.plan;
+    if (choice.plan.kernel == Kernel::small) return gemm_small(choice, a, w, bias, y, y_dtype, n, k);
+    gemm_large(choice, a, w, bias, y, y_dtype, n, k);
+  }
+
+  void gemm_small(const Choice& choice, const Expanded& a, const Weight& w, const Bias& bias, void* y, DType y_dtype, int64_t n,
+                  int64_t k) const {
+    constexpr int64_t split = 8;  // kSplit in gemm_small.cpp
+    const int64_t lanes = choice.architecture->sub_group, m = a.layout.rows;
+    Macros macros = macros_of(*choice.architecture);
+    macros.insert(macros.end(), {{"ALIGNMENT", alignment_of({w.codes})},
+                                 {"DTYPE", static_cast<int>(y_dtype)},
+                                 {"ROWS", choice.plan.rows}});
+    const sycl::nd_range<2> range = {{static_cast<size_t>(ceil_div(m, choice.plan.rows)),
+                                      static_cast<size_t>(ceil_div(n, lanes) * lanes * split)},
+                                     {1, static_cast<size_t>(lanes * split)}};
+    launch({"gemm_small.cpp", macros}, "gemm_small", range, a.codes, a.exponents, a.levels, w.codes, w.scale,
+           w.scale_row_stride, w.scale_block_stride, bias.data, bias.row_stride, bias.column_stride, y, m, n, k, kMagicBits);
+  }
+
+  void gemm_large(const Choice& choice, const Expanded& a, const Weight& w, const Bias& bias, void* y, DType y_dtype, int64_t n,
+                  int64_t k) const {
+    const auto& [kernel, tile, group_rows, group_columns, rows] = choice.plan;
     const Architecture& architecture = *choice.architecture;
     const int64_t lanes = architecture.sub_group, m = a.layout.rows;
     const Expanded b = allocate_expanded(n, lanes * tile.column_units, k, architecture.sub_group);
@@ -186,9 +214,8 @@ class SyclBackend final : public Backend {
     const auto tile_columns = static_cast<size_t>(round_up(ceil_div(n, lanes * tile.column_units), group_columns));
     const sycl::nd_range<2> range = {{tile_rows, tile_columns * lanes},
                                      {static_cast<size_t>(group_rows), static_cast<size_t>(group_columns * lanes)}};
-    constexpr uint32_t magic = 0x4B400000;  // the bits of 1.5 * 2^23
     launch({"gemm_large.cpp", macros}, "gemm_large", range, a.codes, a.exponents, a.levels, b.codes, b.exponents, b.levels,
-           bias.data, bias.row_stride, bias.column_stride, y, m, n, static_cast<uint32_t>(a.layout.quads), magic);
+           bias.data, bias.row_stride, bias.column_stride, y, m, n, static_cast<uint32_t>(a.layout.quads), kMagicBits);
   }
 
   template <int dimensions, class... Args>

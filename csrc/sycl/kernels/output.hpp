@@ -17,6 +17,11 @@ struct Output {
     return ((XPU_FP4_GLOBAL const float*)bias)[row * bias_row_stride + column * bias_column_stride];
   }
 
+  XPU_FP4_INLINE void store_row(float acc, int64_t row, int64_t column) const {
+    if (column >= n) return;
+    store_converted<kDType>(y, row * n + column, bias == nullptr ? acc : acc + bias_of(row, column));
+  }
+
   /// acc[i][j], element r of it, is row first_row + 8 i + r, column first_column + kLanes j + lane.
   template <int row_units, int column_units>
   XPU_FP4_INLINE void store_tile(const float8 (&acc)[row_units][column_units], int64_t first_row, int64_t first_column) const {
