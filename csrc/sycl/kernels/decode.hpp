@@ -43,21 +43,22 @@ struct DecodedQuad {
     struct alignas(XPU_FP4_ALIGNMENT) Packed {
       uint8_t byte[kBlockBytes];
     };
+    // For a missing block the last one is read again: A's codes are 0 there.
+    const uint32_t first = quad * kQuad, last = column.blocks - 1;
+    GlobalBytes scale = column.scale + first * column.scale_block_stride;
 #pragma unroll
     for (uint32_t b = 0; b < kQuad; ++b) {
-      // A missing block takes the codes 0, and the exponent of the last one.
-      const uint32_t block = sycl::min(quad * kQuad + b, column.blocks - 1);
-      const auto packed = *(XPU_FP4_GLOBAL const Packed*)(column.codes + block * kBlockBytes);
+      const auto packed = *(XPU_FP4_GLOBAL const Packed*)(column.codes + sycl::min(first + b, last) * kBlockBytes);
       const auto dwords = __builtin_bit_cast(xpu_fp4_uint4, packed);
-      const bool real = block == quad * kQuad + b;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         int low, high;
-        decode8(real ? dwords[i] : 0u, low, high);
+        decode8(dwords[i], low, high);
         codes[b][2 * i] = low;
         codes[b][2 * i + 1] = high;
       }
-      exponents |= uint32_t{column.scale[block * column.scale_block_stride]} << (8 * b);
+      exponents |= uint32_t{*scale} << (8 * b);
+      if (first + b < last) scale += column.scale_block_stride;
     }
   }
 };
