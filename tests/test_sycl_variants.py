@@ -12,17 +12,19 @@ import torch
 import xpu_fp4
 from helpers import (
     DTYPES,
+    HALF_DTYPES,
     MODES,
     assert_same_bits,
     gemm,
     linear_w4a4,
+    linear_w4a16,
     random_codes,
     random_scales,
     seeded,
 )
-from test_gemm import CENTRES, SPREADS, Operands, spread_scales
+from test_gemm import CENTRES, SPREADS, Operands, spread_scales, w4a16_error
 from torch import Tensor
-from xpu_fp4 import ScaleMode
+from xpu_fp4 import ScaleMode, reference
 
 # Large tiles are taken from four tiles on with two compute units, medium ones below that; small ones by rows.
 LARGE = {"bmg:large": (65, 33), "ptl:large": (50, 40), "dg2:large": (17, 40)}
@@ -156,9 +158,85 @@ def test_k_of_zero_gives_the_bias(force: pytest.MonkeyPatch) -> None:
     assert_native_bits((empty, empty, empty, empty), torch.float32, torch.randn(4))
 
 
-@pytest.mark.parametrize("value", ["gpu", "bmg:huge", "bmg:", ":large"])
+@pytest.mark.parametrize("value", ["gpu", "bmg:huge", "bmg:", ":large", "bmg:native"])
 def test_an_unknown_variant_is_refused(force: pytest.MonkeyPatch, value: str) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", value)
     operands = spread_operands("equal", "ordinary", 2, 2, 32)
     with xpu_fp4.cpu_backend("sycl"), pytest.raises(RuntimeError, match=f'XPU_FP4_SYCL_VARIANT is "{value}".*bmg'):
         gemm(*operands)
+
+
+# ---- W4A16 on the matrix unit: within the bound, and each row the same whatever surrounds it ----
+
+
+def w4a16_operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = seeded(next(seeds))
+    weight, scale = random_codes(n, k, generator), random_scales(n, k, generator, 117, 137)
+    return (torch.randn(m, k, generator=generator) * 2.0**-5).to(dtype), weight, scale
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize(
+    ("variant", "m", "k"),
+    [("bmg:large", 70, 544), ("pvc:large", 130, 160), ("dg2:large", 70, 160), ("bmg:small", 5, 2208), ("dg2:small", 19, 416)],
+)
+def test_w4a16_stays_within_the_bound(force: pytest.MonkeyPatch, variant: str, m: int, k: int, dtype: torch.dtype) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    x, weight, scale = w4a16_operands(m, 37, k, dtype)
+    bias = torch.randn(37, generator=seeded(1)).to(dtype)
+    with xpu_fp4.cpu_backend("sycl"):
+        y = linear_w4a16(x, weight, scale, bias)
+        head = linear_w4a16(x[: m // 2], weight, scale, bias)
+    assert w4a16_error(y, x, weight, scale, bias).max() <= 1
+    if variant.endswith("large"):
+        assert_same_bits(head, y[: m // 2])
+
+
+@pytest.mark.parametrize("variant", ["bmg:large", "bmg:small"])
+def test_w4a16_scales_are_exact(force: pytest.MonkeyPatch, variant: str) -> None:
+    """One element of X at a time: every product is a single one, so that the result is the exactly scaled weight; all codes, all
+    scales, NaN among them."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    n, k = 256, 64
+    scale = torch.arange(n, dtype=torch.uint8)[:, None].expand(n, 2).contiguous()
+    codes = (torch.arange(k // 2, dtype=torch.uint8) * 17 + 0x10).expand(n, k // 2).contiguous()
+    x = torch.eye(k, dtype=torch.bfloat16)[: 70 if variant == "bmg:large" else 8]
+    with xpu_fp4.cpu_backend("sycl"):
+        y = linear_w4a16(x, codes, scale)
+    expected = reference.values(codes, scale).t()[: len(x)].bfloat16() + 0.0  # -0 becomes 0, as a sum does
+    expected[expected.isnan()] = torch.nan  # the canonical one
+    assert_same_bits(y, expected)
+
+
+def test_w4a16_operands_that_are_not_aligned(force: pytest.MonkeyPatch) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", "bmg:small")
+    x, weight, scale = w4a16_operands(5, 20, 96, torch.bfloat16)
+    shifted_x = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+    shifted = torch.empty(weight.numel() + 1, dtype=torch.uint8)[1:].view(weight.shape).copy_(weight)
+    with xpu_fp4.cpu_backend("sycl"):
+        assert_same_bits(linear_w4a16(shifted_x, shifted, scale), linear_w4a16(x, weight, scale))
+
+
+# ---- Xe3P's own FP4 instruction ----
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(33, 70, 128), (5, 9, 416)])
+def test_native_fp4_stays_within_the_bound(force: pytest.MonkeyPatch, m: int, n: int, k: int) -> None:
+    """Its hardware rounds in its own way, so this is not the definition; K with a started quad, tails in M and N."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:native")
+    a, a_scale, w, w_scale = spread_operands("mixed", "ordinary", m, n, k)
+    bias = torch.randn(n, generator=seeded(3))
+    with xpu_fp4.cpu_backend("sycl"):
+        y = gemm(a, a_scale, w, w_scale, torch.float32, bias)
+        a_scale[0, 0], w_scale[1, -1] = 0xFF, 0xFF
+        with_nan = gemm(a, a_scale, w, w_scale, torch.float32, bias)
+    a_scale[0, 0] = 127
+    assert w4a16_error(y[1:], reference.values(a, a_scale)[1:], w, w_scale.where(w_scale != 0xFF, 127), bias)[:, 2:].max() <= 1
+    assert with_nan[0].isnan().all()
+    assert with_nan[:, 1].isnan().all()
+    assert_same_bits(with_nan[1:, 2:], y[1:, 2:])
+
+
+def test_native_fp4_leaves_what_it_cannot_load_to_the_exact_kernels(force: pytest.MonkeyPatch) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:native")
+    assert_native_bits(spread_operands("mixed", "ordinary", 5, 9, 96), torch.float32)

@@ -44,15 +44,20 @@ class Architecture:
     block_2d: bool
     large: tuple[int, int]
     medium: tuple[int, int]
+    w4a16: tuple[int, int]
+    native: tuple[int, int] | None
 
 
 def architectures() -> list[Architecture]:
     text = (ROOT / "csrc/sycl/architectures.cpp").read_text()
-    row = r'\{"([\w-]+)", (\d+), (true|false), \{(\d+), (\d+)\}, \{(\d+), (\d+)\}\}'
-    found = [
-        Architecture(name, int(lanes), block_2d == "true", (int(a), int(b)), (int(c), int(d)))
-        for name, lanes, block_2d, a, b, c, d in re.findall(row, text)
-    ]
+    tile = r"\{(\d+), (\d+)\}"
+    row = rf'\{{"([\w-]+)", (\d+), (true|false), {tile}, {tile}, {tile}, \{{(?:(\d+), (\d+))?\}}\}}'
+    found = []
+    for name, lanes, block_2d, *numbers in re.findall(row, text):
+        tiles = [(int(a), int(b)) if a else None for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+        large, medium, w4a16, native = tiles
+        assert large and medium and w4a16
+        found.append(Architecture(name, int(lanes), block_2d == "true", large, medium, w4a16, native))
     if not found:
         sys.exit("csrc/sycl/architectures.cpp: no table found")
     return found
@@ -87,6 +92,18 @@ def programs(architecture: Architecture) -> Iterator[Program]:
             )
     for rows in (1, 8, 32):
         yield program("gemm_small.cpp", architecture, f"{rows} rows", DTYPE=2, ROWS=rows)
+    for tile, split, registers in ((architecture.w4a16, 1, 256), ((1, 1), 8, 128)):
+        label = f"{8 * tile[0]}x{architecture.sub_group * tile[1]} bf16" + (", K split" if split > 1 else "")
+        macros = {"ROW_UNITS": tile[0], "COLUMN_UNITS": tile[1], "SPLIT": split, "REGISTERS": registers, "ALIGNED_ROWS": 1}
+        yield program("gemm_w4a16_matrix.cpp", architecture, label, DTYPE=2, **macros)
+    if architecture.native:
+        rows, columns = architecture.native
+        label = f"{8 * rows}x{architecture.sub_group * columns} bf16"
+        yield program(
+            "gemm_native.cpp", architecture, label, DTYPE=2, ROW_UNITS=rows, COLUMN_UNITS=columns, REGISTERS=256
+        )
+    if architecture.block_2d:
+        yield program("tools/bf16_peer.cpp", architecture, "32x64", REGISTERS=256)
     yield program("expand.cpp", architecture, "W", ARRANGEMENT=COLUMN_FRAGMENTS)
     arrangement = ROW_BUFFER if architecture.block_2d else ROW_FRAGMENTS
     # Kernels that stream through memory differ little among devices: every dtype for one with each sub-group.
@@ -360,6 +377,29 @@ def check_large(result: Result, budgets: Mapping[str, Any]) -> None:
     return None
 
 
+def check_half(result: Result, budgets: Mapping[str, Any]) -> None:
+    """W4A16 and the peer: products of 16-bit operands, whose matrix instructions take the clocks of int8 for half of K."""
+    if result.listing.loop is None:
+        return None if result.device == "dg2" else result.fail("no loop with matrix instructions")
+    segment = result.listing.segment(*result.listing.loop)
+    share = peak_share(segment, budgets["device"][result.device]["matrix_clocks"], segment.matrix)
+    if "split" in result.program.label:
+        per_256 = segment.instructions * 16 / dict(result.program.macros)["SUB_GROUP"]
+        have = clocks_per_bytes(budgets["device"][result.device], 256)
+        result.paths["loop"] = {"per 256 bytes": per_256, "clocks": have}
+        return result.exceed("instructions per 256 bytes of weights", per_256, have) if result.device == "bmg" else None
+    result.add_path("loop", segment, share)
+    return result.fall_short("% of the bf16 peak, together", share[0], budgets["gemm_w4a16"]["together"])
+
+
+def check_native(result: Result, budgets: Mapping[str, Any]) -> None:
+    if result.listing.loop is None:
+        return result.fail("no loop with matrix instructions")
+    segment = result.listing.segment(*result.listing.loop)
+    path = result.add_path("loop", segment)
+    return result.exceed("ALU clocks per bdpas", path["int"] + path["float"], budgets["gemm_native"]["alu"])
+
+
 def clocks_per_bytes(device: Mapping[str, float], count: float) -> float:
     """Clocks of a vector engine in which its share of the memory bandwidth brings so many bytes."""
     return count / (device["bandwidth"] / (device["engines"] * device["ghz"]))
@@ -373,12 +413,12 @@ def check_small(result: Result, budgets: Mapping[str, Any]) -> None:
     if loop is None or len(paths) < 2:
         return result.fail("no loop with two paths")
     whole = result.listing.segment(*loop)
-    taken = whole.instructions - sum(path.instructions for path in paths[len(paths) // 2 :])
+    taken = whole.instructions - sum(path.instructions for path in paths[len(paths) // 2 :])  # of block and general: block
     per_256 = taken * 256 / (lanes * 64)
     have = clocks_per_bytes(budgets["device"][result.device], 256)
     result.paths["block"] = {"per 256 bytes": per_256, "clocks": have}
-    if result.device in budgets["gemm_small"]["devices"] and result.program.label in budgets["gemm_small"]["labels"]:
-        result.exceed("instructions per 256 bytes of weights", per_256, have)
+    if result.program.label in budgets["gemm_small"]["labels"] and (share := budgets["gemm_small"]["share"].get(result.device)):
+        result.exceed("instructions per 256 bytes of weights", per_256, share * have)
     return None
 
 
@@ -403,8 +443,11 @@ def check_streaming(result: Result, budgets: Mapping[str, Any]) -> None:
 
 def judge(result: Result, budgets: Mapping[str, Any]) -> Result:
     result.check_soundness()
-    if result.kernel in ("gemm_large", "gemm_small") and result.require_matrix():
-        (check_large if result.kernel == "gemm_large" else check_small)(result, budgets)
+    checks = {"gemm_large": check_large, "gemm_small": check_small, "gemm_w4a16_matrix": check_half, "bf16_peer": check_half}
+    checks["gemm_native"] = check_native
+    if check := checks.get(result.kernel):
+        if result.require_matrix():
+            check(result, budgets)
     else:
         check_streaming(result, budgets)
     return result
@@ -433,6 +476,8 @@ def describe(path: Mapping[str, float]) -> str:
             f"{path['int']:.1f} int, {path['float']:.1f} float, {path['send']:.2f} send per dpas; "
             f"{path['together']:.0f} / {path['none']:.0f} % of peak"
         )
+    if "matrix" in path:
+        return f"{path['int']:.1f} int, {path['float']:.1f} float, {path['send']:.2f} send per bdpas"
     if "clocks" in path:
         return f"{path['per 256 bytes']:.0f} instructions per 256 bytes, {path['clocks']:.0f} clocks"
     return ", ".join(f"{value:.0f} {name}" for name, value in path.items())

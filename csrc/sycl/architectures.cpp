@@ -48,12 +48,12 @@ const char* name_of(IpVersion ip) {
 
 const std::vector<Architecture>& architectures() {
   static const std::vector<Architecture> table = {
-      {"dg2", 8, false, {2, 4}, {2, 2}},    // Alchemist
-      {"pvc", 16, true, {8, 2}, {4, 2}},    // Ponte Vecchio
-      {"lnl-m", 16, true, {8, 2}, {4, 2}},  // Xe2: Lunar Lake
-      {"bmg", 16, true, {8, 2}, {4, 2}},    // Xe2: Battlemage
-      {"ptl", 16, true, {6, 2}, {4, 2}},    // Xe3: Panther Lake
-      {"cri", 16, true, {6, 2}, {4, 2}},    // Xe3P: Crescent Island
+      {"dg2", 8, false, {2, 4}, {2, 2}, {8, 1}, {}},    // Alchemist
+      {"pvc", 16, true, {8, 2}, {4, 2}, {16, 1}, {}},    // Ponte Vecchio
+      {"lnl-m", 16, true, {8, 2}, {4, 2}, {8, 2}, {}},  // Xe2: Lunar Lake
+      {"bmg", 16, true, {8, 2}, {4, 2}, {8, 2}, {}},    // Xe2: Battlemage
+      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}},    // Xe3: Panther Lake
+      {"cri", 16, true, {6, 2}, {4, 2}, {8, 2}, {4, 4}},    // Xe3P: Crescent Island
   };
   return table;
 }
@@ -74,16 +74,19 @@ Override variant_override() {
   if (architecture != nullptr && kernel.empty() && colon == std::string::npos) return {architecture, std::nullopt};
   if (architecture != nullptr && kernel == "small") return {architecture, Kernel::small};
   if (architecture != nullptr && kernel == "large") return {architecture, Kernel::large};
+  if (architecture != nullptr && kernel == "native" && architecture->native.row_units > 0) return {architecture, Kernel::native};
   std::string names;
   for (const Architecture& known : architectures()) names += std::string(names.empty() ? "" : ", ") + known.name;
   throw std::runtime_error("xpu_fp4: XPU_FP4_SYCL_VARIANT is \"" + value +
-                           "\", expected \"portable\", or NAME, NAME:small or NAME:large with NAME one of " + names);
+                           "\", expected \"portable\", or NAME, NAME:small or NAME:large with NAME one of " + names +
+                           ", or cri:native");
 }
 
 GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, int64_t m, int64_t n,
                    std::optional<Kernel> forced) {
   const Kernel kernel = forced ? *forced : m <= kSmallRows ? Kernel::small : Kernel::large;
   if (kernel == Kernel::portable) return {kernel, {}, 1, 1, 0};
+  if (kernel == Kernel::native) return {kernel, architecture.native, 1, 4, 0};
   if (kernel == Kernel::small) {
     const auto fits = std::find_if(std::begin(kSmallTiles), std::end(kSmallTiles), [&](int rows) { return rows >= m; });
     return {kernel, {}, 1, 1, fits != std::end(kSmallTiles) ? *fits : kSmallRows};
@@ -100,6 +103,14 @@ GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, int6
   };
   return {kernel, tile, fit(4, ceil_div(m, 8 * tile.row_units)),
           fit(8, ceil_div(n, architecture.sub_group * tile.column_units)), 0};
+}
+
+GemmPlan plan_w4a16(const Architecture& architecture, int64_t m, std::optional<Kernel> forced) {
+  const Kernel by_rows = m <= kSmallRows ? Kernel::small : Kernel::large;
+  const Kernel kernel = forced == Kernel::small || forced == Kernel::large ? *forced : by_rows;
+  if (kernel == Kernel::large) return {kernel, architecture.w4a16, 1, 4, 0};
+  const int row_units = m <= 8 ? 1 : m <= 16 ? 2 : 4;
+  return {kernel, {row_units, 1}, 1, 8, 8 * row_units};
 }
 
 }  // namespace xpu_fp4::syclrt

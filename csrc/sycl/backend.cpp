@@ -34,6 +34,8 @@ int alignment_of(std::initializer_list<const void*> addresses) {
   return bits % 16 == 0 ? 16 : 1;
 }
 
+bool starts_cache_line(const void* address) { return reinterpret_cast<uintptr_t>(address) % 64 == 0; }
+
 sycl::nd_range<1> linear_range(int64_t lanes) {
   return {static_cast<size_t>(round_up(lanes, kGroupLanes)), static_cast<size_t>(kGroupLanes)};
 }
@@ -77,8 +79,11 @@ class SyclBackend final : public Backend {
   }
 
   void gemm(const GemmArgs& args) const override {
-    const auto choice = choose(args.m, args.n, args.k);
+    // What the native kernel cannot load, the exact ones compute.
+    const bool native = args.k >= kQuadElements && starts_cache_line(args.a) && starts_cache_line(args.w.codes);
+    const Choice choice = choose(args.m, args.n, args.k, native);
     if (choice.plan.kernel == Kernel::portable) return gemm_portable(args);
+    if (choice.plan.kernel == Kernel::native) return gemm_native(choice, args);
     const int64_t blocks = args.k / kBlock;
     const Expanded a = expand_a(choice, args.m, args.k, [&](const Expanded& out, Macros macros) {
       macros.emplace_back("ALIGNMENT", alignment_of({args.a}));
@@ -89,8 +94,8 @@ class SyclBackend final : public Backend {
   }
 
   bool linear(const LinearArgs& args) const override {
-    const auto choice = choose(args.m, args.n, args.k);
-    if (choice.plan.kernel == Kernel::portable) return false;
+    const Choice choice = choose(args.m, args.n, args.k);
+    if (choice.plan.kernel == Kernel::portable || choice.plan.kernel == Kernel::native) return false;
     const Expanded a = expand_a(choice, args.m, args.k, [&](const Expanded& out, Macros macros) {
       macros.emplace_back("ALIGNMENT", alignment_of({args.x}));
       macros.emplace_back("DTYPE", static_cast<int>(args.dtype));
@@ -102,9 +107,10 @@ class SyclBackend final : public Backend {
   }
 
   void gemm_w4a16(const GemmW4A16Args& args) const override {
-    launch(portable("gemm_w4a16.cpp", args.dtype, {args.w.codes}), "gemm_w4a16", grid(args.m, args.n), args.x, args.w.codes,
-           args.w.scale, args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data, args.bias.row_stride,
-           args.bias.column_stride, args.y, args.m, args.n, args.k);
+    const Choice choice = choose(args.m, args.n, args.k);
+    // The matrix unit has no float32.
+    if (choice.architecture == nullptr || args.dtype == DType::f32) return gemm_w4a16_portable(args);
+    gemm_w4a16_matrix(*choice.architecture, plan_w4a16(*choice.architecture, args.m, choice.forced), args);
   }
 
  private:
@@ -118,17 +124,19 @@ class SyclBackend final : public Backend {
 
   struct Choice {
     const Architecture* architecture;  // null for the portable kernels
-    GemmPlan plan;
+    std::optional<Kernel> forced;
+    GemmPlan plan;  // of W4A4
   };
 
-  Choice choose(int64_t m, int64_t n, int64_t k) const {
-    const Choice portable = {nullptr, {Kernel::portable, {}, 1, 1, 0}};
-    const Override forced = variant_override();
+  Choice choose(int64_t m, int64_t n, int64_t k, bool native = true) const {
+    const Choice portable = {nullptr, std::nullopt, {Kernel::portable, {}, 1, 1, 0}};
+    Override forced = variant_override();
+    if (forced.kernel == Kernel::native && !native) forced.kernel = std::nullopt;
     const sycl::device device = queue_.get_device();
     const Architecture* architecture = forced.architecture != nullptr ? forced.architecture : architecture_of(device);
     if (architecture == nullptr || forced.kernel == Kernel::portable || m == 0 || n == 0 || k == 0) return portable;
     const auto units = static_cast<int64_t>(device.get_info<sycl::info::device::max_compute_units>());
-    return {architecture, plan_gemm(*architecture, units, m, n, forced.kernel)};
+    return {architecture, forced.kernel, plan_gemm(*architecture, units, m, n, forced.kernel)};
   }
 
   Macros macros_of(const Architecture& architecture) const {
@@ -142,6 +150,52 @@ class SyclBackend final : public Backend {
     launch(portable("gemm.cpp", std::nullopt, {args.w.codes}), "gemm", grid(ceil_div(args.m, sub_group), args.n), args.a,
            args.a_scale, args.w.codes, args.w.scale, args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data,
            args.bias.row_stride, args.bias.column_stride, args.y, static_cast<int>(args.y_dtype), args.m, args.n, args.k);
+  }
+
+  void gemm_w4a16_portable(const GemmW4A16Args& args) const {
+    launch(portable("gemm_w4a16.cpp", args.dtype, {args.w.codes}), "gemm_w4a16", grid(args.m, args.n), args.x, args.w.codes,
+           args.w.scale, args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data, args.bias.row_stride,
+           args.bias.column_stride, args.y, args.m, args.n, args.k);
+  }
+
+  void gemm_w4a16_matrix(const Architecture& architecture, const GemmPlan& plan, const GemmW4A16Args& args) const {
+    const bool split = plan.kernel == Kernel::small;
+    const int64_t lanes = architecture.sub_group;
+    Macros macros = macros_of(architecture);
+    macros.insert(macros.end(), {{"ALIGNMENT", alignment_of({args.w.codes})},
+                                 {"ALIGNED_ROWS", starts_cache_line(args.x)},
+                                 {"DTYPE", static_cast<int>(args.dtype)},
+                                 {"ROW_UNITS", plan.tile.row_units},
+                                 {"COLUMN_UNITS", plan.tile.column_units},
+                                 {"SPLIT", split ? plan.group_columns : 1},
+                                 {"REGISTERS", split ? 128 : 256}});
+    // A work-group's sub-groups share one tile's K, or have a tile each.
+    const int64_t tile_columns = ceil_div(args.n, lanes * plan.tile.column_units);
+    const int64_t sub_groups = split ? tile_columns * plan.group_columns : round_up(tile_columns, plan.group_columns);
+    const sycl::nd_range<2> range = {
+        {static_cast<size_t>(ceil_div(args.m, 8 * plan.tile.row_units)), static_cast<size_t>(sub_groups * lanes)},
+        {1, static_cast<size_t>(plan.group_columns * lanes)}};
+    launch({"gemm_w4a16_matrix.cpp", macros}, "gemm_w4a16_matrix", range, args.x, args.w.codes, args.w.scale,
+           args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data, args.bias.row_stride, args.bias.column_stride,
+           args.y, args.m, args.n, args.k);
+  }
+
+  void gemm_native(const Choice& choice, const GemmArgs& args) const {
+    const auto& [row_units, column_units] = choice.plan.tile;
+    const int64_t lanes = choice.architecture->sub_group;
+    Macros macros = macros_of(*choice.architecture);
+    macros.insert(macros.end(), {{"ALIGNMENT", 16},
+                                 {"DTYPE", static_cast<int>(args.y_dtype)},
+                                 {"ROW_UNITS", row_units},
+                                 {"COLUMN_UNITS", column_units},
+                                 {"REGISTERS", 256}});
+    const int64_t columns = round_up(ceil_div(args.n, lanes * column_units), choice.plan.group_columns);
+    const sycl::nd_range<2> range = {
+        {static_cast<size_t>(ceil_div(args.m, 8 * row_units)), static_cast<size_t>(columns * lanes)},
+        {1, static_cast<size_t>(choice.plan.group_columns * lanes)}};
+    launch({"gemm_native.cpp", macros}, "gemm_native", range, args.a, args.a_scale, args.w.codes, args.w.scale,
+           args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data, args.bias.row_stride, args.bias.column_stride,
+           args.y, args.m, args.n, args.k);
   }
 
   Expanded allocate_expanded(int64_t rows, int64_t tile_rows, int64_t k, int lanes) const {

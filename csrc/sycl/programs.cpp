@@ -2,11 +2,15 @@
 #include "programs.h"
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <future>
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <thread>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -25,10 +29,37 @@ const std::string& source_text(const std::string& name) {
   return found->text;
 }
 
+// Says what is being built if it takes more than a second: the caller may be waiting for a while.
+class SlowBuildNotice {
+ public:
+  explicit SlowBuildNotice(std::string what) : waiter_([this, what = std::move(what)] {
+    std::unique_lock lock(mutex_);
+    if (!done_changed_.wait_for(lock, std::chrono::seconds(1), [this] { return done_; })) {
+      std::fprintf(stderr, "xpu_fp4: compiling %s; this is kept on disk for the next time\n", what.c_str());
+    }
+  }) {}
+  SlowBuildNotice(const SlowBuildNotice&) = delete;
+  ~SlowBuildNotice() {
+    {
+      const std::lock_guard lock(mutex_);
+      done_ = true;
+    }
+    done_changed_.notify_one();
+    waiter_.join();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable done_changed_;
+  bool done_ = false;
+  std::thread waiter_;  // last: it uses the others
+};
+
 Program build(const sycl::context& context, const sycl::device& device, const Variant& variant) {
   syclexp::include_files includes;
   for (const DeviceSource& source : kDeviceSources) includes.add(source.name, source.text);
   std::string log;
+  const SlowBuildNotice notice(variant.file + " for " + device.get_info<sycl::info::device::name>());
   try {
     auto bundle = syclexp::create_kernel_bundle_from_source(context, syclexp::source_language::sycl, source_text(variant.file),
                                                             syclexp::properties{includes});

@@ -6,6 +6,8 @@
 // weights in registers and leaves the quad's sums in local memory; then each adds up, for its share of the rows, the round's quads
 // in ascending order. So the order is that of the definition.
 // Macros: XPU_FP4_ROWS, XPU_FP4_DTYPE (Y's), XPU_FP4_BLOCK_2D.
+#include <sycl/ext/oneapi/work_group_static.hpp>
+
 #include "decode.hpp"
 #include "output.hpp"
 #include "quad_sum.hpp"
