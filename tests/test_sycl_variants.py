@@ -6,6 +6,7 @@ The architectures here cover every program that is built: `pvc` and `lnl-m` shar
 
 from collections.abc import Iterator
 from itertools import count
+from typing import get_args
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from helpers import (
 )
 from test_gemm import CENTRES, SPREADS, Operands, spread_scales, w4a16_error
 from torch import Tensor
-from xpu_fp4 import ScaleMode, reference
+from xpu_fp4 import Mode, ScaleMode, reference
 
 # Large tiles are taken from four tiles on with two compute units, medium ones below that; small ones by rows.
 LARGE = {"bmg:large": (65, 33), "ptl:large": (50, 40), "dg2:large": (17, 40)}
@@ -194,8 +195,7 @@ def test_w4a16_stays_within_the_bound(force: pytest.MonkeyPatch, variant: str, m
 
 @pytest.mark.parametrize("variant", ["bmg:large", "bmg:small"])
 def test_w4a16_scales_are_exact(force: pytest.MonkeyPatch, variant: str) -> None:
-    """One element of X at a time: every product is a single one, so that the result is the exactly scaled weight; all codes, all
-    scales, NaN among them."""
+    """One element of X at a time: the result is the exactly scaled weight. All codes, all scales, NaN among them."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     n, k = 256, 64
     scale = torch.arange(n, dtype=torch.uint8)[:, None].expand(n, 2).contiguous()
@@ -240,3 +240,17 @@ def test_native_fp4_stays_within_the_bound(force: pytest.MonkeyPatch, m: int, n:
 def test_native_fp4_leaves_what_it_cannot_load_to_the_exact_kernels(force: pytest.MonkeyPatch) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", "cri:native")
     assert_native_bits(spread_operands("mixed", "ordinary", 5, 9, 96), torch.float32)
+
+
+def test_warmup_leaves_nothing_to_compile(force: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Programs are built in the first call of a shape and kept: the second finds them."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", "bmg:small")
+    with xpu_fp4.cpu_backend("sycl"):
+        for mode in get_args(Mode):
+            xpu_fp4.warmup([(3, 20, 96)], mode=mode, device="cpu")
+        capfd.readouterr()
+        for mode in get_args(Mode):
+            xpu_fp4.warmup([(3, 20, 96)], mode=mode, device="cpu")
+        with pytest.raises(ValueError, match="mode is 'w8a8'"):
+            xpu_fp4.warmup([], mode="w8a8")  # type: ignore[arg-type]
+    assert "compiling" not in capfd.readouterr().err

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The peer of the counts in docs/GPU.md: a GEMM over operands that were widened to bfloat16 beforehand. As favourable to widening
-// as can be: no tails, no bias, no decoding and no scales in the loop, so that its loop is loads and matrix instructions alone.
-// A [m, k] by rows; B as dpas fragments [k/16][n/16][8 dwords][16 lanes]; C [m, n]. A sub-group computes 32 rows x 64 columns.
+// The peer of the counts in docs/GPU.md: a GEMM over operands that were widened to bfloat16 beforehand. As favourable to
+// widening as can be: no tails, no bias, no decoding and no scales in the loop, so that its loop is loads and matrix
+// instructions alone. A [m, k] by rows; B as dpas fragments [k/16][n/16][8 dwords][16 lanes]; C [m, n]. A sub-group computes 32
+// rows x 64 columns.
 #include "operands.hpp"
 
 extern SYCL_EXTERNAL xpu_fp4_float8 intel_sub_group_bf16_bf16_matrix_mad_k16(xpu_fp4_row_fragment a, xpu_fp4_int8 b,
@@ -38,7 +39,8 @@ XPU_FP4_KERNEL(2) bf16_peer(const uint8_t* a, const uint8_t* b, float* c, int m,
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t fragment = (step / 16 + half) * (n / kLanes) + first_column / kLanes + j;
-        const int8 columns = __builtin_bit_cast(int8, __spirv_SubgroupBlockReadINTEL<xpu_fp4_uint8>((GlobalWords)(b + fragment * 512)));
+        const int8 columns =
+            __builtin_bit_cast(int8, __spirv_SubgroupBlockReadINTEL<xpu_fp4_uint8>((GlobalWords)(b + fragment * 512)));
 #pragma unroll
         for (int i = 0; i < kRowUnits; ++i) {
           acc[i][j] = intel_sub_group_bf16_bf16_matrix_mad_k16(rows[i][half], columns, acc[i][j]);

@@ -11,16 +11,17 @@ import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
+import tomllib
 from rich.console import Console
 from rich.table import Table
 
@@ -56,7 +57,8 @@ def architectures() -> list[Architecture]:
     for name, lanes, block_2d, *numbers in re.findall(row, text):
         tiles = [(int(a), int(b)) if a else None for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
         large, medium, w4a16, native = tiles
-        assert large and medium and w4a16
+        if large is None or medium is None or w4a16 is None:
+            sys.exit(f"csrc/sycl/architectures.cpp: {name} lacks a tile")
         found.append(Architecture(name, int(lanes), block_2d == "true", large, medium, w4a16, native))
     if not found:
         sys.exit("csrc/sycl/architectures.cpp: no table found")
@@ -99,9 +101,7 @@ def programs(architecture: Architecture) -> Iterator[Program]:
     if architecture.native:
         rows, columns = architecture.native
         label = f"{8 * rows}x{architecture.sub_group * columns} bf16"
-        yield program(
-            "gemm_native.cpp", architecture, label, DTYPE=2, ROW_UNITS=rows, COLUMN_UNITS=columns, REGISTERS=256
-        )
+        yield program("gemm_native.cpp", architecture, label, DTYPE=2, ROW_UNITS=rows, COLUMN_UNITS=columns, REGISTERS=256)
     if architecture.block_2d:
         yield program("tools/bf16_peer.cpp", architecture, "32x64", REGISTERS=256)
     yield program("expand.cpp", architecture, "W", ARRANGEMENT=COLUMN_FRAGMENTS)
@@ -289,7 +289,7 @@ class Listing:
             return []
         first, last = self.loop
         cuts = sorted({first, last, *(at for at in self.code[1].values() if first < at < last)})
-        runs = [self.segment(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        runs = [self.segment(a, b) for a, b in pairwise(cuts)]
         return sorted((run for run in runs if run.matrix >= least), key=lambda run: run.per_matrix("float"))
 
 

@@ -48,12 +48,12 @@ const char* name_of(IpVersion ip) {
 
 const std::vector<Architecture>& architectures() {
   static const std::vector<Architecture> table = {
-      {"dg2", 8, false, {2, 4}, {2, 2}, {8, 1}, {}},    // Alchemist
-      {"pvc", 16, true, {8, 2}, {4, 2}, {16, 1}, {}},    // Ponte Vecchio
-      {"lnl-m", 16, true, {8, 2}, {4, 2}, {8, 2}, {}},  // Xe2: Lunar Lake
-      {"bmg", 16, true, {8, 2}, {4, 2}, {8, 2}, {}},    // Xe2: Battlemage
-      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}},    // Xe3: Panther Lake
-      {"cri", 16, true, {6, 2}, {4, 2}, {8, 2}, {4, 4}},    // Xe3P: Crescent Island
+      {"dg2", 8, false, {2, 4}, {2, 2}, {8, 1}, {}},      // Alchemist
+      {"pvc", 16, true, {8, 2}, {4, 2}, {16, 1}, {}},     // Ponte Vecchio
+      {"lnl-m", 16, true, {8, 2}, {4, 2}, {8, 2}, {}},    // Xe2: Lunar Lake
+      {"bmg", 16, true, {8, 2}, {4, 2}, {8, 2}, {}},      // Xe2: Battlemage
+      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}},      // Xe3: Panther Lake
+      {"cri", 16, true, {6, 2}, {4, 2}, {8, 2}, {4, 4}},  // Xe3P: Crescent Island
   };
   return table;
 }
@@ -74,7 +74,8 @@ Override variant_override() {
   if (architecture != nullptr && kernel.empty() && colon == std::string::npos) return {architecture, std::nullopt};
   if (architecture != nullptr && kernel == "small") return {architecture, Kernel::small};
   if (architecture != nullptr && kernel == "large") return {architecture, Kernel::large};
-  if (architecture != nullptr && kernel == "native" && architecture->native.row_units > 0) return {architecture, Kernel::native};
+  if (architecture != nullptr && kernel == "native" && architecture->native.row_units > 0)
+    return {architecture, Kernel::native};
   std::string names;
   for (const Architecture& known : architectures()) names += std::string(names.empty() ? "" : ", ") + known.name;
   throw std::runtime_error("xpu_fp4: XPU_FP4_SYCL_VARIANT is \"" + value +

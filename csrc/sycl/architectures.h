@@ -55,8 +55,7 @@ struct Override {
 Override variant_override();
 
 /// The kernel for y [m, n] with `compute_units` vector engines to fill. Only `forced` gives Kernel::native.
-GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, int64_t m, int64_t n,
-                   std::optional<Kernel> forced);
+GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, int64_t m, int64_t n, std::optional<Kernel> forced);
 
 /// The same for W4A16: `tile` also where K is split, then for the rows of a work-group.
 GemmPlan plan_w4a16(const Architecture& architecture, int64_t m, std::optional<Kernel> forced);

@@ -41,7 +41,8 @@ sycl::nd_range<1> linear_range(int64_t lanes) {
 }
 
 sycl::nd_range<2> grid(int64_t rows, int64_t lanes) {
-  return {{static_cast<size_t>(rows), static_cast<size_t>(round_up(lanes, kGroupLanes))}, {1, static_cast<size_t>(kGroupLanes)}};
+  return {{static_cast<size_t>(rows), static_cast<size_t>(round_up(lanes, kGroupLanes))},
+          {1, static_cast<size_t>(kGroupLanes)}};
 }
 
 constexpr uint32_t kMagicBits = 0x4B400000;  // of 1.5 * 2^23: kernels/quad_sum.hpp
@@ -117,7 +118,8 @@ class SyclBackend final : public Backend {
   // A variant of a kernel that runs on every device.
   Variant portable(const char* file, std::optional<DType> dtype, std::initializer_list<const void*> addresses) const {
     const Target target = target_of(queue_.get_device());
-    Macros macros = {{"SUB_GROUP", target.sub_group}, {"MATRIX_UNIT", target.matrix_unit}, {"ALIGNMENT", alignment_of(addresses)}};
+    Macros macros = {
+        {"SUB_GROUP", target.sub_group}, {"MATRIX_UNIT", target.matrix_unit}, {"ALIGNMENT", alignment_of(addresses)}};
     if (dtype) macros.emplace_back("DTYPE", static_cast<int>(*dtype));
     return {file, std::move(macros)};
   }
@@ -236,12 +238,11 @@ class SyclBackend final : public Backend {
     constexpr int64_t split = 8;  // kSplit in gemm_small.cpp
     const int64_t lanes = choice.architecture->sub_group, m = a.layout.rows;
     Macros macros = macros_of(*choice.architecture);
-    macros.insert(macros.end(), {{"ALIGNMENT", alignment_of({w.codes})},
-                                 {"DTYPE", static_cast<int>(y_dtype)},
-                                 {"ROWS", choice.plan.rows}});
-    const sycl::nd_range<2> range = {{static_cast<size_t>(ceil_div(m, choice.plan.rows)),
-                                      static_cast<size_t>(ceil_div(n, lanes) * lanes * split)},
-                                     {1, static_cast<size_t>(lanes * split)}};
+    macros.insert(macros.end(),
+                  {{"ALIGNMENT", alignment_of({w.codes})}, {"DTYPE", static_cast<int>(y_dtype)}, {"ROWS", choice.plan.rows}});
+    const sycl::nd_range<2> range = {
+        {static_cast<size_t>(ceil_div(m, choice.plan.rows)), static_cast<size_t>(ceil_div(n, lanes) * lanes * split)},
+        {1, static_cast<size_t>(lanes * split)}};
     launch({"gemm_small.cpp", macros}, "gemm_small", range, a.codes, a.exponents, a.levels, w.codes, w.scale,
            w.scale_row_stride, w.scale_block_stride, bias.data, bias.row_stride, bias.column_stride, y, m, n, k, kMagicBits);
   }
@@ -255,8 +256,8 @@ class SyclBackend final : public Backend {
     Macros expand_macros = macros_of(architecture);
     expand_macros.emplace_back("ARRANGEMENT", static_cast<int>(Arrangement::column_fragments));
     expand_macros.emplace_back("ALIGNMENT", alignment_of({w.codes}));
-    launch({"expand.cpp", expand_macros}, "expand", expand_range(b), w.codes, w.scale, w.scale_row_stride,
-           w.scale_block_stride, b.codes, b.exponents, b.levels, b.layout.rows, b.layout.padded_rows, k);
+    launch({"expand.cpp", expand_macros}, "expand", expand_range(b), w.codes, w.scale, w.scale_row_stride, w.scale_block_stride,
+           b.codes, b.exponents, b.levels, b.layout.rows, b.layout.padded_rows, k);
 
     Macros macros = macros_of(architecture);
     macros.insert(macros.end(), {{"ALIGNMENT", 16},

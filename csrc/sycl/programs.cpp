@@ -32,12 +32,13 @@ const std::string& source_text(const std::string& name) {
 // Says what is being built if it takes more than a second: the caller may be waiting for a while.
 class SlowBuildNotice {
  public:
-  explicit SlowBuildNotice(std::string what) : waiter_([this, what = std::move(what)] {
-    std::unique_lock lock(mutex_);
-    if (!done_changed_.wait_for(lock, std::chrono::seconds(1), [this] { return done_; })) {
-      std::fprintf(stderr, "xpu_fp4: compiling %s; this is kept on disk for the next time\n", what.c_str());
-    }
-  }) {}
+  explicit SlowBuildNotice(std::string what)
+      : waiter_([this, what = std::move(what)] {
+          std::unique_lock lock(mutex_);
+          if (!done_changed_.wait_for(lock, std::chrono::seconds(1), [this] { return done_; })) {
+            std::fprintf(stderr, "xpu_fp4: compiling %s; this is kept on disk for the next time\n", what.c_str());
+          }
+        }) {}
   SlowBuildNotice(const SlowBuildNotice&) = delete;
   ~SlowBuildNotice() {
     {
@@ -63,9 +64,8 @@ Program build(const sycl::context& context, const sycl::device& device, const Va
   try {
     auto bundle = syclexp::create_kernel_bundle_from_source(context, syclexp::source_language::sycl, source_text(variant.file),
                                                             syclexp::properties{includes});
-    return syclexp::build(
-        bundle, {device},
-        syclexp::properties{syclexp::build_options{build_options(variant)}, syclexp::save_log{&log}});
+    return syclexp::build(bundle, {device},
+                          syclexp::properties{syclexp::build_options{build_options(variant)}, syclexp::save_log{&log}});
   } catch (const sycl::exception& error) {
     throw std::runtime_error("xpu_fp4: SYCL cannot build " + variant.file + " for " +
                              device.get_info<sycl::info::device::name>() + ": " + error.what() + "\n" + log);

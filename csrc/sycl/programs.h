@@ -18,8 +18,8 @@ struct Variant {
   Macros macros;
 };
 
-/// How our kernels are compiled for a device where no architecture's own kernels are: 16 lanes, 8 where its matrix unit is so wide
-/// or the environment asks for it.
+/// How our kernels are compiled for a device where no architecture's own kernels are: 16 lanes, 8 where its matrix unit is so
+/// wide or the environment asks for it.
 struct Target {
   int sub_group;
   bool matrix_unit;

@@ -11,6 +11,7 @@ from .compat import override_vllm_ops
 from .convert import quantize_
 from .functional import Mode, ScaleMode, dequantize, linear, linear_prepacked, prepack, quantize, unprepack
 from .modules import MXFP4Linear
+from .warmup import warmup
 
 __all__ = [
     "Backend",
@@ -28,4 +29,5 @@ __all__ = [
     "quantize",
     "quantize_",
     "unprepack",
+    "warmup",
 ]

@@ -11,8 +11,8 @@ constexpr int kDecodeShift = 3;
 /// Eight codes -> 8 * twice their values as int8: those of the four low nibbles, and of the four high ones.
 XPU_FP4_INLINE void decode8(uint32_t x, int& low, int& high) {
   const uint32_t magnitude = x & 0x77777777u, four = x & 0x44444444u;
-  const uint32_t sum = magnitude + (x & (four - (four >> 2)));     // 0, 1, 2, 3, 4, 6, 8, 10
-  const uint32_t twice = sum + (sum & (sum >> 2) & 0x22222222u);   // 10 becomes 12
+  const uint32_t sum = magnitude + (x & (four - (four >> 2)));            // 0, 1, 2, 3, 4, 6, 8, 10
+  const uint32_t twice = sum + (sum & (sum >> 2) & 0x22222222u);          // 10 becomes 12
   const uint32_t negative = x & (magnitude + 0x77777777u) & 0x88888888u;  // and not zero
   const uint32_t one = negative >> 3;
   const uint32_t y = (twice ^ (negative | (negative - one))) + one;  // two's complement, its sign in `negative`

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // W4A4 for many rows: Y [M, N] = A x W^T + bias over expanded operands (layout.hpp), the bits of format/accumulate.h.
 //
-// A sub-group computes 8 * XPU_FP4_ROW_UNITS rows x kLanes * XPU_FP4_COLUMN_UNITS columns: the columns of a quad stay in registers,
-// the rows pass 8 at a time. Its level (layout.hpp) decides how each quad is summed (quad_sum.hpp).
-// Macros: XPU_FP4_ROW_UNITS, XPU_FP4_COLUMN_UNITS, XPU_FP4_DTYPE (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_REGISTERS.
+// A sub-group computes 8 * XPU_FP4_ROW_UNITS rows x kLanes * XPU_FP4_COLUMN_UNITS columns: the columns of a quad stay in
+// registers, the rows pass 8 at a time. Its level (layout.hpp) decides how each quad is summed (quad_sum.hpp). Macros:
+// XPU_FP4_ROW_UNITS, XPU_FP4_COLUMN_UNITS, XPU_FP4_DTYPE (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_REGISTERS.
 #include "operands.hpp"
 #include "output.hpp"
 #include "quad_sum.hpp"
@@ -35,8 +35,8 @@ XPU_FP4_STEP void add_unit(const Tile& tile, const RowFragment (&a)[kQuad], cons
   }
 }
 
-/// acc += one quad of the tile. The block and general levels hold one column unit at a time and read the rows again for the next:
-/// their chains and scales take the registers.
+/// acc += one quad of the tile. The block and general levels hold one column unit at a time and read the rows again for the
+/// next: their chains and scales take the registers.
 template <int level>
 XPU_FP4_STEP void add_quad_of_tile(const Tile& tile, uint32_t quad, float8 (&acc)[kRowUnits][kColumnUnits]) {
   constexpr int held = level >= kBlockLevel ? 1 : 2;

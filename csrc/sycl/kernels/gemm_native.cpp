@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4 with Xe3P's own block-scaled FP4 instruction: Y [M, N] = A x W^T + bias from packed codes and scales, with nothing decoded.
-// The hardware rounds inside, so this is NOT the definition of format/accumulate.h: it is held to W4A16's bound, and used only
-// where it is asked for. Its operand layout follows Intel's compiler and was never run on hardware.
+// W4A4 with Xe3P's own block-scaled FP4 instruction: Y [M, N] = A x W^T + bias from packed codes and scales, with nothing
+// decoded. The hardware rounds inside, so this is NOT the definition of format/accumulate.h: it is held to W4A16's bound, and
+// used only where it is asked for. Its operand layout follows Intel's compiler and was never run on hardware.
 //
-// A sub-group computes 8 * XPU_FP4_ROW_UNITS rows x kLanes * XPU_FP4_COLUMN_UNITS columns, one quad (128 of K) at a time. Needs K >= 128
-// and codes that begin on a cache line, for 2D loads.
-// Macros: those, XPU_FP4_DTYPE (Y's), XPU_FP4_REGISTERS.
+// A sub-group computes 8 * XPU_FP4_ROW_UNITS rows x kLanes * XPU_FP4_COLUMN_UNITS columns, one quad (128 of K) at a time. Needs
+// K >= 128 and codes that begin on a cache line, for 2D loads. Macros: those, XPU_FP4_DTYPE (Y's), XPU_FP4_REGISTERS.
 #include "output.hpp"
 
 typedef unsigned char xpu_fp4_uchar2 __attribute__((ext_vector_type(2)));
@@ -13,8 +12,9 @@ typedef unsigned char xpu_fp4_uchar2 __attribute__((ext_vector_type(2)));
 extern SYCL_EXTERNAL xpu_fp4_float8 intel_sub_group_e2m1_e2m1_scaled_matrix_mad_k64(xpu_fp4_row_fragment a, xpu_fp4_int8 b,
                                                                                     xpu_fp4_float8 acc, xpu_fp4_uchar2 a_scale,
                                                                                     xpu_fp4_uchar2 b_scale);
-extern "C" SYCL_EXTERNAL xpu_fp4_uint8 __builtin_IB_subgroup_block_read_flat_transpose_u32_k8(long surface, int width, int height,
-                                                                                              int pitch, xpu_fp4_int2 at);
+extern "C" SYCL_EXTERNAL xpu_fp4_uint8 __builtin_IB_subgroup_block_read_flat_transpose_u32_k8(long surface, int width,
+                                                                                              int height, int pitch,
+                                                                                              xpu_fp4_int2 at);
 #endif
 
 using namespace xpu_fp4;

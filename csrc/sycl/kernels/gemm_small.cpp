@@ -2,10 +2,10 @@
 // W4A4 for few rows: Y [M, N] = A x W^T + bias, A expanded (layout.hpp), W as it is in the checkpoint; the bits of
 // format/accumulate.h. Bound by the bandwidth of W's packed codes, which are read once for every XPU_FP4_ROWS rows.
 //
-// A work-group computes XPU_FP4_ROWS rows x kLanes columns. Its kSplit sub-groups share K: in a round each decodes its own quad of
-// weights in registers and leaves the quad's sums in local memory; then each adds up, for its share of the rows, the round's quads
-// in ascending order. So the order is that of the definition.
-// Macros: XPU_FP4_ROWS, XPU_FP4_DTYPE (Y's), XPU_FP4_BLOCK_2D.
+// A work-group computes XPU_FP4_ROWS rows x kLanes columns. Its kSplit sub-groups share K: in a round each decodes its own quad
+// of weights in registers and leaves the quad's sums in local memory; then each adds up, for its share of the rows, the round's
+// quads in ascending order. So the order is that of the definition. Macros: XPU_FP4_ROWS, XPU_FP4_DTYPE (Y's),
+// XPU_FP4_BLOCK_2D.
 #include <sycl/ext/oneapi/work_group_static.hpp>
 
 #include "decode.hpp"
@@ -31,7 +31,8 @@ struct Rows {
 
 /// Sums of one quad for all rows, to local memory.
 template <int level>
-XPU_FP4_STEP void store_terms(const Rows& rows, const DecodedQuad& w, uint32_t quad, const int8& magic, float (&out)[kRows][kLanes]) {
+XPU_FP4_STEP void store_terms(const Rows& rows, const DecodedQuad& w, uint32_t quad, const int8& magic,
+                              float (&out)[kRows][kLanes]) {
   const ColumnScales<level, 2 + kDecodeShift> columns(w.exponents);
 #pragma unroll(kUnroll)
   for (int group = 0; group < kGroups; ++group) {
@@ -80,7 +81,8 @@ gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* a_level
                      (GlobalBytes)a_levels + row_group * pitch,
                      quads,
                      pitch};
-  const WeightColumn column(w, w_scale, w_scale_row_stride, w_scale_block_stride, k, sycl::min(first_column + lane_id(), n - 1));
+  const WeightColumn column(w, w_scale, w_scale_row_stride, w_scale_block_stride, k,
+                            sycl::min(first_column + lane_id(), n - 1));
   const int8 magic = magic_of_lane(magic_bits);
 
   float acc[kOwnRows] = {};

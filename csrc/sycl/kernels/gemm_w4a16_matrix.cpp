@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // W4A16 on the matrix unit: Y [M, N] = X x W^T + bias, X and Y float16 or bfloat16, W as it is in the checkpoint.
 //
-// Four times an element is exact in either type: it is decoded in registers, two matrix-mads sum a block of 32 in float32, and the
-// block's scale, a power of two, enters by one fma per output. So no scale is rounded, whatever its exponent.
+// Four times an element is exact in either type: it is decoded in registers, two matrix-mads sum a block of 32 in float32, and
+// the block's scale, a power of two, enters by one fma per output. So no scale is rounded, whatever its exponent.
 //
-// A sub-group computes 8 * XPU_FP4_ROW_UNITS rows x kLanes * XPU_FP4_COLUMN_UNITS columns. With XPU_FP4_SPLIT = 8, for few rows, the
-// eight sub-groups of a work-group share K by quads and add their sums at the end, in a fixed order.
-// Macros: those, XPU_FP4_DTYPE (X's and Y's), XPU_FP4_BLOCK_2D, XPU_FP4_ALIGNMENT (of W), XPU_FP4_ALIGNED_ROWS (X begins on a cache
-// line, as 2D loads need it), XPU_FP4_REGISTERS.
+// A sub-group computes 8 * XPU_FP4_ROW_UNITS rows x kLanes * XPU_FP4_COLUMN_UNITS columns. With XPU_FP4_SPLIT = 8, for few
+// rows, the eight sub-groups of a work-group share K by quads and add their sums at the end, in a fixed order. Macros: those,
+// XPU_FP4_DTYPE (X's and Y's), XPU_FP4_BLOCK_2D, XPU_FP4_ALIGNMENT (of W), XPU_FP4_ALIGNED_ROWS (X begins on a cache line, as
+// 2D loads need it), XPU_FP4_REGISTERS.
 #include <sycl/ext/oneapi/work_group_static.hpp>
 
 #include "output.hpp"
@@ -90,7 +90,7 @@ struct Rows {
 /// Eight codes -> four pairs of 4 * their values, in K order. With exponent e, mantissa m and n = not zero, the bits of such a
 /// value are sign, n, zeros, e m: n stands for the leading bit of the exponent, 2^(1 + e) (1 + m / 2).
 XPU_FP4_INLINE void decode_pairs(uint32_t x, int (&pairs)[4]) {
-  constexpr int top = kBf16 ? 8 : 11;  // where e m ends
+  constexpr int top = kBf16 ? 8 : 11;                       // where e m ends
   const uint32_t normal = (x >> 1 | x >> 2) & 0x11111111u;  // e is not 0; else the mantissa is part of n
   const uint32_t low_bits = x & (0x66666666u | normal);
   const uint32_t nonzero = (x & 0x77777777u) + 0x77777777u;  // bit 3

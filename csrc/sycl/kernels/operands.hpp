@@ -38,7 +38,7 @@ using float8 = xpu_fp4_float8;
 constexpr int kUnroll = XPU_FP4_MATRIX_UNIT ? 64 : 1;
 
 constexpr int kLanes = kSubGroup;
-constexpr int kRowUnit = 8;                          // rows of a matrix-mad
+constexpr int kRowUnit = 8;                           // rows of a matrix-mad
 constexpr int kRowFragmentBytes = kRowUnit * kBlock;  // a block of 8 rows
 constexpr int kColumnFragmentBytes = kLanes * kBlock;
 constexpr bool kBlock2D = XPU_FP4_BLOCK_2D;
@@ -117,8 +117,8 @@ struct RowCodes {
       out[b] = __builtin_bit_cast(
           RowFragment, __spirv_SubgroupBlockReadINTEL<xpu_fp4_ushort8>((GlobalShorts)(from + b * kRowFragmentBytes)));
 #else
-      out[b] = __builtin_bit_cast(
-          RowFragment, __spirv_SubgroupBlockReadINTEL<xpu_fp4_uint8>((GlobalWords)(from + b * kRowFragmentBytes)));
+      out[b] = __builtin_bit_cast(RowFragment,
+                                  __spirv_SubgroupBlockReadINTEL<xpu_fp4_uint8>((GlobalWords)(from + b * kRowFragmentBytes)));
 #endif
     }
   }

@@ -6,7 +6,6 @@
 
 namespace xpu_fp4 {
 
-
 struct Output {
   const float* bias;
   int64_t bias_row_stride, bias_column_stride;

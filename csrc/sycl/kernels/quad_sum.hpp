@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device code: the sum of one quad, with the bits of format/accumulate.h, from the integers of the matrix unit. Beside the
-// matrix-mads, an output and quad cost 2 float instructions where the quad's exponents are aligned, 4 where its pairs are, 8 inside
-// of the window, 16 in general (layout.hpp), and no integer instruction:
+// matrix-mads, an output and quad cost 2 float instructions where the quad's exponents are aligned, 4 where its pairs are, 8
+// inside of the window, 16 in general (layout.hpp), and no integer instruction:
 //  * A chain of matrix-mads starts from the bits of 1.5 * 2^23. |d| < 2^22, so the int32 result *is* the float 1.5 * 2^23 + d.
 //  * u = fma(that, sa, -1.5 * 2^23 * sa) = d * sa is exact; sa is the row's power of two, a scalar operand.
 //  * The column's power of two goes into the fma that adds. Sums inside of a quad are kept in units of the first block's; the
@@ -25,7 +25,9 @@ constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
 XPU_FP4_INLINE int8 magic_of_lane(uint32_t magic) { return static_cast<int>(magic + lane_id() * (magic & 1)); }
 
 template <int level>
-constexpr int kChains = level == kQuadLevel ? 1 : level == kPairLevel ? 2 : 4;  // of a quad
+constexpr int kChains = level == kQuadLevel   ? 1
+                        : level == kPairLevel ? 2
+                                              : 4;  // of a quad
 
 XPU_FP4_INLINE uint32_t exponent_of(uint32_t exponents, int block) { return exponents >> (8 * block) & 255u; }
 XPU_FP4_INLINE float power(uint32_t biased) { return float_of(biased << 23); }  // 1 .. 254; 255 gives Inf
@@ -101,7 +103,7 @@ struct ColumnScales {
 template <int level, int log2_factor>
 XPU_FP4_INLINE float quad_term(const ChainSums<level>& sums, int r, const RowScales<level>& rows, int row,
                                const ColumnScales<level, log2_factor>& columns) {
-  const float(&s)[kChains<level>] = columns.scale;
+  const float (&s)[kChains<level>] = columns.scale;
   float u[kChains<level>];
 #pragma unroll
   for (int c = 0; c < kChains<level>; ++c) {
