@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From counted machine code to the modelled time of whole products; draws docs/gpu_model.png. Modelled: nothing is run.
 
-Per vector engine the matrix, integer and float pipes run beside each other or, for the pessimistic bound, integer and float never
-together; a kernel takes the longest of its pipes and of its memory traffic. Left out: cache misses, the issue of loads, latency,
-power, launches. Input: build/isa.json of `make isa`.
+Per vector engine the matrix, integer and float pipes run beside each other or, for the pessimistic bound, integer and float
+never together; a kernel takes the longest of its pipes and of its memory traffic. Left out: cache misses, the issue of loads,
+latency, power, launches. Input: build/isa.json of `make isa`.
 """
 
 import json
