@@ -4,6 +4,7 @@
 The architectures here cover every program that is built: `pvc` and `lnl-m` share bmg's, `cri` shares ptl's.
 """
 
+import os
 from collections.abc import Iterator
 from itertools import count
 from typing import get_args
@@ -35,9 +36,12 @@ seeds = count()
 
 
 @pytest.fixture(autouse=True)
-def _requires_sycl(request: pytest.FixtureRequest) -> None:
+def _requires_sycl() -> None:
     if not xpu_fp4.backends()["sycl"].available:
-        pytest.skip(f"the sycl backend cannot run: {xpu_fp4.backends()['sycl'].detail}")
+        reason = f"the sycl backend cannot run: {xpu_fp4.backends()['sycl'].detail}"
+        if os.environ.get("XPU_FP4_REQUIRE_SYCL") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 @pytest.fixture
