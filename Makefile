@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CPP_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo models test test-vllm bench build pytest ctest format lint clean
+.PHONY: demo models test test-vllm test-sycl-2025 bench build pytest ctest isa format lint clean
 
 demo: build $(VENV)/.demo  ## a real language model in MXFP4 W4A4
 	python examples/smollm2.py
@@ -66,6 +66,18 @@ define install_gtest
 if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
   apt-get update -qq && apt-get install -y -qq libgtest-dev python3-dev > /dev/null; fi
 endef
+
+# Intel's offline compiler is unpacked into build/, nothing is installed. Without it, as on other systems than Debian's, this says so.
+isa: build  ## the machine code of every GPU kernel against its budgets
+	if [ -x build/ocloc/ocloc ] || tools/unpack_ocloc.sh build/ocloc; then \
+	  python tools/isa.py --ocloc build/ocloc/ocloc --json build/isa.json; \
+	else echo "SKIPPED make isa: Intel's offline compiler cannot be fetched here; no machine code was counted" >&2; fi
+
+test-sycl-2025:  ## all Python tests on SYCL 2025.3, in a copy of the tree with an environment of its own
+	git checkout-index --all --force --prefix=build/sycl-2025/
+	$(MAKE) -C build/sycl-2025 VENV=$(CURDIR)/build/sycl-2025/.venv $(CURDIR)/build/sycl-2025/.venv/.test
+	build/sycl-2025/.venv/bin/pip install --quiet dpcpp-cpp-rt==2025.3.3
+	$(MAKE) -C build/sycl-2025 VENV=$(CURDIR)/build/sycl-2025/.venv pytest
 
 # ---- the virtual environment: a stamp per dependency group of pyproject.toml ----
 $(VENV)/.venv:

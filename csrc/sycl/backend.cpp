@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launches the kernels: which variant, over which range.
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <initializer_list>
 #include <memory>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -10,16 +13,19 @@
 
 #include "../cpu/float_environment.h"
 #include "../format/block.h"
+#include "architectures.h"
+#include "kernels/layout.hpp"
 #include "plugin.h"
 #include "programs.h"
 
 namespace xpu_fp4::syclrt {
 namespace {
 
-// Sub-groups of a work-group: enough to fill a core, few enough that small outputs spread over all of them.
+// Lanes of a work-group: enough to fill a core, few enough that small outputs spread over all of them.
 constexpr int64_t kGroupLanes = 64;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // The alignment variant that these addresses allow.
 int alignment_of(std::initializer_list<const void*> addresses) {
@@ -28,58 +34,252 @@ int alignment_of(std::initializer_list<const void*> addresses) {
   return bits % 16 == 0 ? 16 : 1;
 }
 
+bool starts_cache_line(const void* address) { return reinterpret_cast<uintptr_t>(address) % 64 == 0; }
+
 sycl::nd_range<1> linear_range(int64_t lanes) {
-  return {static_cast<size_t>(ceil_div(lanes, kGroupLanes) * kGroupLanes), static_cast<size_t>(kGroupLanes)};
+  return {static_cast<size_t>(round_up(lanes, kGroupLanes)), static_cast<size_t>(kGroupLanes)};
 }
 
 sycl::nd_range<2> grid(int64_t rows, int64_t lanes) {
-  const auto width = static_cast<size_t>(ceil_div(lanes, kGroupLanes) * kGroupLanes);
-  return {{static_cast<size_t>(rows), width}, {1, static_cast<size_t>(kGroupLanes)}};
+  return {{static_cast<size_t>(rows), static_cast<size_t>(round_up(lanes, kGroupLanes))},
+          {1, static_cast<size_t>(kGroupLanes)}};
 }
+
+constexpr uint32_t kMagicBits = 0x4B400000;  // of 1.5 * 2^23: kernels/quad_sum.hpp
+
+// An operand in the expanded form of kernels/layout.hpp; owns its memory.
+struct Expanded {
+  std::shared_ptr<void> memory;
+  ExpandedLayout layout;
+  uint8_t* codes;
+  uint32_t* exponents;
+  uint8_t* levels;
+};
 
 class SyclBackend final : public Backend {
  public:
-  SyclBackend(sycl::queue queue, bool wait) : queue_(std::move(queue)), wait_(wait) {}
+  SyclBackend(sycl::queue queue, Allocate allocate, bool wait)
+      : queue_(std::move(queue)), allocate_(std::move(allocate)), wait_(wait) {}
 
   void quantize(const QuantizeArgs& args) const override {
     const int64_t vectors = args.rows * args.k * size_of(args.x_dtype) / 16;
-    launch("quantize.cpp", "quantize", args.x_dtype, alignment_of({args.x}), linear_range(vectors), args.x, args.q, args.scale,
+    launch(portable("quantize.cpp", args.x_dtype, {args.x}), "quantize", linear_range(vectors), args.x, args.q, args.scale,
            vectors, static_cast<int>(args.mode));
   }
 
   void group_quant(const GroupQuantArgs& args) const override {
     const int64_t vectors = args.rows * args.k * size_of(args.x_dtype) / 16;
-    launch("quantize.cpp", "group_quantize", args.x_dtype, alignment_of({args.x}), linear_range(vectors), args.x, args.q,
+    launch(portable("quantize.cpp", args.x_dtype, {args.x}), "group_quantize", linear_range(vectors), args.x, args.q,
            args.scale, vectors, args.k / kBlock, args.scale_row_stride, args.scale_block_stride, args.scale_floor);
   }
 
   void dequantize(const DequantizeArgs& args) const override {
     const int64_t lanes = args.rows * args.k / 8;
-    launch("dequantize.cpp", "dequantize", args.out_dtype, 16, linear_range(lanes), args.q, args.scale, args.out, lanes);
+    launch(portable("dequantize.cpp", args.out_dtype, {}), "dequantize", linear_range(lanes), args.q, args.scale, args.out,
+           lanes);
   }
 
   void gemm(const GemmArgs& args) const override {
+    // What the native kernel cannot load, the exact ones compute.
+    const bool native = args.k >= kQuadElements && starts_cache_line(args.a) && starts_cache_line(args.w.codes);
+    const Choice choice = choose(args.m, args.n, args.k, native);
+    if (choice.plan.kernel == Kernel::portable) return gemm_portable(args);
+    if (choice.plan.kernel == Kernel::native) return gemm_native(choice, args);
+    const int64_t blocks = args.k / kBlock;
+    const Expanded a = expand_a(choice, args.m, args.k, [&](const Expanded& out, Macros macros) {
+      macros.emplace_back("ALIGNMENT", alignment_of({args.a}));
+      launch({"expand.cpp", macros}, "expand", expand_range(out), args.a, args.a_scale, blocks, int64_t{1}, out.codes,
+             out.exponents, out.levels, out.layout.rows, out.layout.padded_rows, args.k);
+    });
+    gemm_expanded(choice, a, args.w, args.bias, args.y, args.y_dtype, args.n, args.k);
+  }
+
+  bool linear(const LinearArgs& args) const override {
+    const Choice choice = choose(args.m, args.n, args.k);
+    if (choice.plan.kernel == Kernel::portable || choice.plan.kernel == Kernel::native) return false;
+    const Expanded a = expand_a(choice, args.m, args.k, [&](const Expanded& out, Macros macros) {
+      macros.emplace_back("ALIGNMENT", alignment_of({args.x}));
+      macros.emplace_back("DTYPE", static_cast<int>(args.dtype));
+      launch({"expand.cpp", macros}, "quantize_expand", expand_range(out), args.x, static_cast<int>(args.mode), out.codes,
+             out.exponents, out.levels, out.layout.rows, out.layout.padded_rows, args.k);
+    });
+    gemm_expanded(choice, a, args.w, args.bias, args.y, args.dtype, args.n, args.k);
+    return true;
+  }
+
+  void gemm_w4a16(const GemmW4A16Args& args) const override {
+    const Choice choice = choose(args.m, args.n, args.k);
+    // The matrix unit has no float32.
+    if (choice.architecture == nullptr || args.dtype == DType::f32) return gemm_w4a16_portable(args);
+    gemm_w4a16_matrix(*choice.architecture, plan_w4a16(*choice.architecture, args.m, choice.forced), args);
+  }
+
+ private:
+  // A variant of a kernel that runs on every device.
+  Variant portable(const char* file, std::optional<DType> dtype, std::initializer_list<const void*> addresses) const {
+    const Target target = target_of(queue_.get_device());
+    Macros macros = {
+        {"SUB_GROUP", target.sub_group}, {"MATRIX_UNIT", target.matrix_unit}, {"ALIGNMENT", alignment_of(addresses)}};
+    if (dtype) macros.emplace_back("DTYPE", static_cast<int>(*dtype));
+    return {file, std::move(macros)};
+  }
+
+  struct Choice {
+    const Architecture* architecture;  // null for the portable kernels
+    std::optional<Kernel> forced;
+    GemmPlan plan;  // of W4A4
+  };
+
+  Choice choose(int64_t m, int64_t n, int64_t k, bool native = true) const {
+    const Choice portable = {nullptr, std::nullopt, {Kernel::portable, {}, 1, 1, 0}};
+    Override forced = variant_override();
+    if (forced.kernel == Kernel::native && !native) forced.kernel = std::nullopt;
+    const sycl::device device = queue_.get_device();
+    const Architecture* architecture = forced.architecture != nullptr ? forced.architecture : architecture_of(device);
+    if (architecture == nullptr || forced.kernel == Kernel::portable || m == 0 || n == 0 || k == 0) return portable;
+    const auto units = static_cast<int64_t>(device.get_info<sycl::info::device::max_compute_units>());
+    return {architecture, forced.kernel, plan_gemm(*architecture, units, m, n, forced.kernel)};
+  }
+
+  Macros macros_of(const Architecture& architecture) const {
+    return {{"SUB_GROUP", architecture.sub_group},
+            {"MATRIX_UNIT", queue_.get_device().is_gpu()},
+            {"BLOCK_2D", architecture.block_2d}};
+  }
+
+  void gemm_portable(const GemmArgs& args) const {
     const int64_t sub_group = target_of(queue_.get_device()).sub_group;
-    launch("gemm.cpp", "gemm", std::nullopt, alignment_of({args.w.codes}), grid(ceil_div(args.m, sub_group), args.n), args.a,
+    launch(portable("gemm.cpp", std::nullopt, {args.w.codes}), "gemm", grid(ceil_div(args.m, sub_group), args.n), args.a,
            args.a_scale, args.w.codes, args.w.scale, args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data,
            args.bias.row_stride, args.bias.column_stride, args.y, static_cast<int>(args.y_dtype), args.m, args.n, args.k);
   }
 
-  void gemm_w4a16(const GemmW4A16Args& args) const override {
-    launch("gemm_w4a16.cpp", "gemm_w4a16", args.dtype, alignment_of({args.w.codes}), grid(args.m, args.n), args.x, args.w.codes,
+  void gemm_w4a16_portable(const GemmW4A16Args& args) const {
+    launch(portable("gemm_w4a16.cpp", args.dtype, {args.w.codes}), "gemm_w4a16", grid(args.m, args.n), args.x, args.w.codes,
            args.w.scale, args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data, args.bias.row_stride,
            args.bias.column_stride, args.y, args.m, args.n, args.k);
   }
 
- private:
+  void gemm_w4a16_matrix(const Architecture& architecture, const GemmPlan& plan, const GemmW4A16Args& args) const {
+    const bool split = plan.kernel == Kernel::small;
+    const int64_t lanes = architecture.sub_group;
+    Macros macros = macros_of(architecture);
+    macros.insert(macros.end(), {{"ALIGNMENT", alignment_of({args.w.codes})},
+                                 {"ALIGNED_ROWS", starts_cache_line(args.x)},
+                                 {"DTYPE", static_cast<int>(args.dtype)},
+                                 {"ROW_UNITS", plan.tile.row_units},
+                                 {"COLUMN_UNITS", plan.tile.column_units},
+                                 {"SPLIT", split ? plan.group_columns : 1},
+                                 {"REGISTERS", split ? 128 : 256}});
+    // A work-group's sub-groups share one tile's K, or have a tile each.
+    const int64_t tile_columns = ceil_div(args.n, lanes * plan.tile.column_units);
+    const int64_t sub_groups = split ? tile_columns * plan.group_columns : round_up(tile_columns, plan.group_columns);
+    const sycl::nd_range<2> range = {
+        {static_cast<size_t>(ceil_div(args.m, 8 * plan.tile.row_units)), static_cast<size_t>(sub_groups * lanes)},
+        {1, static_cast<size_t>(plan.group_columns * lanes)}};
+    launch({"gemm_w4a16_matrix.cpp", macros}, "gemm_w4a16_matrix", range, args.x, args.w.codes, args.w.scale,
+           args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data, args.bias.row_stride, args.bias.column_stride,
+           args.y, args.m, args.n, args.k);
+  }
+
+  void gemm_native(const Choice& choice, const GemmArgs& args) const {
+    const auto& [row_units, column_units] = choice.plan.tile;
+    const int64_t lanes = choice.architecture->sub_group;
+    Macros macros = macros_of(*choice.architecture);
+    macros.insert(macros.end(), {{"ALIGNMENT", 16},
+                                 {"DTYPE", static_cast<int>(args.y_dtype)},
+                                 {"ROW_UNITS", row_units},
+                                 {"COLUMN_UNITS", column_units},
+                                 {"REGISTERS", 256}});
+    const int64_t columns = round_up(ceil_div(args.n, lanes * column_units), choice.plan.group_columns);
+    const sycl::nd_range<2> range = {
+        {static_cast<size_t>(ceil_div(args.m, 8 * row_units)), static_cast<size_t>(columns * lanes)},
+        {1, static_cast<size_t>(choice.plan.group_columns * lanes)}};
+    launch({"gemm_native.cpp", macros}, "gemm_native", range, args.a, args.a_scale, args.w.codes, args.w.scale,
+           args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data, args.bias.row_stride, args.bias.column_stride,
+           args.y, args.m, args.n, args.k);
+  }
+
+  Expanded allocate_expanded(int64_t rows, int64_t tile_rows, int64_t k, int lanes) const {
+    const ExpandedLayout layout = {rows, round_up(rows, tile_rows), ceil_div(k, kQuadElements), lanes};
+    // Each array starts on a cache line, as block loads want it.
+    const int64_t exponents = round_up(layout.codes_bytes(), 64), levels = exponents + round_up(layout.exponents_bytes(), 64);
+    std::shared_ptr<void> memory = allocate_(levels + layout.levels_bytes());
+    auto* base = static_cast<uint8_t*>(memory.get());
+    return {std::move(memory), layout, base, reinterpret_cast<uint32_t*>(base + exponents), base + levels};
+  }
+
+  static sycl::nd_range<2> expand_range(const Expanded& out) { return grid(out.layout.quads, out.layout.padded_rows); }
+
+  static int64_t rows_of_tile(const Choice& choice) {
+    return choice.plan.kernel == Kernel::large ? 8 * choice.plan.tile.row_units
+                                               : round_up(choice.plan.rows, choice.architecture->sub_group);
+  }
+
+  template <class Launch>
+  Expanded expand_a(const Choice& choice, int64_t m, int64_t k, const Launch& launch_into) const {
+    const Architecture& architecture = *choice.architecture;
+    const Expanded a = allocate_expanded(m, rows_of_tile(choice), k, architecture.sub_group);
+    Macros macros = macros_of(architecture);
+    const Arrangement arrangement = architecture.block_2d ? Arrangement::rows : Arrangement::row_fragments;
+    macros.emplace_back("ARRANGEMENT", static_cast<int>(arrangement));
+    launch_into(a, std::move(macros));
+    return a;
+  }
+
+  void gemm_expanded(const Choice& choice, const Expanded& a, const Weight& w, const Bias& bias, void* y, DType y_dtype,
+                     int64_t n, int64_t k) const {
+    if (choice.plan.kernel == Kernel::small) return gemm_small(choice, a, w, bias, y, y_dtype, n, k);
+    gemm_large(choice, a, w, bias, y, y_dtype, n, k);
+  }
+
+  void gemm_small(const Choice& choice, const Expanded& a, const Weight& w, const Bias& bias, void* y, DType y_dtype, int64_t n,
+                  int64_t k) const {
+    constexpr int64_t split = 8;  // kSplit in gemm_small.cpp
+    const int64_t lanes = choice.architecture->sub_group, m = a.layout.rows;
+    Macros macros = macros_of(*choice.architecture);
+    macros.insert(macros.end(),
+                  {{"ALIGNMENT", alignment_of({w.codes})}, {"DTYPE", static_cast<int>(y_dtype)}, {"ROWS", choice.plan.rows}});
+    const sycl::nd_range<2> range = {
+        {static_cast<size_t>(ceil_div(m, choice.plan.rows)), static_cast<size_t>(ceil_div(n, lanes) * lanes * split)},
+        {1, static_cast<size_t>(lanes * split)}};
+    launch({"gemm_small.cpp", macros}, "gemm_small", range, a.codes, a.exponents, a.levels, w.codes, w.scale,
+           w.scale_row_stride, w.scale_block_stride, bias.data, bias.row_stride, bias.column_stride, y, m, n, k, kMagicBits);
+  }
+
+  void gemm_large(const Choice& choice, const Expanded& a, const Weight& w, const Bias& bias, void* y, DType y_dtype, int64_t n,
+                  int64_t k) const {
+    const auto& [kernel, tile, group_rows, group_columns, rows] = choice.plan;
+    const Architecture& architecture = *choice.architecture;
+    const int64_t lanes = architecture.sub_group, m = a.layout.rows;
+    const Expanded b = allocate_expanded(n, lanes * tile.column_units, k, architecture.sub_group);
+    Macros expand_macros = macros_of(architecture);
+    expand_macros.emplace_back("ARRANGEMENT", static_cast<int>(Arrangement::column_fragments));
+    expand_macros.emplace_back("ALIGNMENT", alignment_of({w.codes}));
+    launch({"expand.cpp", expand_macros}, "expand", expand_range(b), w.codes, w.scale, w.scale_row_stride, w.scale_block_stride,
+           b.codes, b.exponents, b.levels, b.layout.rows, b.layout.padded_rows, k);
+
+    Macros macros = macros_of(architecture);
+    macros.insert(macros.end(), {{"ALIGNMENT", 16},
+                                 {"DTYPE", static_cast<int>(y_dtype)},
+                                 {"ROW_UNITS", tile.row_units},
+                                 {"COLUMN_UNITS", tile.column_units},
+                                 {"REGISTERS", 256}});
+    const auto tile_rows = static_cast<size_t>(round_up(ceil_div(m, 8 * tile.row_units), group_rows));
+    const auto tile_columns = static_cast<size_t>(round_up(ceil_div(n, lanes * tile.column_units), group_columns));
+    const sycl::nd_range<2> range = {{tile_rows, tile_columns * lanes},
+                                     {static_cast<size_t>(group_rows), static_cast<size_t>(group_columns * lanes)}};
+    launch({"gemm_large.cpp", macros}, "gemm_large", range, a.codes, a.exponents, a.levels, b.codes, b.exponents, b.levels,
+           bias.data, bias.row_stride, bias.column_stride, y, m, n, static_cast<uint32_t>(a.layout.quads), kMagicBits);
+  }
+
   template <int dimensions, class... Args>
-  void launch(const char* file, const char* kernel, std::optional<DType> dtype, int alignment, sycl::nd_range<dimensions> range,
-              Args... args) const {
+  void launch(const Variant& variant, const char* kernel, sycl::nd_range<dimensions> range, Args... args) const {
     if (range.get_global_range().size() == 0) return;
     // The CPU device's worker threads take over the float environment of the thread that submits.
     const DefaultFloatEnvironment environment;
     try {
-      const sycl::kernel compiled = get_kernel(queue_, {file, dtype, alignment}, kernel);
+      const sycl::kernel compiled = get_kernel(queue_, variant, kernel);
       const sycl::event event = sycl::queue(queue_).submit([&](sycl::handler& handler) {
         handler.set_args(args...);
         handler.parallel_for(range, compiled);
@@ -92,8 +292,15 @@ class SyclBackend final : public Backend {
   }
 
   sycl::queue queue_;
+  Allocate allocate_;
   bool wait_;  // tensors on the CPU: the caller may read them at once
 };
+
+std::shared_ptr<void> allocate_on_host(int64_t bytes) {
+  void* memory = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(bytes, 1), 64)));
+  if (memory == nullptr) throw std::bad_alloc();
+  return {memory, std::free};
+}
 
 DeviceInfo describe(const sycl::device& device) {
   const Target target = target_of(device);
@@ -134,14 +341,14 @@ class SyclPlugin final : public Plugin {
   const Backend& cpu() const override {
     const DefaultFloatEnvironment environment;  // the runtime starts its threads now
     // Not destroyed: at exit the SYCL runtime may be gone before a static of ours.
-    static const SyclBackend& backend = *new SyclBackend(cpu_queue(), true);
+    static const SyclBackend& backend = *new SyclBackend(cpu_queue(), allocate_on_host, true);
     return backend;
   }
 
-  std::unique_ptr<Backend> on_queue(void* queue) const override {
+  std::unique_ptr<Backend> on_queue(void* queue, Allocate allocate) const override {
     const auto& stream = *static_cast<sycl::queue*>(queue);
     if (!stream.is_in_order()) throw std::runtime_error("xpu_fp4: the queue must be in-order: an op's kernels rely on it");
-    return std::make_unique<SyclBackend>(stream, false);
+    return std::make_unique<SyclBackend>(stream, std::move(allocate), false);
   }
 };
 

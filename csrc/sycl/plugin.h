@@ -2,6 +2,7 @@
 // The SYCL backend is a library of its own (`_sycl_backend`), loaded at first use: so `_xpu_C` loads where no SYCL runtime is
 // installed. This is all that the two know of each other. Torch-free.
 #pragma once
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,6 +19,10 @@ struct DeviceInfo {
   bool has_matrix_unit;  // false: the kernels use the bit-exact stand-in
 };
 
+/// Gives device memory for the time of a kernel: at least that many bytes, aligned to 64, which may be let go once the kernels
+/// that use it have been submitted to the queue.
+using Allocate = std::function<std::shared_ptr<void>(int64_t bytes)>;
+
 class Plugin {
  public:
   virtual ~Plugin() = default;
@@ -27,7 +32,7 @@ class Plugin {
   virtual const Backend& cpu() const = 0;
   /// The kernels on an in-order `sycl::queue*`; calls return at once, the queue orders them, and the caller keeps their
   /// operands until then. Throws if the queue is out-of-order.
-  virtual std::unique_ptr<Backend> on_queue(void* queue) const = 0;
+  virtual std::unique_ptr<Backend> on_queue(void* queue, Allocate allocate) const = 0;
 };
 
 /// The one symbol that the library exports: `const Plugin* xpu_fp4_sycl_plugin()`.

@@ -2,12 +2,15 @@
 #include "programs.h"
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <future>
 #include <map>
 #include <mutex>
 #include <stdexcept>
-#include <tuple>
+#include <thread>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -26,32 +29,43 @@ const std::string& source_text(const std::string& name) {
   return found->text;
 }
 
-std::vector<std::string> build_options(const Variant& variant, const Target& target) {
-  const auto define = [](const char* macro, int value) { return "-D" + std::string(macro) + "=" + std::to_string(value); };
-  std::vector<std::string> options = {
-      "-ffp-contract=off",  // the numerics count every rounding
-      "-fno-sycl-id-queries-fit-in-int",
-#if __LIBSYCL_MAJOR_VERSION < 9
-      "-fno-sycl-device-lib=all",  // 2025.3's pip package lacks the device library; 2026.1 does not know the option
-#endif
-      define("XPU_FP4_SUB_GROUP", target.sub_group),
-      define("XPU_FP4_MATRIX_UNIT", target.matrix_unit),
-      define("XPU_FP4_ALIGNMENT", variant.alignment),
-  };
-  if (variant.dtype) options.push_back(define("XPU_FP4_DTYPE", static_cast<int>(*variant.dtype)));
-  return options;
-}
+// Says what is being built if it takes more than a second: the caller may be waiting for a while.
+class SlowBuildNotice {
+ public:
+  explicit SlowBuildNotice(std::string what)
+      : waiter_([this, what = std::move(what)] {
+          std::unique_lock lock(mutex_);
+          if (!done_changed_.wait_for(lock, std::chrono::seconds(1), [this] { return done_; })) {
+            std::fprintf(stderr, "xpu_fp4: compiling %s; this is kept on disk for the next time\n", what.c_str());
+          }
+        }) {}
+  SlowBuildNotice(const SlowBuildNotice&) = delete;
+  ~SlowBuildNotice() {
+    {
+      const std::lock_guard lock(mutex_);
+      done_ = true;
+    }
+    done_changed_.notify_one();
+    waiter_.join();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable done_changed_;
+  bool done_ = false;
+  std::thread waiter_;  // last: it uses the others
+};
 
 Program build(const sycl::context& context, const sycl::device& device, const Variant& variant) {
   syclexp::include_files includes;
   for (const DeviceSource& source : kDeviceSources) includes.add(source.name, source.text);
   std::string log;
+  const SlowBuildNotice notice(variant.file + " for " + device.get_info<sycl::info::device::name>());
   try {
     auto bundle = syclexp::create_kernel_bundle_from_source(context, syclexp::source_language::sycl, source_text(variant.file),
                                                             syclexp::properties{includes});
-    return syclexp::build(
-        bundle, {device},
-        syclexp::properties{syclexp::build_options{build_options(variant, target_of(device))}, syclexp::save_log{&log}});
+    return syclexp::build(bundle, {device},
+                          syclexp::properties{syclexp::build_options{build_options(variant)}, syclexp::save_log{&log}});
   } catch (const sycl::exception& error) {
     throw std::runtime_error("xpu_fp4: SYCL cannot build " + variant.file + " for " +
                              device.get_info<sycl::info::device::name>() + ": " + error.what() + "\n" + log);
@@ -68,7 +82,7 @@ int stand_in_sub_group() {
 class ProgramCache {
  public:
   Program get(const sycl::queue& queue, const Variant& variant) {
-    const auto key = std::make_tuple(variant.file, variant.dtype, variant.alignment);
+    const Key key = {variant.file, variant.macros};
     std::promise<Program> promise;
     std::shared_future<Program> future;
     bool mine = false;
@@ -100,7 +114,7 @@ class ProgramCache {
       return std::hash<sycl::context>{}(place.first) * 31 + std::hash<sycl::device>{}(place.second);
     }
   };
-  using Key = std::tuple<std::string, std::optional<DType>, int>;
+  using Key = std::pair<std::string, Macros>;
   std::mutex mutex_;
   std::unordered_map<Place, std::map<Key, std::shared_future<Program>>, Hash> per_device_;
 };
@@ -115,6 +129,18 @@ Target query_target(const sycl::device& device) {
 }
 
 }  // namespace
+
+std::vector<std::string> build_options(const Variant& variant) {
+  std::vector<std::string> options = {
+      "-ffp-contract=off",  // the numerics count every rounding
+      "-fno-sycl-id-queries-fit-in-int",
+#if __LIBSYCL_MAJOR_VERSION < 9
+      "-fno-sycl-device-lib=all",  // 2025.3's pip package lacks the device library; 2026.1 does not know the option
+#endif
+  };
+  for (const auto& [name, value] : variant.macros) options.push_back("-DXPU_FP4_" + name + "=" + std::to_string(value));
+  return options;
+}
 
 Target target_of(const sycl::device& device) {
   static std::mutex& mutex = *new std::mutex;

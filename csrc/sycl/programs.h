@@ -2,27 +2,32 @@
 // Kernels compiled at first use, one program per variant and device, kept for the life of the process. SYCL keeps them on disk
 // too (sycl/loader.cpp says where).
 #pragma once
-#include <optional>
 #include <string>
 #include <sycl/sycl.hpp>
-
-#include "../format/float_bits.h"
+#include <utility>
+#include <vector>
 
 namespace xpu_fp4::syclrt {
 
-/// How a device wants the kernels built.
+/// A macro of kernels/, without the XPU_FP4_ before it.
+using Macros = std::vector<std::pair<std::string, int>>;
+
+/// A source, compiled with these macros.
+struct Variant {
+  std::string file;  // "gemm.cpp"
+  Macros macros;
+};
+
+/// How our kernels are compiled for a device where no architecture's own kernels are: 16 lanes, 8 where its matrix unit is so
+/// wide or the environment asks for it.
 struct Target {
-  int sub_group;  // 16, or 8 where the matrix unit is 8 lanes wide
+  int sub_group;
   bool matrix_unit;
 };
 Target target_of(const sycl::device& device);
 
-/// What a program is compiled for besides its device: the macros of kernels/common.hpp.
-struct Variant {
-  std::string file;  // "gemm.cpp"
-  std::optional<DType> dtype;
-  int alignment;
-};
+/// The compiler's options for a variant.
+std::vector<std::string> build_options(const Variant& variant);
 
 /// The kernel of that name, compiled if need be. Thread-safe: several threads may build different variants at once, and one
 /// variant is built once. Throws std::runtime_error with the compiler's log.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The XPU device: the SYCL kernels on the queue of the current stream. Built where torch is an XPU build; elsewhere the tests
 // compile this file and cannot link it.
+#include <ATen/ops/empty.h>
 #include <c10/xpu/XPUStream.h>
 
 #include "../sycl/loader.h"
@@ -10,9 +11,16 @@
 namespace xpu_fp4 {
 namespace {
 
+// From torch's caching allocator: memory let go after the submission is given out again to the same stream only, so that its
+// kernels run in order.
+std::shared_ptr<void> allocate_on_current_device(int64_t bytes) {
+  const at::Tensor memory = at::empty({bytes}, at::TensorOptions(at::kXPU).dtype(at::kByte));
+  return {memory.data_ptr(), [memory](void*) {}};
+}
+
 struct GetXpuBackend {
   std::unique_ptr<Backend> operator()() const {
-    return syclrt::load_plugin().on_queue(&c10::xpu::getCurrentXPUStream().queue());
+    return syclrt::load_plugin().on_queue(&c10::xpu::getCurrentXPUStream().queue(), allocate_on_current_device);
   }
 };
 

@@ -12,6 +12,7 @@ from .compat import override_vllm_ops
 from .convert import quantize_
 from .functional import Mode, ScaleMode, dequantize, linear, linear_prepacked, prepack, quantize, unprepack
 from .modules import MXFP4Linear
+from .warmup import warmup
 
 __all__ = [
     "Backend",
@@ -32,4 +33,5 @@ __all__ = [
     "quantize_",
     "transformers_config",
     "unprepack",
+    "warmup",
 ]

@@ -4,9 +4,16 @@
 //   XPU_FP4_SUB_GROUP    lanes of a sub-group: 16, or 8 on GPUs whose matrix unit is 8 wide (Alchemist)
 //   XPU_FP4_MATRIX_UNIT  1 where the device has Intel's int8 matrix unit, 0 for the stand-in
 //   XPU_FP4_ALIGNMENT    bytes to which the vector-accessed pointers are aligned: 16, or 1 if any of them is not
-//   XPU_FP4_DTYPE        where a kernel's loop depends on it: the DType of the tensor that is not MXFP4, as its number
+//   XPU_FP4_DTYPE        where a kernel depends on it: the DType of the tensor that is not MXFP4, as its number
+//   XPU_FP4_REGISTERS    where a kernel wants 256 registers per thread on a GPU instead of 128
 #pragma once
 #include <sycl/sycl.hpp>
+#if XPU_FP4_MATRIX_UNIT && defined(XPU_FP4_REGISTERS)
+#include <sycl/ext/intel/experimental/grf_size_properties.hpp>
+#define XPU_FP4_GRF SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((sycl::ext::intel::experimental::grf_size<XPU_FP4_REGISTERS>))
+#else
+#define XPU_FP4_GRF  // not a property that the CPU device knows
+#endif
 
 #include "format/accumulate.h"
 #include "format/block.h"
@@ -38,7 +45,7 @@ constexpr DType kDType = static_cast<DType>(XPU_FP4_DTYPE);
 // SYCL offers kernel properties only through this macro.
 #define XPU_FP4_KERNEL(dimensions)                                                     \
   extern "C" SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((syclexp::nd_range_kernel<dimensions>)) \
-      SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((syclexp::sub_group_size<XPU_FP4_SUB_GROUP>)) void
+      SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((syclexp::sub_group_size<XPU_FP4_SUB_GROUP>)) XPU_FP4_GRF void
 
 using int8 = xpu_fp4_int8;
 using RowFragment = xpu_fp4_row_fragment;

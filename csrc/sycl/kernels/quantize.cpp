@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // x -> MXFP4 codes and scales. A lane loads 16 bytes: 8 elements of 2 bytes or 4 of 4; the 4 or 8 lanes of a block find its
 // largest magnitude by butterfly exchange. Memory traffic: the input once, 17/32 byte per element out.
-#include "common.hpp"
+#include "convert.hpp"
 
 using namespace xpu_fp4;
 
@@ -19,7 +19,7 @@ inline LaneInput load_lane(const uint8_t* x, int64_t vector) {
   in.amax_bits = 0;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    in.x[i] = load<kDType>(&bytes, i);
+    in.x[i] = load_converted<kDType>(&bytes, i);
     in.amax_bits = sycl::max(in.amax_bits, magnitude_bits(in.x[i]));
   }
 #pragma unroll

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// What we know about GPU architectures, and which kernel, tile and work-group suits a product: the one table of it.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <sycl/sycl.hpp>
+#include <vector>
+
+namespace xpu_fp4::syclrt {
+
+/// Tile of a sub-group in rows of 8 and columns of one sub-group.
+struct Tile {
+  int row_units, column_units;
+};
+
+struct Architecture {
+  const char* name;  // of its offline compiler target
+  int sub_group;     // lanes: the width of the matrix unit
+  bool block_2d;     // has 2D block loads
+  Tile large;        // of gemm_large: the largest that does not spill with 256 registers (make isa)
+  Tile medium;       // where large ones are too few to fill the device
+  Tile w4a16;        // of gemm_w4a16_matrix: the more rows, the fewer times a weight is decoded
+  Tile native;       // of gemm_native, where the device has the instruction; else of no rows
+};
+
+/// Every architecture with a matrix unit that we compile for.
+const std::vector<Architecture>& architectures();
+
+/// The device's architecture; none where it has no int8 matrix unit, or one that we do not know: then the portable kernels run.
+const Architecture* architecture_of(const sycl::device& device);
+
+/// The kernels of a product.
+enum class Kernel {
+  portable,  // any device, no pre-pass
+  small,     // few rows: packed weights, decoded in registers
+  large,     // many rows: expanded operands
+  native,    // Xe3P's block-scaled FP4 instruction: not the definition's bits, so only where it is asked for
+};
+
+struct GemmPlan {
+  Kernel kernel;
+  Tile tile;                      // of a sub-group
+  int group_rows, group_columns;  // large: sub-groups of a work-group
+  int rows;                       // small: of a work-group
+};
+
+/// What XPU_FP4_SYCL_VARIANT asks for: `portable`, an architecture's name, or that and a kernel, as in
+/// `bmg:large`. Read at each call.
+struct Override {
+  const Architecture* architecture = nullptr;
+  std::optional<Kernel> kernel;
+};
+/// Throws std::runtime_error naming the variable, its value and what is expected.
+Override variant_override();
+
+/// The kernel for y [m, n] with `compute_units` vector engines to fill. Only `forced` gives Kernel::native.
+GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, int64_t m, int64_t n, std::optional<Kernel> forced);
+
+/// The same for W4A16: `tile` also where K is split, then for the rows of a work-group.
+GemmPlan plan_w4a16(const Architecture& architecture, int64_t m, std::optional<Kernel> forced);
+
+}  // namespace xpu_fp4::syclrt

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device code: format/float_bits.h's load() and store() with the device's own float16 conversions, which round alike and take
+// one instruction.
+#pragma once
+#include "common.hpp"
+
+namespace xpu_fp4 {
+
+template <DType T>
+inline float load_converted(const void* data, int64_t i) {
+  if constexpr (T == DType::f16) {
+    return static_cast<float>(__builtin_bit_cast(_Float16, static_cast<const uint16_t*>(data)[i]));
+  } else {
+    return load<T>(data, i);
+  }
+}
+
+template <DType T>
+inline void store_converted(void* data, int64_t i, float x) {
+  if constexpr (T == DType::f16) {
+    const auto half = __builtin_bit_cast(uint16_t, static_cast<_Float16>(x));
+    static_cast<uint16_t*>(data)[i] = is_nan(x) ? uint16_t{0x7E00} : half;
+  } else {
+    store<T>(data, i, x);
+  }
+}
+
+}  // namespace xpu_fp4

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// Writes the expanded form (layout.hpp) of an operand: `expand` from codes and scales, `quantize_expand` from floats in one go.
+// A lane does one row of one quad; a sub-group, the kLanes rows of a group. Memory traffic per quad and row: 68 bytes in
+// (quantize_expand: the floats), 132 out.
+// Macros: XPU_FP4_ARRANGEMENT; XPU_FP4_DTYPE for quantize_expand.
+#include "convert.hpp"
+#include "layout.hpp"
+
+using namespace xpu_fp4;
+
+typedef uint32_t Dwords4 __attribute__((ext_vector_type(4)));
+typedef uint32_t Dwords8 __attribute__((ext_vector_type(8)));
+
+constexpr auto kArrangement = static_cast<Arrangement>(XPU_FP4_ARRANGEMENT);
+constexpr int kLanes = kSubGroup;
+constexpr int kMaxShift = 3;  // 12 << 3 = 96 fits an int8
+
+/// One row's quad. Blocks beyond the last have codes 0.
+struct RowQuad {
+  uint32_t codes[kQuad][4];
+  uint32_t scale[kQuad];
+};
+
+/// How the quad is expanded: every block shifted left by scale - exponent.
+struct Alignment {
+  uint32_t exponent[kQuad];
+  uint32_t level;
+};
+
+struct Range {
+  uint32_t low = 255, high = 0;
+  inline void add(uint32_t scale) {
+    low = sycl::min(low, scale);
+    high = sycl::max(high, scale);
+  }
+  inline bool empty() const { return low > high; }
+  inline bool aligned() const { return empty() || high - low <= kMaxShift; }
+};
+
+/// Blocks of zeros take any exponent: their products are +0 whatever it is.
+inline Alignment align(const RowQuad& quad) {
+  Range pair[2], all;
+  bool nan = false;
+#pragma unroll
+  for (int b = 0; b < kQuad; ++b) {
+    const uint32_t* codes = quad.codes[b];
+    nan |= quad.scale[b] == e8m0::kNan;
+    if (((codes[0] | codes[1] | codes[2] | codes[3]) & 0x77777777u) != 0) {
+      pair[b / 2].add(quad.scale[b]);
+      all.add(quad.scale[b]);
+    }
+  }
+  Alignment result;
+  // A row of A that is NaN becomes so on every level (gemm_large.cpp); a column does on the general one.
+  result.level = nan && kArrangement == Arrangement::column_fragments ? kGeneralLevel : kQuadLevel;
+#pragma unroll
+  for (int b = 0; b < kQuad; ++b) {
+    const Range& own = pair[b / 2];
+    const uint32_t shared = all.aligned() || own.empty() ? all.low : own.low;
+    const uint32_t exponent = all.aligned() || own.aligned() ? shared : quad.scale[b];
+    result.exponent[b] = nan ? uint32_t{e8m0::kNan} : all.empty() ? uint32_t{e8m0::kBias} : exponent;
+  }
+  if (nan || all.aligned()) {
+    if (!nan && !all.empty() && (all.low < kWindowLow || all.low > kWindowHigh)) result.level = kGeneralLevel;
+    return result;
+  }
+  // In a pair that is not aligned both blocks count, so that these are all exponents in use.
+  const bool outside = all.low < kWindowLow || all.high > kWindowHigh;
+  result.level = outside ? kGeneralLevel : pair[0].aligned() && pair[1].aligned() ? kPairLevel : kBlockLevel;
+  return result;
+}
+
+/// Four codes, one in each byte, to four int8: twice the value, shifted left.
+inline uint32_t expand4(uint32_t codes, uint32_t shift) {
+  const uint32_t high = (codes >> 2) & 0x01010101u;  // 4 and above: the low bits count twice
+  const uint32_t twice = codes & (high | high << 1);
+  const uint32_t seven = twice & twice >> 1 & 0x01010101u;                             // 12 = 7 + 3 + 2
+  const uint32_t magnitude = ((codes & 0x07070707u) + twice + (seven << 1)) << shift;  // at most 96: no carry leaves a byte
+  const uint32_t negative = (codes >> 3) & 0x01010101u, low_bits = (negative << 7) - negative;
+  return ((magnitude ^ low_bits) + negative) ^ negative << 7;
+}
+
+struct Expanded {
+  uint8_t* codes;
+  uint32_t* exponents;
+  uint8_t* levels;
+  int64_t rows, padded_rows;
+  uint32_t quads;
+
+  /// Whole sub-groups only: the level is that of the group.
+  inline void store(const RowQuad& in, int64_t row, uint32_t quad) const {
+    const Alignment alignment = align(in);
+    const int64_t group = row / kLanes;
+    const uint32_t* e = alignment.exponent;
+    exponents[(group * quads + quad) * kLanes + row % kLanes] = e[0] | e[1] << 8 | e[2] << 16 | e[3] << 24;
+    const uint32_t level = sycl::reduce_over_group(this_sub_group(), alignment.level, sycl::maximum<uint32_t>());
+    const uint32_t pitch = (quads + kLanes - 1) / kLanes * kLanes;
+    if (row % kLanes == 0) levels[group * pitch + quad] = level;
+    if (kArrangement == Arrangement::rows && row >= rows) return;
+#pragma unroll
+    for (int b = 0; b < kQuad; ++b) {
+      // The shift of a block of zeros, whose exponent may be above its scale, does not matter; NaN's codes are not read.
+      const uint32_t shift = in.scale[b] - e[b] & kMaxShift;
+      Dwords8 out;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = expand4(in.codes[b][i / 2] >> 4 * (i % 2) & 0x0F0F0F0Fu, shift);
+      store_block(out, row, quad, b);
+    }
+  }
+
+ private:
+  inline void store_block(Dwords8 block, int64_t row, uint32_t quad, int b) const {
+    if constexpr (kArrangement == Arrangement::rows) {
+      *(Dwords8*)(codes + (row * quads + quad) * kQuadElements + b * kBlock) = block;
+    } else if constexpr (kArrangement == Arrangement::row_fragments) {
+      *(Dwords8*)(codes + ((row / 8 * quads + quad) * kQuad + b) * (8 * kBlock) + row % 8 * kBlock) = block;
+    } else {
+      auto* out = (uint32_t*)codes + ((row / kLanes * quads + quad) * kQuad + b) * (8 * kLanes) + row % kLanes;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i * kLanes] = block[i];
+    }
+  }
+};
+
+struct Place {
+  int64_t row;
+  uint32_t quad;
+};
+inline Place this_place() {
+  const auto item = syclext::this_work_item::get_nd_item<2>();
+  return {static_cast<int64_t>(item.get_global_id(1)), static_cast<uint32_t>(item.get_global_id(0))};
+}
+
+XPU_FP4_KERNEL(2)
+expand(const uint8_t* codes, const uint8_t* scale, int64_t scale_row_stride, int64_t scale_block_stride, uint8_t* out,
+       uint32_t* exponents, uint8_t* levels, int64_t rows, int64_t padded_rows, int64_t k) {
+  const auto [row, quad] = this_place();
+  if (row >= padded_rows) return;  // whole sub-groups
+  const int64_t blocks = k / kBlock;
+  RowQuad in;
+#pragma unroll
+  for (int b = 0; b < kQuad; ++b) {
+    const int64_t block = int64_t{quad} * kQuad + b;
+    const bool real = row < rows && block < blocks;
+    Bytes16 packed = {};
+    if (real) packed = load16(codes + (row * blocks + block) * kBlockBytes);
+    const auto dwords = __builtin_bit_cast(Dwords4, packed);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) in.codes[b][i] = dwords[i];
+    in.scale[b] = real ? scale[row * scale_row_stride + block * scale_block_stride] : uint8_t{e8m0::kBias};
+  }
+  Expanded{out, exponents, levels, rows, padded_rows, static_cast<uint32_t>((blocks + kQuad - 1) / kQuad)}.store(in, row, quad);
+}
+
+#ifdef XPU_FP4_DTYPE
+constexpr int kVector = 16 / size_of(kDType);  // elements of a load
+
+/// mxfp4_quantize of one block, its codes as packed dwords.
+inline uint32_t quantize_block(const uint8_t* x, ScaleMode mode, uint32_t (&codes)[4]) {
+  float values[kBlock];
+  uint32_t amax_bits = 0;
+#pragma unroll
+  for (int v = 0; v < kBlock / kVector; ++v) {
+    alignas(16) const Bytes16 bytes = load16(x + 16 * v);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[v * kVector + i] = load_converted<kDType>(&bytes, i);
+      amax_bits = sycl::max(amax_bits, magnitude_bits(values[v * kVector + i]));
+    }
+  }
+  const uint8_t scale = e8m0::from_amax(amax_bits, mode);
+  const float reciprocal = e8m0::reciprocal(scale);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) codes[i] = 0;
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) codes[i / 8] |= quantize_element(values[i], reciprocal) << 4 * (i % 8);
+  return scale;
+}
+
+XPU_FP4_KERNEL(2)
+quantize_expand(const uint8_t* x, int mode, uint8_t* out, uint32_t* exponents, uint8_t* levels, int64_t rows,
+                int64_t padded_rows, int64_t k) {
+  const auto [row, quad] = this_place();
+  if (row >= padded_rows) return;  // whole sub-groups
+  const int64_t blocks = k / kBlock;
+  RowQuad in = {};
+#pragma unroll
+  for (int b = 0; b < kQuad; ++b) {
+    const int64_t block = int64_t{quad} * kQuad + b;
+    in.scale[b] = e8m0::kBias;
+    if (row < rows && block < blocks) {
+      const uint8_t* from = x + (row * blocks + block) * kBlock * size_of(kDType);
+      in.scale[b] = quantize_block(from, static_cast<ScaleMode>(mode), in.codes[b]);
+    }
+  }
+  Expanded{out, exponents, levels, rows, padded_rows, static_cast<uint32_t>((blocks + kQuad - 1) / kQuad)}.store(in, row, quad);
+}
+#endif

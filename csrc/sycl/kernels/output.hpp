@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device code: bias, conversion and the store of a tile.
+#pragma once
+#include "convert.hpp"
+#include "operands.hpp"
+
+namespace xpu_fp4 {
+
+struct Output {
+  const float* bias;
+  int64_t bias_row_stride, bias_column_stride;
+  void* y;
+  int64_t m, n;
+
+  XPU_FP4_INLINE float bias_of(int64_t row, int64_t column) const {
+    return ((XPU_FP4_GLOBAL const float*)bias)[row * bias_row_stride + column * bias_column_stride];
+  }
+
+  XPU_FP4_INLINE void store_row(float acc, int64_t row, int64_t column) const {
+    if (column >= n) return;
+    store_converted<kDType>(y, row * n + column, bias == nullptr ? acc : acc + bias_of(row, column));
+  }
+
+  /// acc[i][j], element r of it, is row first_row + 8 i + r, column first_column + kLanes j + lane.
+  template <int row_units, int column_units>
+  XPU_FP4_INLINE void store_tile(const float8 (&acc)[row_units][column_units], int64_t first_row, int64_t first_column) const {
+    const auto columns = static_cast<int>(sycl::min(n - first_column, int64_t{kLanes * column_units}));
+    const auto rows = static_cast<int>(sycl::min(m - first_row, int64_t{kRowUnit * row_units}));
+    const int lane = static_cast<int>(lane_id());
+    float added[column_units] = {};
+#pragma unroll
+    for (int j = 0; j < column_units; ++j) {
+      if (bias != nullptr && kLanes * j + lane < columns) added[j] = bias_of(first_row, first_column + kLanes * j + lane);
+    }
+    int64_t at = first_row * n + first_column + lane;
+#pragma unroll(kUnroll)
+    for (int i = 0; i < row_units; ++i) {
+#pragma unroll(kUnroll)
+      for (int r = 0; r < kRowUnit; ++r) {
+        if (kRowUnit * i + r < rows) {
+#pragma unroll
+          for (int j = 0; j < column_units; ++j) {
+            if (kLanes * j + lane < columns) {
+              if (bias_row_stride != 0) added[j] = bias_of(first_row + kRowUnit * i + r, first_column + kLanes * j + lane);
+              const float value = bias == nullptr ? acc[i][j][r] : acc[i][j][r] + added[j];
+              store_converted<kDType>(y, at + kLanes * j, value);
+            }
+          }
+        }
+        at += n;
+      }
+    }
+  }
+};
+
+}  // namespace xpu_fp4

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device code: the sum of one quad, with the bits of format/accumulate.h, from the integers of the matrix unit. Beside the
+// matrix-mads, an output and quad cost 2 float instructions where the quad's exponents are aligned, 4 where its pairs are, 8
+// inside of the window, 16 in general (layout.hpp), and no integer instruction:
+//  * A chain of matrix-mads starts from the bits of 1.5 * 2^23. |d| < 2^22, so the int32 result *is* the float 1.5 * 2^23 + d.
+//  * u = fma(that, sa, -1.5 * 2^23 * sa) = d * sa is exact; sa is the row's power of two, a scalar operand.
+//  * The column's power of two goes into the fma that adds. Sums inside of a quad are kept in units of the first block's; the
+//    others enter as ratios. Scaling by a power of two commutes with rounding inside of the window.
+#pragma once
+#include "operands.hpp"
+
+namespace xpu_fp4 {
+
+// Inlining early shares address code among the levels, which costs tiles of 16 lanes their last registers.
+#if XPU_FP4_SUB_GROUP == 8
+#define XPU_FP4_STEP XPU_FP4_INLINE
+#else
+#define XPU_FP4_STEP inline
+#endif
+
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+
+/// The bits of kMagic, from a kernel's argument, and made to look different from lane to lane: a constant, or a uniform value,
+/// would be written to eight registers before every chain.
+XPU_FP4_INLINE int8 magic_of_lane(uint32_t magic) { return static_cast<int>(magic + lane_id() * (magic & 1)); }
+
+template <int level>
+constexpr int kChains = level == kQuadLevel   ? 1
+                        : level == kPairLevel ? 2
+                                              : 4;  // of a quad
+
+XPU_FP4_INLINE uint32_t exponent_of(uint32_t exponents, int block) { return exponents >> (8 * block) & 255u; }
+XPU_FP4_INLINE float power(uint32_t biased) { return float_of(biased << 23); }  // 1 .. 254; 255 gives Inf
+
+/// The sums of a quad's chains for 8 rows, as floats that are kMagic too large.
+template <int level>
+struct ChainSums {
+  int8 sum[kChains<level>];
+
+  XPU_FP4_INLINE ChainSums(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& magic) {
+    constexpr int blocks = kQuad / kChains<level>;
+#pragma unroll(kUnroll)
+    for (int c = 0; c < kChains<level>; ++c) {
+      sum[c] = magic;
+#pragma unroll(kUnroll)
+      for (int i = c * blocks; i < (c + 1) * blocks; ++i) sum[c] = matrix_mad(a[i], b[i], sum[c]);
+    }
+  }
+};
+
+/// Of kLanes rows, lane = row: sa, and what takes the magic off.
+template <int level>
+struct RowScales {
+  float scale[kChains<level>], offset[kChains<level>], rest[kChains<level>];
+
+  XPU_FP4_INLINE explicit RowScales(uint32_t exponents) {
+#pragma unroll
+    for (int c = 0; c < kChains<level>; ++c) {
+      const uint32_t e = exponent_of(exponents, c * (kQuad / kChains<level>));
+      if constexpr (level == kGeneralLevel) {
+        // scale * rest, scale <= 2^100 so that d * scale cannot overflow (RowFactor in format/accumulate.h).
+        const uint32_t kept = e == 255u ? 255u : sycl::min(e, 227u);
+        scale[c] = float_of(sycl::max(kept << 23, 0x00400000u));
+        rest[c] = power(127u + e - kept);
+      } else {
+        scale[c] = power(e);  // a NaN scale is Inf here, and Inf - Inf below: rows of NaN stay on the fast levels
+      }
+      offset[c] = scale[c] * -kMagic;
+    }
+  }
+};
+
+/// Of kLanes columns, lane = column: the first scale over the factor by which the operands are too large, and ratios.
+/// log2_factor: 2, since both operands hold twice their values, plus what the column's are shifted without their exponents.
+template <int level, int log2_factor = 2>
+struct ColumnScales {
+  float scale[kChains<level>];
+
+  XPU_FP4_INLINE explicit ColumnScales(uint32_t exponents) {
+    uint32_t e[kQuad];
+#pragma unroll
+    for (int b = 0; b < kQuad; ++b) e[b] = exponent_of(exponents, b);
+    if constexpr (level == kGeneralLevel) {
+#pragma unroll
+      for (int b = 0; b < kQuad; ++b) {
+        // e8m0::value() in three instructions: 2^-127 has the bits 0x00400000, and e + 1 reaches 256 for NaN only.
+        const float value = float_of(sycl::max(e[b] << 23, 0x00400000u) | (e[b] + 1) >> 8 << 22);
+        scale[b] = value * pow2(-log2_factor);
+      }
+    } else {
+      scale[0] = power(e[0] - log2_factor);
+      if constexpr (level == kPairLevel) scale[1] = power(e[2] - e[0] + 127);
+      if constexpr (level == kBlockLevel) {
+        scale[1] = power(e[1] - e[0] + 127);
+        scale[2] = power(e[2] - e[0] + 127);
+        scale[3] = power(e[3] - e[2] + 127);
+      }
+    }
+  }
+};
+
+/// The quad's sum for row r of 8, the lane's column: in units of columns.scale[0], but on the general level.
+template <int level, int log2_factor>
+XPU_FP4_INLINE float quad_term(const ChainSums<level>& sums, int r, const RowScales<level>& rows, int row,
+                               const ColumnScales<level, log2_factor>& columns) {
+  const float (&s)[kChains<level>] = columns.scale;
+  float u[kChains<level>];
+#pragma unroll
+  for (int c = 0; c < kChains<level>; ++c) {
+    u[c] = sycl::fma(float_of(sums.sum[c][r]), of_lane(rows.scale[c], row), of_lane(rows.offset[c], row));
+  }
+  if constexpr (level == kQuadLevel) return u[0];
+  if constexpr (level == kPairLevel) return sycl::fma(u[1], s[1], u[0]);
+  if constexpr (level == kBlockLevel) {
+    return sycl::fma(sycl::fma(u[3], s[3], u[2]), s[2], sycl::fma(u[1], s[1], u[0]));
+  }
+  if constexpr (level == kGeneralLevel) {
+    float p[kQuad];
+#pragma unroll
+    for (int b = 0; b < kQuad; ++b) p[b] = u[b] * s[b] * of_lane(rows.rest[b], row);
+    return (p[0] + p[1]) + (p[2] + p[3]);
+  }
+}
+
+}  // namespace xpu_fp4

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU kernels, forced on the CPU device through the stand-in of the matrix unit, give the native backend's bits.
+
+The architectures here cover every program that is built: `pvc` and `lnl-m` share bmg's, `cri` shares ptl's.
+"""
+
+import os
+from collections.abc import Iterator
+from itertools import count
+from typing import get_args
+
+import pytest
+import torch
+import xpu_fp4
+from helpers import (
+    DTYPES,
+    HALF_DTYPES,
+    MODES,
+    assert_same_bits,
+    gemm,
+    linear_w4a4,
+    linear_w4a16,
+    random_codes,
+    random_scales,
+    seeded,
+)
+from test_gemm import CENTRES, SPREADS, Operands, spread_scales, w4a16_error
+from torch import Tensor
+from xpu_fp4 import Mode, ScaleMode, reference
+
+# Large tiles are taken from four tiles on with two compute units, medium ones below that; small ones by rows.
+LARGE = {"bmg:large": (65, 33), "ptl:large": (50, 40), "dg2:large": (17, 40)}
+MEDIUM = {"bmg:large": (33, 20), "dg2:large": (9, 20)}
+SMALL = {"bmg:small": (1, 3, 8, 13, 37), "dg2:small": (1, 8, 37)}
+seeds = count()
+
+
+@pytest.fixture(autouse=True)
+def _requires_sycl() -> None:
+    if not xpu_fp4.backends()["sycl"].available:
+        reason = f"the sycl backend cannot run: {xpu_fp4.backends()['sycl'].detail}"
+        if os.environ.get("XPU_FP4_REQUIRE_SYCL") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    return monkeypatch
+
+
+def with_special_blocks(operands: Operands) -> Operands:
+    """Blocks and whole rows of zeros (under an extreme scale, which must not matter), NaN scales in both operands."""
+    a, a_scale, w, w_scale = (tensor.clone() for tensor in operands)
+    generator = seeded(next(seeds))
+    for codes, scale in ((a, a_scale), (w, w_scale)):
+        zero = torch.rand(scale.shape, generator=generator) < 0.2
+        codes.view(len(codes), -1, 16)[zero] &= 0x88
+        scale[zero] = torch.randint(0, 255, (int(zero.sum()),), generator=generator, dtype=torch.uint8)
+        scale[torch.rand(scale.shape, generator=generator) < 0.01] = 0xFF
+    a[-1] &= 0x88
+    return a, a_scale, w, w_scale
+
+
+def spread_operands(spread: str, centre: str, m: int, n: int, k: int) -> Operands:
+    seed = next(seeds)
+    generator = seeded(seed)
+    a_centre, w_centre = CENTRES[centre]
+    a_scale = spread_scales(spread, m, k // 32, a_centre, seed)
+    w_scale = spread_scales(spread, n, k // 32, w_centre, seed + 1000)
+    return random_codes(m, k, generator), a_scale, random_codes(n, k, generator), w_scale
+
+
+def assert_native_bits(operands: Operands, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+    with xpu_fp4.cpu_backend("native"):
+        expected = gemm(*operands, dtype, bias)
+    with xpu_fp4.cpu_backend("sycl"):
+        assert_same_bits(gemm(*operands, dtype, bias), expected)
+
+
+def assert_every_spread(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    for spread in SPREADS:
+        for centre in CENTRES:
+            operands = spread_operands(spread, centre, m, n, k)
+            assert_native_bits(operands, torch.float32 if dtype == torch.float32 else dtype)
+    assert_native_bits(with_special_blocks(operands), dtype)
+
+
+def biases(m: int, n: int) -> Iterator[Tensor | None]:
+    generator = seeded(next(seeds))
+    for shape in ((n,), (m, n), (m, 1), (1,)):
+        yield torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("variant", LARGE)
+@pytest.mark.parametrize("k", [32, 544, 2176])
+def test_large_tiles_give_the_native_bits(force: pytest.MonkeyPatch, variant: str, k: int) -> None:
+    """Last quads of one block, more quads than lanes; every level, and every level beside every other."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    assert_every_spread(*LARGE[variant], k, torch.float32)
+
+
+@pytest.mark.parametrize("variant", MEDIUM)
+def test_medium_tiles_give_the_native_bits(force: pytest.MonkeyPatch, variant: str) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    assert_every_spread(*MEDIUM[variant], 224, torch.float32)
+
+
+@pytest.mark.parametrize(("variant", "m"), [(variant, m) for variant, rows in SMALL.items() for m in rows])
+def test_small_products_give_the_native_bits(force: pytest.MonkeyPatch, variant: str, m: int) -> None:
+    """K is split over eight sub-groups: rounds that are full, started and, at K = 32, mostly idle."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    for k in (32, 352, 1088):
+        assert_every_spread(m, 35, k, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", ["bmg:large", "dg2:large", "bmg:small"])
+def test_bias_and_output_dtypes(force: pytest.MonkeyPatch, variant: str, dtype: torch.dtype) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    m, n = LARGE.get(variant, (8, 35))
+    operands = spread_operands("mixed", "ordinary", m, n, 160)
+    for bias in biases(m, n):
+        assert_native_bits(operands, dtype, bias)
+    overflowing = spread_operands("mixed", "overflow", m, n, 160)
+    assert_native_bits(with_special_blocks(overflowing), dtype)
+
+
+@pytest.mark.parametrize("variant", ["bmg:large", "dg2:small"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fused_linear_quantizes_like_quantize(force: pytest.MonkeyPatch, variant: str, dtype: torch.dtype) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    m, n = LARGE.get(variant, (8, 35))
+    generator = seeded(next(seeds))
+    weight, scale = random_codes(n, 160, generator), random_scales(n, 160, generator)
+    x = (torch.randn(m, 160, generator=generator) * torch.randn(160, generator=generator).exp2().pow(3)).to(dtype)
+    x[1, :40], x[2, 3], x[3, 40], x[-1] = 0.0, torch.inf, torch.nan, 1e-30
+    modes: tuple[ScaleMode, ...] = MODES
+    for mode in modes:
+        with xpu_fp4.cpu_backend("native"):
+            expected = linear_w4a4(x, weight, scale, None, mode)
+        with xpu_fp4.cpu_backend("sycl"):
+            assert_same_bits(linear_w4a4(x, weight, scale, None, mode), expected)
+
+
+def test_operands_that_are_not_aligned(force: pytest.MonkeyPatch) -> None:
+    """Views one byte into their memory."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", "dg2:small")
+    a, a_scale, w, w_scale = spread_operands("mixed", "ordinary", 8, 20, 96)
+    shifted = [torch.empty(t.numel() + 1, dtype=torch.uint8)[1:].view(t.shape).copy_(t) for t in (a, w)]
+    assert_native_bits((shifted[0], a_scale, shifted[1], w_scale), torch.float32)
+
+
+def test_without_a_forced_kernel_the_rows_decide(force: pytest.MonkeyPatch) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", "bmg")
+    for m in (8, 37):
+        assert_native_bits(spread_operands("mixed", "ordinary", m, 35, 160), torch.float32)
+
+
+def test_k_of_zero_gives_the_bias(force: pytest.MonkeyPatch) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", "bmg:large")
+    empty = torch.empty(4, 0, dtype=torch.uint8)
+    assert_native_bits((empty, empty, empty, empty), torch.float32, torch.randn(4))
+
+
+@pytest.mark.parametrize("value", ["gpu", "bmg:huge", "bmg:", ":large", "bmg:native"])
+def test_an_unknown_variant_is_refused(force: pytest.MonkeyPatch, value: str) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", value)
+    operands = spread_operands("equal", "ordinary", 2, 2, 32)
+    with xpu_fp4.cpu_backend("sycl"), pytest.raises(RuntimeError, match=f'XPU_FP4_SYCL_VARIANT is "{value}".*bmg'):
+        gemm(*operands)
+
+
+# ---- W4A16 on the matrix unit: within the bound, and each row the same whatever surrounds it ----
+
+
+def w4a16_operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = seeded(next(seeds))
+    weight, scale = random_codes(n, k, generator), random_scales(n, k, generator, 117, 137)
+    return (torch.randn(m, k, generator=generator) * 2.0**-5).to(dtype), weight, scale
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize(
+    ("variant", "m", "k"),
+    [("bmg:large", 70, 544), ("pvc:large", 130, 160), ("dg2:large", 70, 160), ("bmg:small", 5, 2208), ("dg2:small", 19, 416)],
+)
+def test_w4a16_stays_within_the_bound(force: pytest.MonkeyPatch, variant: str, m: int, k: int, dtype: torch.dtype) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    x, weight, scale = w4a16_operands(m, 37, k, dtype)
+    bias = torch.randn(37, generator=seeded(1)).to(dtype)
+    with xpu_fp4.cpu_backend("sycl"):
+        y = linear_w4a16(x, weight, scale, bias)
+        head = linear_w4a16(x[: m // 2], weight, scale, bias)
+    assert w4a16_error(y, x, weight, scale, bias).max() <= 1
+    if variant.endswith("large"):
+        assert_same_bits(head, y[: m // 2])
+
+
+@pytest.mark.parametrize("variant", ["bmg:large", "bmg:small"])
+def test_w4a16_scales_are_exact(force: pytest.MonkeyPatch, variant: str) -> None:
+    """One element of X at a time: the result is the exactly scaled weight. All codes, all scales, NaN among them."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    n, k = 256, 64
+    scale = torch.arange(n, dtype=torch.uint8)[:, None].expand(n, 2).contiguous()
+    codes = (torch.arange(k // 2, dtype=torch.uint8) * 17 + 0x10).expand(n, k // 2).contiguous()
+    x = torch.eye(k, dtype=torch.bfloat16)[: 70 if variant == "bmg:large" else 8]
+    with xpu_fp4.cpu_backend("sycl"):
+        y = linear_w4a16(x, codes, scale)
+    expected = reference.values(codes, scale).t()[: len(x)].bfloat16() + 0.0  # -0 becomes 0, as a sum does
+    expected[expected.isnan()] = torch.nan  # the canonical one
+    assert_same_bits(y, expected)
+
+
+def test_w4a16_operands_that_are_not_aligned(force: pytest.MonkeyPatch) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", "bmg:small")
+    x, weight, scale = w4a16_operands(5, 20, 96, torch.bfloat16)
+    shifted_x = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+    shifted = torch.empty(weight.numel() + 1, dtype=torch.uint8)[1:].view(weight.shape).copy_(weight)
+    with xpu_fp4.cpu_backend("sycl"):
+        assert_same_bits(linear_w4a16(shifted_x, shifted, scale), linear_w4a16(x, weight, scale))
+
+
+# ---- Xe3P's own FP4 instruction ----
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(33, 70, 128), (5, 9, 416)])
+def test_native_fp4_stays_within_the_bound(force: pytest.MonkeyPatch, m: int, n: int, k: int) -> None:
+    """Its hardware rounds in its own way, so this is not the definition; K with a started quad, tails in M and N."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:native")
+    a, a_scale, w, w_scale = spread_operands("mixed", "ordinary", m, n, k)
+    bias = torch.randn(n, generator=seeded(3))
+    with xpu_fp4.cpu_backend("sycl"):
+        y = gemm(a, a_scale, w, w_scale, torch.float32, bias)
+        a_scale[0, 0], w_scale[1, -1] = 0xFF, 0xFF
+        with_nan = gemm(a, a_scale, w, w_scale, torch.float32, bias)
+    a_scale[0, 0] = 127
+    assert w4a16_error(y[1:], reference.values(a, a_scale)[1:], w, w_scale.where(w_scale != 0xFF, 127), bias)[:, 2:].max() <= 1
+    assert with_nan[0].isnan().all()
+    assert with_nan[:, 1].isnan().all()
+    assert_same_bits(with_nan[1:, 2:], y[1:, 2:])
+
+
+def test_native_fp4_leaves_what_it_cannot_load_to_the_exact_kernels(force: pytest.MonkeyPatch) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:native")
+    assert_native_bits(spread_operands("mixed", "ordinary", 5, 9, 96), torch.float32)
+
+
+def test_warmup_leaves_nothing_to_compile(force: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Programs are built in the first call of a shape and kept: the second finds them."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", "bmg:small")
+    with xpu_fp4.cpu_backend("sycl"):
+        for mode in get_args(Mode):
+            xpu_fp4.warmup([(3, 20, 96)], mode=mode, device="cpu")
+        capfd.readouterr()
+        for mode in get_args(Mode):
+            xpu_fp4.warmup([(3, 20, 96)], mode=mode, device="cpu")
+        with pytest.raises(ValueError, match="mode is 'w8a8'"):
+            xpu_fp4.warmup([], mode="w8a8")  # type: ignore[arg-type]
+    assert "compiling" not in capfd.readouterr().err
