@@ -26,7 +26,7 @@ struct alignas(64) TileConfig {
 };
 
 struct Amx {
-  static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2, kPanelQuads = 2, kDirectRows = 0;
+  static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2, kPanelQuads = 1, kDirectRows = 0;
   using Activations = ActivationQuad<kGroupRows>;
   using Weights = WeightQuad;
 

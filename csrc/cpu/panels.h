@@ -92,8 +92,9 @@ struct alignas(64) ActivationQuad {
   Level level;
   BlockFactor block[kRows][kQuad];  // last: aligned quads do not read it
 
-  /// Fetches what an aligned quad reads.
+  /// Fetches what an aligned quad reads. Larger groups are read long enough for the hardware's prefetcher to follow.
   void prefetch() const {
+    if constexpr (kRows > 8) return;
     const char* first = reinterpret_cast<const char*>(this);
     for (size_t line = 0; line < offsetof(ActivationQuad, block); line += 64) __builtin_prefetch(first + line);
   }

@@ -151,7 +151,7 @@ class Product {
     const auto* group = activations_ + rows.begin / kGroupRows * quads_;
     for (int64_t row = rows.begin; row < rows.end; row += kGroupRows, group += quads_, acc += kGroupRows * kPanelColumns) {
       const int group_rows = static_cast<int>(std::min<int64_t>(kGroupRows, rows.end - row));
-      // The next group is far away for the hardware's prefetcher.
+      // The next group is far away.
       if (row + kGroupRows < rows.end) {
         for (int64_t quad = depth.begin; quad < depth.end; ++quad) group[quads_ + quad].prefetch();
       }
