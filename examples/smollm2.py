@@ -80,7 +80,7 @@ def chat(model: Any, tokenizer: Any, prompt: str, tokens: int, *, show: bool) ->
 def megabytes(model: nn.Module) -> float:
     """Of the weights of the layers that are quantized."""
     linears = (m for n, m in model.named_modules() if isinstance(m, (nn.Linear, xpu_fp4.MXFP4Linear)) and n != "lm_head")
-    return sum(p.nbytes for m in linears for p in m.parameters()) / 1e6
+    return sum(t.nbytes for m in linears for t in (*m.parameters(), *m.buffers())) / 1e6
 
 
 def measure(model: Any, tokenizer: Any, windows: Tensor, prompt: str, tokens: int, label: str) -> Result:
@@ -102,7 +102,8 @@ def set_mode(model: nn.Module, mode: xpu_fp4.Mode) -> None:
 
 
 def print_results(results: dict[str, Result]) -> None:
-    table = Table(title="SmolLM2-135M-Instruct on this CPU (executed)")
+    kernels = xpu_fp4.backends()["native"].detail
+    table = Table(title=f"SmolLM2-135M-Instruct on this CPU (executed; {kernels})")
     table.add_column("format")
     for column in ("perplexity", "expected", "linear weights, MB", "prefill, tokens/s", "decode, tokens/s"):
         table.add_column(column, justify="right")
