@@ -105,7 +105,7 @@ def quantize_checkpoint(
         raise FileExistsError(f"{out} exists already: give a new directory")
     partial = out.with_name(out.name + PARTIAL)
     with _only_writer(partial):
-        _begin_or_resume(partial, _job(plan, mode, scale_mode))
+        _begin_or_resume(partial, _job(plan, mode, scale_mode), {file.name for file in plan.files.files})
         total = sum(file.stat().st_size for file in plan.files.files)
         done = 0
         for file in plan.files.files:
@@ -194,17 +194,20 @@ def _only_writer(partial: Path) -> Iterator[None]:
         yield
 
 
-def _begin_or_resume(partial: Path, job: dict[str, Any]) -> None:
-    """Keeps the finished shards of the same job; throws away those of another."""
+def _begin_or_resume(partial: Path, job: dict[str, Any], shards: set[str]) -> None:
+    """Keeps the finished shards of the same job; throws away those of another, and what an interrupted write has left."""
     path = partial / _JOB
-    if path.exists() and read_json(path) == job:
-        return
+    resumed = path.exists() and read_json(path) == job
+    kept = {_LOCK, _JOB, *shards} if resumed else {_LOCK}
     for entry in partial.iterdir():
+        if entry.name in kept:
+            continue
         if entry.is_dir():
             shutil.rmtree(entry)
-        elif entry.name != _LOCK:
+        else:
             entry.unlink()
-    _write_atomically(path, json.dumps(job))
+    if not resumed:
+        _write_atomically(path, json.dumps(job))
 
 
 def _write_shard(plan: Plan, file: Path, target: Path, scale_mode: ScaleMode) -> None:
