@@ -6,6 +6,7 @@
 #pragma once
 #include "avx512_epilogue.h"
 #include "avx512_quantize.h"
+#include "avx512_tile.h"
 #include "product.h"
 
 namespace xpu_fp4::cpu {
@@ -26,8 +27,8 @@ struct alignas(64) TileConfig {
 };
 
 struct Amx {
-  static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2, kPanelQuads = 1, kDirectRows = 0;
-  using Activations = ActivationQuad<kGroupRows>;
+  static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2, kPanelQuads = 8, kDirectRows = 0;
+  using Activations = ActivationQuad<kGroupRows, 64>;
   using Weights = WeightQuad;
 
   // Tiles are configured while a product runs.
@@ -46,8 +47,8 @@ struct Amx {
   // Rows that are missing from a tile are zero.
   static void pad(Activations& a, int rows) {
     const int end = (rows + kTile - 1) / kTile * kTile;
-    std::memset(a.codes[rows], 0, static_cast<size_t>(end - rows) * sizeof(a.codes[0]));
     for (int row = rows; row < end; ++row) {
+      for (auto& run : a.codes) std::memset(run[row], 0, sizeof(run[row]));
       a.quad[row] = {};
       for (BlockFactor& f : a.block[row]) f = {};
     }
@@ -57,12 +58,12 @@ struct Amx {
     return fill_quad<0, true>(w, n, k, strip, quad, out);
   }
 
-  static void add_quads(const Activations* a, int rows, const Weights* w, int panel_strips, const Level* levels, int depth,
+  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int panel_strips, const Level* levels, int depth,
                         float* acc) {
     if (rows > kTile) {
-      panel_strips > 1 ? add_quads<2, 2>(a, rows, w, levels, depth, acc) : add_quads<2, 1>(a, rows, w, levels, depth, acc);
+      panel_strips > 1 ? add_quads<2, 2>(a, w, levels, depth, acc) : add_quads<2, 1>(a, w, levels, depth, acc);
     } else {
-      panel_strips > 1 ? add_quads<1, 2>(a, rows, w, levels, depth, acc) : add_quads<1, 1>(a, rows, w, levels, depth, acc);
+      panel_strips > 1 ? add_quads<1, 2>(a, w, levels, depth, acc) : add_quads<1, 1>(a, w, levels, depth, acc);
     }
   }
 
@@ -72,94 +73,120 @@ struct Amx {
     _tile_loadconfig(depth == 64 ? &kFull : &kHalf);
   }
 
-  // Sums of a quad's parts (one, two or four) for each group of sixteen rows and each strip.
+  // Sums of a part of a quad (all of it, a half, a block) for each group of sixteen rows and each strip.
   template <int kGroups, int kStrips>
   struct alignas(64) Sums {
-    int32_t part[kQuad][kGroups][kStrips][kTile][kTile];
+    int32_t tile[kGroups][kStrips][kTile][kTile];
   };
 
   template <int kGroups, int kStrips>
-  static void add_quads(const Activations* a, int rows, const Weights* w, const Level* levels, int depth, float* acc) {
-    Sums<kGroups, kStrips> sums[2];
+  static void add_quads(const Activations* a, const Weights* w, const Level* levels, int depth, float* acc) {
+    using Sums = Sums<kGroups, kStrips>;
+    Sums sums[2][kQuad];
     const auto level = [&](int q) { return std::max(levels[q], a[q].level); };
-    multiply_quad(a[0], w, level(0), sums[0]);
+    const auto add = [&](int q) { add_sums(a[q], w + q * kStrips, level(q), sums[q % 2], acc); };
     for (int q = 0; q < depth; ++q) {
-      if (q + 1 < depth) multiply_quad(a[q + 1], w + (q + 1) * kStrips, level(q + 1), sums[(q + 1) % 2]);
-      add_sums(a[q], rows, w + q * kStrips, level(q), sums[q % 2], acc);
+      const bool pending = q > 0;
+      if (pending && level(q) == Level::quad && level(q - 1) == Level::quad) {
+        constexpr int kRows = kTile / 2;  // two products for each tile of sums
+        multiply<64, 2>(a[q], w + q * kStrips, 0, sums[q % 2][0], [&](auto product) __attribute__((always_inline)) {
+          constexpr int kSum = product / 2;
+          add_rows<Level::quad, kRows>(a[q - 1], w + (q - 1) * kStrips, sums[(q - 1) % 2], acc, kSum / kStrips, kSum % kStrips,
+                                       product % 2 * kRows);
+        });
+      } else {
+        if (pending) add(q - 1);
+        multiply_quad(a[q], w + q * kStrips, level(q), sums[q % 2]);
+      }
     }
+    add(depth - 1);
   }
 
   template <int kGroups, int kStrips>
-  static void multiply_quad(const Activations& a, const Weights* w, Level level, Sums<kGroups, kStrips>& out) {
-    if (level == Level::quad) return multiply<64>(a, w, 0, 2, out.part[0]);
+  static void multiply_quad(const Activations& a, const Weights* w, Level level, Sums<kGroups, kStrips> (&out)[kQuad]) {
+    const auto nothing = [](auto) {};
+    if (level == Level::quad) return multiply<64, 2>(a, w, 0, out[0], nothing);
     if (level == Level::pair) {
-      for (int half = 0; half < 2; ++half) multiply<64>(a, w, half, half + 1, out.part[half]);
+      for (int half = 0; half < 2; ++half) multiply<64, 1>(a, w, 64 * half, out[half], nothing);
       return;
     }
     configure(32);
-    for (int b = 0; b < kQuad; ++b) multiply<32>(a, w, b, b + 1, out.part[b]);
+    for (int b = 0; b < kQuad; ++b) multiply<32, 1>(a, w, kBlock * b, out[b], nothing);
     configure(64);
   }
 
-  // The sums over parts [first, last) of kDepth elements each.
-  template <int kDepth, int kGroups, int kStrips>
-  static void multiply(const Activations& a, const Weights* w, int first, int last,
-                       int32_t (&out)[kGroups][kStrips][kTile][kTile]) {
-    constexpr int kRowBytes = kQuadElements, kStepBytes = strips::kColumns * 4, kOutBytes = kTile * 4;
+  // The sums over kParts parts of kDepth elements each, from a position on. After each tile product `between` is called with
+  // its number.
+  template <int kDepth, int kParts, int kGroups, int kStrips, class Between>
+  [[gnu::always_inline]] static void multiply(const Activations& a, const Weights* w, int position, Sums<kGroups, kStrips>& out,
+                                              const Between& between) {
+    constexpr int kRowBytes = 64, kStepBytes = strips::kColumns * 4, kOutBytes = kTile * 4;
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // GCC 12 does not know that tile loads read memory
     _tile_zero(0);
     if constexpr (kStrips > 1) _tile_zero(1);
     if constexpr (kGroups > 1) _tile_zero(2);
     if constexpr (kGroups > 1 && kStrips > 1) _tile_zero(3);
-    for (int part = first; part < last; ++part) {
-      const int8_t* rows = a.codes[0] + part * kDepth;
-      const int step = part * (kDepth / 4);
-      _tile_loadd(4, rows, kRowBytes);
-      _tile_loadd(6, w[0].codes[step], kStepBytes);
+    unroll<kParts>([&](auto part) __attribute__((always_inline)) {
+      constexpr int kFirst = part * kGroups * kStrips;
+      const int from = position + part * kDepth;
+      _tile_loadd(4, a.at(0, from), kRowBytes);
+      _tile_loadd(6, w[0].codes[from / 4], kStepBytes);
       _tile_dpbssd(0, 4, 6);
+      between(std::integral_constant<int, kFirst>{});
       if constexpr (kStrips > 1) {
-        _tile_loadd(7, w[1].codes[step], kStepBytes);
+        _tile_loadd(7, w[1].codes[from / 4], kStepBytes);
         _tile_dpbssd(1, 4, 7);
+        between(std::integral_constant<int, kFirst + 1>{});
       }
       if constexpr (kGroups > 1) {
-        _tile_loadd(5, rows + kTile * kRowBytes, kRowBytes);
+        _tile_loadd(5, a.at(kTile, from), kRowBytes);
         _tile_dpbssd(2, 5, 6);
+        between(std::integral_constant<int, kFirst + kStrips>{});
       }
-      if constexpr (kGroups > 1 && kStrips > 1) _tile_dpbssd(3, 5, 7);
-    }
-    _tile_stored(0, out[0][0], kOutBytes);
-    if constexpr (kStrips > 1) _tile_stored(1, out[0][1], kOutBytes);
-    if constexpr (kGroups > 1) _tile_stored(2, out[1][0], kOutBytes);
-    if constexpr (kGroups > 1 && kStrips > 1) _tile_stored(3, out[1][1], kOutBytes);
+      if constexpr (kGroups > 1 && kStrips > 1) {
+        _tile_dpbssd(3, 5, 7);
+        between(std::integral_constant<int, kFirst + 3>{});
+      }
+    });
+    _tile_stored(0, out.tile[0][0], kOutBytes);
+    if constexpr (kStrips > 1) _tile_stored(1, out.tile[0][1], kOutBytes);
+    if constexpr (kGroups > 1) _tile_stored(2, out.tile[1][0], kOutBytes);
+    if constexpr (kGroups > 1 && kStrips > 1) _tile_stored(3, out.tile[1][1], kOutBytes);
   }
 
   template <int kGroups, int kStrips>
-  static void add_sums(const Activations& a, int rows, const Weights* w, Level level, const Sums<kGroups, kStrips>& sums,
+  static void add_sums(const Activations& a, const Weights* w, Level level, const Sums<kGroups, kStrips> (&sums)[kQuad],
                        float* acc) {
     switch (level) {
-      case Level::quad: return add_sums<Level::quad>(a, rows, w, sums, acc);
-      case Level::pair: return add_sums<Level::pair>(a, rows, w, sums, acc);
-      case Level::block: return add_sums<Level::block>(a, rows, w, sums, acc);
-      case Level::general: return add_sums<Level::general>(a, rows, w, sums, acc);
+      case Level::quad: return add_sums<Level::quad>(a, w, sums, acc);
+      case Level::pair: return add_sums<Level::pair>(a, w, sums, acc);
+      case Level::block: return add_sums<Level::block>(a, w, sums, acc);
+      case Level::general: return add_sums<Level::general>(a, w, sums, acc);
     }
   }
 
   template <Level kLevel, int kGroups, int kStrips>
-  static void add_sums(const Activations& a, int rows, const Weights* w, const Sums<kGroups, kStrips>& sums, float* acc) {
+  static void add_sums(const Activations& a, const Weights* w, const Sums<kGroups, kStrips> (&sums)[kQuad], float* acc) {
+    for (int group = 0; group < kGroups; ++group) {
+      for (int s = 0; s < kStrips; ++s) add_rows<kLevel, kTile>(a, w, sums, acc, group, s, 0);
+    }
+  }
+
+  // kRows rows of a tile, from `first` on. Missing ones are added too.
+  template <Level kLevel, int kRows, int kGroups, int kStrips>
+  [[gnu::always_inline]] static void add_rows(const Activations& a, const Weights* w,
+                                              const Sums<kGroups, kStrips> (&sums)[kQuad], float* acc, int group, int s,
+                                              int first) {
     constexpr int kParts = kLevel == Level::quad ? 1 : kLevel == Level::pair ? 2 : 4;
-    for (int s = 0; s < kStrips; ++s) {
-      __m512 factor[kParts];
-      for (int i = 0; i < kParts; ++i) factor[i] = _mm512_load_ps(w[s].factor[i * kQuad / kParts]);
-      for (int group = 0; group < kGroups; ++group) {
-        const int end = std::min(kTile, rows - group * kTile);
-        for (int i = 0; i < end; ++i) {
-          const int row = group * kTile + i;
-          const auto scaled = [&](int part, float scale) {
-            return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums.part[part][group][s][i])), _mm512_set1_ps(scale));
-          };
-          float* out = acc + (row * kPanelStrips + s) * strips::kColumns;
-          _mm512_store_ps(out, add_row<kLevel>(scaled, a.quad[row], a.block[row], factor, _mm512_load_ps(out)));
-        }
-      }
+    __m512 factor[kParts];
+    for (int i = 0; i < kParts; ++i) factor[i] = _mm512_load_ps(w[s].factor[i * kQuad / kParts]);
+    for (int i = first; i < first + kRows; ++i) {
+      const int row = group * kTile + i;
+      const auto scaled = [&](int part, float scale) __attribute__((always_inline)) {
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[part].tile[group][s][i])), _mm512_set1_ps(scale));
+      };
+      float* out = acc + (row * kPanelStrips + s) * strips::kColumns;
+      _mm512_store_ps(out, add_row<kLevel>(scaled, a.quad[row], a.block[row], factor, _mm512_load_ps(out)));
     }
   }
 

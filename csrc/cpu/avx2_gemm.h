@@ -46,7 +46,7 @@ struct Avx2 {
     return level;
   }
 
-  static void add_quads(const Activations* a, int rows, const Weights* w, int, const Level* levels, int depth, float* acc) {
+  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int, const Level* levels, int depth, float* acc) {
     for (int q = 0; q < depth; ++q) {
       const bool general = std::max(levels[q], a[q].level) == Level::general;
       kTiles[static_cast<size_t>(rows - 1)][general ? 1 : 0](a[q], w[q], acc, strips::kColumns);
@@ -86,7 +86,7 @@ struct Avx2 {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           int32_t dword;
-          std::memcpy(&dword, a.codes[r] + 4 * step, sizeof(dword));
+          std::memcpy(&dword, a.at(r, 4 * step), sizeof(dword));
           const __m256i row = _mm256_set1_epi32(dword);
           sum[r][0] = _mm256_add_epi16(sum[r][0], _mm256_maddubs_epi16(left, row));
           sum[r][1] = _mm256_add_epi16(sum[r][1], _mm256_maddubs_epi16(right, row));

@@ -18,10 +18,10 @@ constexpr int kLanes = strips::kColumns;
 
 constexpr int kBlockSteps = kBlock / 4;
 
-// Sums of the blocks [first, last) of the quad. A vpdpbusd takes five cycles and two can start in each, so where a tile has few
+// Sums of the blocks [first, last) of the quad; meanwhile the quad of the next rows is fetched, a line a step. A vpdpbusd takes five cycles and two can start in each, so where a tile has few
 // sums each is split into several, by steps.
 template <int R, int C>
-[[gnu::always_inline]] inline void sum_blocks(const ActivationQuad<8>& a, const WeightQuad* w, int first, int last,
+[[gnu::always_inline]] inline void sum_blocks(const ActivationQuad<8>& a, const char* next, const WeightQuad* w, int first, int last,
                                               __m512i (&out)[R][C]) {
   constexpr int kSplit = R * C <= 3 ? 4 : R * C <= 6 ? 2 : 1;
   __m512i sum[R * C * kSplit];
@@ -35,11 +35,12 @@ template <int R, int C>
 #pragma GCC unroll 4
   for (int step = first * kBlockSteps; step < last * kBlockSteps; step += kSplit) {
     unroll<kSplit>([&](auto part) __attribute__((always_inline)) {
+      _mm_prefetch(next + 64 * (step + part), _MM_HINT_T0);
       __m512i columns[C];
       unroll<C>([&](auto c) __attribute__((always_inline)) { columns[c] = _mm512_load_si512(w[c].codes[step + part]); });
       unroll<R>([&](auto r) __attribute__((always_inline)) {
         int32_t dword;
-        std::memcpy(&dword, a.codes[r] + 4 * (step + part), sizeof(dword));
+        std::memcpy(&dword, a.at(r, 4 * (step + part)), sizeof(dword));
         const __m512i row = _mm512_set1_epi32(dword);
         unroll<C>([&](auto c) __attribute__((always_inline)) {
           __m512i& of_tile = sum[r * C * kSplit + part * C + c];
@@ -62,11 +63,11 @@ __m512 scaled_by_row(__m512i sum, const BlockFactor& f) {
 
 // acc += one quad, its four blocks scaled one by one.
 template <int R, int C, bool kGuarded>
-[[gnu::noinline]] void add_blocks(const ActivationQuad<8>& a, const WeightQuad* w, float* acc, int64_t acc_stride) {
+[[gnu::noinline]] void add_blocks(const ActivationQuad<8>& a, const char* next, const WeightQuad* w, float* acc, int64_t acc_stride) {
   __m512 pair[2][R][C];
   unroll<kQuad>([&](auto b) __attribute__((always_inline)) {
     __m512i sum[R][C];
-    sum_blocks<R, C>(a, w, b, b + 1, sum);
+    sum_blocks<R, C>(a, next, w, b, b + 1, sum);
     for_tile<R, C>([&](int r, int c) __attribute__((always_inline)) {
       const BlockFactor& f = a.block[r][b];
       __m512& out = pair[b / 2][r][c];
@@ -81,13 +82,14 @@ template <int R, int C, bool kGuarded>
 
 // acc[row][strip] of one tile += one quad.
 template <int R, int C>
-void add_quad_tile(const ActivationQuad<8>& a, const WeightQuad* w, Level level, float* acc, int64_t acc_stride) {
+void add_quad_tile(const ActivationQuad<8>& a, const ActivationQuad<8>* next_rows, const WeightQuad* w, Level level, float* acc, int64_t acc_stride) {
   const auto at = [&](int r, int c) { return acc + r * acc_stride + c * kLanes; };
-  if (level == Level::block) return add_blocks<R, C, false>(a, w, acc, acc_stride);
-  if (level == Level::general) return add_blocks<R, C, true>(a, w, acc, acc_stride);
+  const char* next = reinterpret_cast<const char*>(next_rows);
+  if (level == Level::block) return add_blocks<R, C, false>(a, next, w, acc, acc_stride);
+  if (level == Level::general) return add_blocks<R, C, true>(a, next, w, acc, acc_stride);
   __m512i sum[R][C];
   if (level == Level::quad) {
-    sum_blocks<R, C>(a, w, 0, kQuad, sum);
+    sum_blocks<R, C>(a, next, w, 0, kQuad, sum);
     for_tile<R, C>([&](int r, int c) __attribute__((always_inline)) {
       const __m512 u = unmagic(sum[r][c], _mm512_set1_ps(a.quad[r].scale), _mm512_set1_ps(a.quad[r].offset));
       _mm512_store_ps(at(r, c), _mm512_fmadd_ps(u, _mm512_load_ps(w[c].factor[0]), _mm512_load_ps(at(r, c))));
@@ -95,11 +97,11 @@ void add_quad_tile(const ActivationQuad<8>& a, const WeightQuad* w, Level level,
     return;
   }
   __m512 left[R][C];
-  sum_blocks<R, C>(a, w, 0, 2, sum);
+  sum_blocks<R, C>(a, next, w, 0, 2, sum);
   for_tile<R, C>([&](int r, int c) __attribute__((always_inline)) {
     left[r][c] = _mm512_mul_ps(scaled_by_row(sum[r][c], a.block[r][0]), _mm512_load_ps(w[c].factor[0]));
   });
-  sum_blocks<R, C>(a, w, 2, 4, sum);
+  sum_blocks<R, C>(a, next, w, 2, 4, sum);
   for_tile<R, C>([&](int r, int c) __attribute__((always_inline)) {
     const __m512 u = scaled_by_row(sum[r][c], a.block[r][2]);
     const __m512 both = _mm512_fmadd_ps(u, _mm512_load_ps(w[c].factor[2]), left[r][c]);
@@ -123,7 +125,7 @@ void add_strip_quad(const ActivationQuad<8>& a, const Strip& packed, const Strip
       const __m512i columns = decode(i % 2 == 0 ? codes : _mm512_srli_epi16(codes, 4));
       unroll<R>([&](auto r) __attribute__((always_inline)) {
         int32_t dword;
-        std::memcpy(&dword, a.codes[r] + 4 * (8 * b + i), sizeof(dword));
+        std::memcpy(&dword, a.at(r, 4 * (8 * b + i)), sizeof(dword));
         __m512i& of_row = sum[r * kSplit + i % kSplit];
         of_row = _mm512_dpbusd_epi32(of_row, columns, _mm512_set1_epi32(dword));
       });
@@ -157,7 +159,7 @@ struct Vnni {
   }
 
   // Rows and strips are few, so each size has its own code.
-  static void add_quads(const Activations* a, int rows, const WeightQuad* w, int panel_strips, const Level* levels, int depth,
+  static void add_quads(const Activations* a, int64_t quads, int rows, const WeightQuad* w, int panel_strips, const Level* levels, int depth,
                         float* acc) {
     static constexpr Tile kTiles[kGroupRows][kPanelStrips] = {
         {add_quad_tile<1, 1>, add_quad_tile<1, 2>, add_quad_tile<1, 3>},
@@ -170,8 +172,9 @@ struct Vnni {
         {add_quad_tile<8, 1>, add_quad_tile<8, 2>, add_quad_tile<8, 3>},
     };
     const Tile tile = kTiles[rows - 1][panel_strips - 1];
-    for (int q = 0; q < depth; ++q)
-      tile(a[q], w + q * panel_strips, std::max(levels[q], a[q].level), acc, kPanelStrips * strips::kColumns);
+    for (int q = 0; q < depth; ++q) {
+      tile(a[q], a + quads + q, w + q * panel_strips, std::max(levels[q], a[q].level), acc, kPanelStrips * strips::kColumns);
+    }
   }
 
   // All quads of one strip for up to kDirectRows rows; acc has a row of kPanelStrips strips for each.
@@ -181,7 +184,7 @@ struct Vnni {
   }
 
  private:
-  using Tile = void (*)(const Activations&, const WeightQuad*, Level, float*, int64_t);
+  using Tile = void (*)(const Activations&, const Activations*, const WeightQuad*, Level, float*, int64_t);
   using Direct = void (*)(const Activations*, const Weight&, int64_t, int64_t, int64_t, float*);
 
   template <int R>
@@ -194,7 +197,7 @@ struct Vnni {
         if (level == Level::quad) return add_strip_quad<R, kVbmi>(a[quad], packed, alignment, acc, kStride);
         WeightQuad unpacked;
         fill_quad<kWeightBias, kVbmi>(packed, alignment, unpacked);
-        add_quad_tile<R, 1>(a[quad], &unpacked, level, acc, kStride);
+        add_quad_tile<R, 1>(a[quad], a, &unpacked, level, acc, kStride);
       });
     }
   }

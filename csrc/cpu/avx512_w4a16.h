@@ -51,7 +51,7 @@ struct Avx512Float {
     return Level::quad;
   }
 
-  static void add_quads(const Activations* a, int rows, const Weights* w, int panel_strips, const Level*, int depth,
+  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int panel_strips, const Level*, int depth,
                         float* acc) {
     static constexpr Tile kTiles[kGroupRows][kPanelStrips] = {
         {add_tile<1, 1>, add_tile<1, 2>, add_tile<1, 3>}, {add_tile<2, 1>, add_tile<2, 2>, add_tile<2, 3>},

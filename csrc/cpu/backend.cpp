@@ -24,8 +24,6 @@ constexpr int64_t kBlocksPerTask = 512;
 // Rows whose activations are expanded at a time, which bounds the memory of a call: for each 1024 of K, 1.7 KiB a row for W4A4
 // and 4 KiB for W4A16.
 constexpr int64_t kChunkRows = 1024;
-// A task is a panel of columns for so many rows; tasks that follow each other share the panel.
-constexpr int64_t kTaskRows = 256;
 // Multiplications that are worth a thread, and blocks of A.
 constexpr int64_t kTaskWork = int64_t{1} << 18, kExpandBlocks = 2048;
 
@@ -91,20 +89,11 @@ class NativeBackend final : public Backend {
   // One chunk of rows with every panel of columns.
   void multiply_rows(const ProductKernels& kernels, const ProductArgs& args, const void* activations, int64_t first_row,
                      int64_t rows) const {
-    const int64_t parts = ceil_div(rows, kTaskRows), panels = ceil_div(args.n, kernels.panel_columns);
-    const int64_t work = std::min(rows, kTaskRows) * kernels.panel_columns * (args.k + 1);
-    parallel_for_(panels * parts, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
+    Rectangles rectangles(rows, ceil_div(args.n, kernels.panel_columns), kernels.group_rows);
+    const int64_t work = rectangles.rows_each() * kernels.panel_columns * (args.k + 1);
+    parallel_for_(rectangles.count(), ceil_div(kTaskWork, work), [&](int64_t, int64_t) {
       const DefaultFloatEnvironment environment;
-      // Tasks of one panel, and whole panels, are run as one.
-      while (begin < end) {
-        const int64_t panel = begin / parts, part = begin % parts;
-        const bool whole = part == 0 && end - begin >= parts;
-        const int64_t last_part = std::min(parts, part + end - begin),
-                      panel_end = whole ? panel + (end - begin) / parts : panel + 1;
-        kernels.multiply(args, activations, first_row, {part * kTaskRows, std::min(rows, last_part * kTaskRows)},
-                         {panel, panel_end});
-        begin += (panel_end - panel) * (last_part - part);
-      }
+      kernels.multiply(args, activations, first_row, rectangles);
     });
   }
 

@@ -13,7 +13,6 @@ template <int kRows>
 struct alignas(64) FloatQuad {
   float x[kRows][kQuadElements];
   static constexpr Level level = Level::quad;
-  void prefetch() const {}
 };
 
 // A row's blocks [0, blocks) of a quad, zero beyond.
@@ -54,7 +53,7 @@ struct PortableFloat {
     return Level::quad;
   }
 
-  static void add_quads(const Activations* a, int rows, const Weights* w, int panel_strips, const Level*, int depth,
+  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int panel_strips, const Level*, int depth,
                         float* acc) {
     for (int q = 0; q < depth; ++q) {
       for (int row = 0; row < rows; ++row) {

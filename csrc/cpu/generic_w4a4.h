@@ -22,7 +22,7 @@ void expand_scalars(const uint8_t* packed, const uint8_t* scale, int weight_bias
   int32_t sums[kQuad] = {};
   for (int i = 0; i < kQuadElements; ++i) {
     const int twice = e2m1::twice(code_at(packed, i));
-    out.codes[row][position(i)] = static_cast<int8_t>(twice);
+    *out.at(row, position(i)) = static_cast<int8_t>(twice);
     sums[i / kBlock] += twice;
     if (twice != 0) zero_blocks &= ~(1u << (i / kBlock));
   }
@@ -66,12 +66,12 @@ struct Portable {
     return Level::general;
   }
 
-  static void add_quads(const Activations* a, int rows, const Weights* w, int panel_strips, const Level*, int depth,
+  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int panel_strips, const Level*, int depth,
                         float* acc) {
     for (int q = 0; q < depth; ++q) {
       for (int row = 0; row < rows; ++row) {
         for (int s = 0; s < panel_strips; ++s) {
-          add_row_quad(a[q].codes[row], a[q].block[row], w[q * panel_strips + s],
+          add_row_quad(a[q].at(row, 0), a[q].block[row], w[q * panel_strips + s],
                        acc + (row * kPanelStrips + s) * strips::kColumns);
         }
       }

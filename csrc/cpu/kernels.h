@@ -17,6 +17,7 @@ struct Range {
 
 struct ActivationSource;
 struct ProductArgs;
+class Rectangles;
 
 /// A product in two steps: groups of rows of A are expanded, then multiplied with panels of columns.
 struct ProductKernels {
@@ -25,8 +26,9 @@ struct ProductKernels {
   size_t group_quad_bytes;
   /// Rows [first_row, first_row + rows) of A, rows <= group_rows, to out: the group's quads one after the other.
   void (*expand)(const ActivationSource&, int64_t first_row, int rows, void* out);
-  /// A rectangle of Y: rows, the first of a group, count from the first expanded row, which is first_row of A and Y.
-  void (*multiply)(const ProductArgs&, const void* activations, int64_t first_row, Range rows, Range panels);
+  /// One rectangle of Y after the other, until none is left. Their rows count from the first expanded row, which is first_row of
+  /// A and Y.
+  void (*multiply)(const ProductArgs&, const void* activations, int64_t first_row, Rectangles&);
 };
 
 struct KernelTable {

@@ -9,11 +9,13 @@
 // K is stored in the order of the packed bytes: the low nibbles of four bytes (elements 0 2 4 6 of eight), then the high ones.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
 #include "../backend.h"
 #include "../format/strips.h"
+#include "kernels.h"
 
 namespace xpu_fp4::cpu {
 
@@ -84,20 +86,16 @@ struct BlockFactor {
   int32_t start;
 };
 
-/// A quad of up to kRows rows of A.
-template <int kRows>
+/// A quad of up to kRows rows of A, whose rows are cut into runs that each lie together for all rows.
+template <int kRows, int kRun = kQuadElements>
 struct alignas(64) ActivationQuad {
-  int8_t codes[kRows][kQuadElements];
+  int8_t codes[kQuadElements / kRun][kRows][kRun];
   QuadFactor quad[kRows];
   Level level;
   BlockFactor block[kRows][kQuad];  // last: aligned quads do not read it
 
-  /// Fetches what an aligned quad reads. Larger groups are read long enough for the hardware's prefetcher to follow.
-  void prefetch() const {
-    if constexpr (kRows > 8) return;
-    const char* first = reinterpret_cast<const char*>(this);
-    for (size_t line = 0; line < offsetof(ActivationQuad, block); line += 64) __builtin_prefetch(first + line);
-  }
+  int8_t* at(int row, int position) { return codes[position / kRun][row] + position % kRun; }
+  const int8_t* at(int row, int position) const { return codes[position / kRun][row] + position % kRun; }
 };
 
 constexpr BlockFactor block_factor(uint8_t base, int32_t start) {
@@ -138,6 +136,45 @@ struct ProductArgs {
   void* y;
   DType y_dtype;
   int64_t n, k;
+};
+
+/// The rectangles of Y that a product is cut into: rows by panels of columns. Threads take one after the other, so that one that
+/// is held up does not hold up the rest.
+class Rectangles {
+ public:
+  /// The rows that share a pass over W, and the panels that share a pass over A: the activations of some quads and the
+  /// accumulators stay in the second-level cache, 0.3 + 0.4 MiB of it.
+  static constexpr int64_t kRows = 512, kPanels = 4;
+
+  Rectangles(int64_t rows, int64_t panels, int group_rows) : rows_(rows), panels_(panels) {
+    const int64_t groups = ceil_div(rows, group_rows), parts = ceil_div(rows, kRows);
+    rows_each_ = ceil_div(groups, parts) * group_rows;
+    count_ = ceil_div(rows, rows_each_) * panels;
+  }
+
+  /// Of one row of panels.
+  int64_t rows_each() const { return std::min(rows_, rows_each_); }
+  /// All panels, counted once for each of their rectangles.
+  int64_t count() const { return count_; }
+
+  bool take(Range& rows, Range& panels) {
+    int64_t begin = taken_.load(std::memory_order_relaxed), taken = 0;
+    do {
+      if (begin >= count_) return false;
+      // Small ones towards the end, so that all threads end together.
+      taken = std::min(std::clamp<int64_t>((count_ - begin) / 32, 1, kPanels), panels_ - begin % panels_);
+    } while (!taken_.compare_exchange_weak(begin, begin + taken, std::memory_order_relaxed));
+    const int64_t row = begin / panels_ * rows_each_, panel = begin % panels_;
+    rows = {row, std::min(row + rows_each_, rows_)};
+    panels = {panel, panel + taken};
+    return true;
+  }
+
+ private:
+  static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+  int64_t rows_, panels_, rows_each_ = 0, count_ = 0;
+  std::atomic<int64_t> taken_{0};
 };
 
 }  // namespace xpu_fp4::cpu

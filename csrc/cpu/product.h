@@ -2,19 +2,20 @@
 // The loop nest of W4A4 and W4A16 around an instruction set's tile. Included by the files that are compiled for one instruction
 // set; all of it has internal linkage.
 //
-// A is expanded once, group of rows by group of rows. Then each task owns some groups and panels of columns: for each panel and
-// each kPanelQuads quads it unpacks W to first-level cache, and multiplies all its groups with it. W stands in memory as four
+// A is expanded once, group of rows by group of rows. Then a thread takes one rectangle of Y after the other: for each of its
+// panels of columns and each kPanelQuads quads it unpacks W to first-level cache, and multiplies all its groups with it. W stands in memory as four
 // bits only. Few rows take the direct way: W is decoded in registers.
 //
 // An Isa has
 //   kGroupRows, kPanelStrips, kPanelQuads   the sizes of a group, and of the part of a panel that is unpacked at a time
 //   Activations, Weights                    a group's quad, a strip's quad
-//   Session                                 lives as long as a task
+//   Session                                 lives as long as a thread multiplies
 //   expand(source, block, blocks, a, row)   a row's quad, which begins at that block of A
 //   pad(a, rows)                            the group has so many rows
 //   fill(w, n, k, strip, quad, out)         unpacks, and returns the Level
-//   add_quads(a, rows, w, strips, levels, depth, acc)   `depth` quads of a group and a panel, whose strips lie side by side;
-//                                           levels are W's; acc has a row of kPanelStrips strips for each row
+//   add_quads(a, quads, rows, w, strips, levels, depth, acc)   `depth` quads of a group and a panel, whose strips lie side by
+//                                           side; levels are W's; acc has a row of kPanelStrips strips for each row; the next
+//                                           group begins at a + quads
 //   kDirectRows, add_strip(a, rows, w, n, k, strip, acc)   all quads of a strip, for up to so many rows
 #pragma once
 #include "with_dtype.h"
@@ -63,17 +64,13 @@ void with_codes(const ActivationSource& source, int64_t block, int blocks, const
   function(packed, scale);
 }
 
-// The rows that share a pass over W, and the panels that share a pass over A: the activations of kPanelQuads quads and the
-// accumulators stay in the second-level cache, 0.3 + 0.4 MiB of it.
-constexpr int64_t kBlockRows = 512, kBlockPanels = 4;
-
 template <class Isa>
 class Product {
  public:
   using Finish = void (*)(const ProductArgs&, int64_t row, int64_t column, int columns, const float* acc);
 
   Product(const ProductArgs& args, const void* activations, int64_t first_row, Finish finish, int64_t rows)
-      : acc_size_(std::min(kBlockRows, (rows + kGroupRows - 1) / kGroupRows * kGroupRows) * kPanelColumns),
+      : acc_size_((rows + kGroupRows - 1) / kGroupRows * kGroupRows * kPanelColumns),
         args_(args),
         activations_(static_cast<const typename Isa::Activations*>(activations)),
         first_row_(first_row),
@@ -81,30 +78,26 @@ class Product {
         finish_(finish) {}
 
   void multiply(Range rows, Range panels) {
-    for (int64_t row = rows.begin; row < rows.end; row += kBlockRows) {
-      for (int64_t panel = panels.begin; panel < panels.end; panel += kBlockPanels) {
-        multiply_block({row, std::min(row + kBlockRows, rows.end)}, {panel, std::min(panel + kBlockPanels, panels.end)});
-      }
+    if (rows.end - rows.begin <= Isa::kDirectRows) {
+      multiply_directly(rows, panels);
+    } else {
+      multiply_panels(rows, panels);
     }
+    finish_rows(rows, panels);
   }
 
  private:
   static constexpr int kGroupRows = Isa::kGroupRows, kPanelColumns = Isa::kPanelStrips * strips::kColumns;
 
-  void multiply_block(Range rows, Range panels) {
-    if (rows.end - rows.begin <= Isa::kDirectRows) return multiply_directly(rows, panels);
-    for (int64_t panel = 0; panel < panels.end - panels.begin; ++panel) {
-      std::fill_n(acc_.get() + panel * acc_size_, (rows.end - rows.begin) * kPanelColumns, 0.0f);
-    }
+  void multiply_panels(Range rows, Range panels) {
+    std::fill_n(acc_.get(), (panels.end - panels.begin) * acc_size_, 0.0f);
     for (int64_t quad = 0; quad < quads_; quad += Isa::kPanelQuads) {
       const Range depth = {quad, std::min(quad + Isa::kPanelQuads, quads_)};
-      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      float* acc = acc_.get();
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel, acc += acc_size_) {
         fill(panel, depth);
-        multiply_panel(rows, strips_of(panel), depth, acc_.get() + (panel - panels.begin) * acc_size_);
+        multiply_panel(rows, strips_of(panel), depth, acc);
       }
-    }
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      finish_rows(rows, panel, acc_.get() + (panel - panels.begin) * acc_size_);
     }
   }
 
@@ -112,22 +105,25 @@ class Product {
   void multiply_directly(Range rows, Range panels) {
     if constexpr (Isa::kDirectRows > 0) {
       const int count = static_cast<int>(rows.end - rows.begin);
-      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-        std::fill_n(acc_.get(), count * kPanelColumns, 0.0f);
+      float* acc = acc_.get();
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel, acc += acc_size_) {
+        std::fill_n(acc, count * kPanelColumns, 0.0f);
         for (int s = 0; s < strips_of(panel); ++s) {
           Isa::add_strip(activations_ + rows.begin / kGroupRows * quads_, count, args_.w, args_.n, args_.k,
-                         panel * Isa::kPanelStrips + s, acc_.get() + s * strips::kColumns);
+                         panel * Isa::kPanelStrips + s, acc + s * strips::kColumns);
         }
-        finish_rows(rows, panel, acc_.get());
       }
     }
   }
 
-  void finish_rows(Range rows, int64_t panel, const float* acc) const {
-    const int64_t column = panel * kPanelColumns;
-    const int columns = static_cast<int>(std::min<int64_t>(kPanelColumns, args_.n - column));
-    for (int64_t row = rows.begin; row < rows.end; ++row, acc += kPanelColumns) {
-      finish_(args_, first_row_ + row, column, columns, acc);
+  // Row by row: a row of Y is many pages away from the next.
+  void finish_rows(Range rows, Range panels) const {
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const float* acc = acc_.get() + (row - rows.begin) * kPanelColumns;
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel, acc += acc_size_) {
+        const int64_t column = panel * kPanelColumns;
+        finish_(args_, first_row_ + row, column, static_cast<int>(std::min<int64_t>(kPanelColumns, args_.n - column)), acc);
+      }
     }
   }
 
@@ -151,29 +147,29 @@ class Product {
     const auto* group = activations_ + rows.begin / kGroupRows * quads_;
     for (int64_t row = rows.begin; row < rows.end; row += kGroupRows, group += quads_, acc += kGroupRows * kPanelColumns) {
       const int group_rows = static_cast<int>(std::min<int64_t>(kGroupRows, rows.end - row));
-      // The next group is far away.
-      if (row + kGroupRows < rows.end) {
-        for (int64_t quad = depth.begin; quad < depth.end; ++quad) group[quads_ + quad].prefetch();
-      }
-      const auto* w = panel_.get();
-      Isa::add_quads(group + depth.begin, group_rows, w, panel_strips, levels_, static_cast<int>(depth.end - depth.begin), acc);
+      Isa::add_quads(group + depth.begin, quads_, group_rows, panel_.get(), panel_strips, levels_,
+                     static_cast<int>(depth.end - depth.begin), acc);
     }
   }
 
-  int64_t acc_size_;  // of one panel
+  int64_t acc_size_;  // of one panel of a rectangle
   const ProductArgs& args_;
   const typename Isa::Activations* activations_;
   int64_t first_row_, quads_;
   Finish finish_;
   Level levels_[Isa::kPanelQuads];
   Buffer<typename Isa::Weights> panel_ = allocate<typename Isa::Weights>(Isa::kPanelQuads * Isa::kPanelStrips);
-  Buffer<float> acc_ = allocate<float>(acc_size_ * kBlockPanels);
+  Buffer<float> acc_ = allocate<float>(acc_size_ * Rectangles::kPanels);
 };
 
 template <class Isa, typename Product<Isa>::Finish finish>
-void multiply(const ProductArgs& args, const void* activations, int64_t first_row, Range rows, Range panels) {
+void multiply(const ProductArgs& args, const void* activations, int64_t first_row, Rectangles& rectangles) {
+  Range rows{}, panels{};
+  if (!rectangles.take(rows, panels)) return;
   [[maybe_unused]] const typename Isa::Session session;
-  Product<Isa>(args, activations, first_row, finish, rows.end - rows.begin).multiply(rows, panels);
+  Product<Isa> product(args, activations, first_row, finish, rectangles.rows_each());
+  do product.multiply(rows, panels);
+  while (rectangles.take(rows, panels));
 }
 
 template <class Isa, typename Product<Isa>::Finish finish>
