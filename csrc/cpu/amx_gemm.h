@@ -27,7 +27,7 @@ struct alignas(64) TileConfig {
 };
 
 struct Amx {
-  static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2, kPanelQuads = 8, kDirectRows = 0;
+  static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2, kPanelQuads = 8, kDirectRows = 0, kBlockRows = 256;
   using Activations = ActivationQuad<kGroupRows, 64>;
   using Weights = WeightQuad;
 

@@ -9,7 +9,7 @@ namespace xpu_fp4::cpu {
 namespace {
 
 struct Avx2 {
-  static constexpr int kGroupRows = 4, kPanelStrips = 1, kPanelQuads = 8, kDirectRows = 0, kWeightBias = 12;
+  static constexpr int kGroupRows = 4, kPanelStrips = 1, kPanelQuads = 8, kDirectRows = 0, kBlockRows = 512, kWeightBias = 12;
   using Activations = ActivationQuad<kGroupRows>;
   using Weights = WeightQuad;
   struct Session {};

@@ -142,7 +142,7 @@ void add_strip_quad(const ActivationQuad<8>& a, const Strip& packed, const Strip
 
 template <bool kVbmi>
 struct Vnni {
-  static constexpr int kGroupRows = 8, kPanelStrips = 3, kPanelQuads = 4, kDirectRows = 4;
+  static constexpr int kGroupRows = 8, kPanelStrips = 3, kPanelQuads = 4, kDirectRows = 4, kBlockRows = 512;
   using Activations = ActivationQuad<kGroupRows>;
   using Weights = WeightQuad;
   struct Session {};

@@ -19,7 +19,7 @@ alignas(64) constexpr auto kFloatValues = [] {
 }();
 
 struct Avx512Float {
-  static constexpr int kGroupRows = 8, kPanelStrips = 3, kPanelQuads = 1, kDirectRows = 4, kRunLength = 16;
+  static constexpr int kGroupRows = 8, kPanelStrips = 3, kPanelQuads = 1, kDirectRows = 4, kBlockRows = 512, kRunLength = 16;
   using Activations = FloatQuad<kGroupRows>;
   struct Session {};
 

@@ -89,7 +89,7 @@ class NativeBackend final : public Backend {
   // One chunk of rows with every panel of columns.
   void multiply_rows(const ProductKernels& kernels, const ProductArgs& args, const void* activations, int64_t first_row,
                      int64_t rows) const {
-    Rectangles rectangles(rows, ceil_div(args.n, kernels.panel_columns), kernels.group_rows);
+    Rectangles rectangles(rows, ceil_div(args.n, kernels.panel_columns), kernels);
     const int64_t work = rectangles.rows_each() * kernels.panel_columns * (args.k + 1);
     parallel_for_(rectangles.count(), ceil_div(kTaskWork, work), [&](int64_t, int64_t) {
       const DefaultFloatEnvironment environment;

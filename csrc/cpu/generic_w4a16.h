@@ -25,7 +25,7 @@ void expand_floats(const ActivationSource& source, int64_t block, int blocks, Fl
 }
 
 struct PortableFloat {
-  static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 1, kDirectRows = 0;
+  static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 1, kDirectRows = 0, kBlockRows = 512;
   using Activations = FloatQuad<kGroupRows>;
   struct Session {};
 

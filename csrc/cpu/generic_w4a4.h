@@ -37,7 +37,7 @@ void finish_row_scalars(const ProductArgs& args, int64_t row, int64_t column, in
 }
 
 struct Portable {
-  static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 2, kDirectRows = 0;
+  static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 2, kDirectRows = 0, kBlockRows = 512;
   using Activations = ActivationQuad<kGroupRows>;
   struct Session {};
 

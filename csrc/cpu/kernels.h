@@ -21,7 +21,10 @@ class Rectangles;
 
 /// A product in two steps: groups of rows of A are expanded, then multiplied with panels of columns.
 struct ProductKernels {
-  int group_rows, panel_columns;
+  int group_rows;
+  /// At most so many rows share a pass over W.
+  int block_rows;
+  int panel_columns;
   /// Bytes of one group's quad (K = 128).
   size_t group_quad_bytes;
   /// Rows [first_row, first_row + rows) of A, rows <= group_rows, to out: the group's quads one after the other.

@@ -142,13 +142,13 @@ struct ProductArgs {
 /// is held up does not hold up the rest.
 class Rectangles {
  public:
-  /// The rows that share a pass over W, and the panels that share a pass over A: the activations of some quads and the
-  /// accumulators stay in the second-level cache, 0.3 + 0.4 MiB of it.
-  static constexpr int64_t kRows = 512, kPanels = 4;
+  /// Panels that share a pass over A, at most.
+  static constexpr int64_t kPanels = 4;
 
-  Rectangles(int64_t rows, int64_t panels, int group_rows) : rows_(rows), panels_(panels) {
-    const int64_t groups = ceil_div(rows, group_rows), parts = ceil_div(rows, kRows);
-    rows_each_ = ceil_div(groups, parts) * group_rows;
+  /// Of kernels.block_rows rows at most, and of whole groups.
+  Rectangles(int64_t rows, int64_t panels, const ProductKernels& kernels) : rows_(rows), panels_(panels) {
+    const int64_t groups = ceil_div(rows, kernels.group_rows), parts = ceil_div(rows, kernels.block_rows);
+    rows_each_ = ceil_div(groups, parts) * kernels.group_rows;
     count_ = ceil_div(rows, rows_each_) * panels;
   }
 

@@ -8,6 +8,8 @@
 //
 // An Isa has
 //   kGroupRows, kPanelStrips, kPanelQuads   the sizes of a group, and of the part of a panel that is unpacked at a time
+//   kBlockRows                              rows that share a pass over W: the accumulators of kPanels panels (panels.h) and
+//                                           the activations of kPanelQuads quads stay in the second-level cache
 //   Activations, Weights                    a group's quad, a strip's quad
 //   Session                                 lives as long as a thread multiplies
 //   expand(source, block, blocks, a, row)   a row's quad, which begins at that block of A
@@ -173,7 +175,7 @@ void multiply(const ProductArgs& args, const void* activations, int64_t first_ro
 }
 
 template <class Isa, typename Product<Isa>::Finish finish>
-constexpr ProductKernels product_kernels = {Isa::kGroupRows, Isa::kPanelStrips * strips::kColumns,
+constexpr ProductKernels product_kernels = {Isa::kGroupRows, Isa::kBlockRows, Isa::kPanelStrips * strips::kColumns,
                                             sizeof(typename Isa::Activations), expand_group<Isa>, multiply<Isa, finish>};
 
 // A prepacked record as it lies, or one laid out in the buffer.
