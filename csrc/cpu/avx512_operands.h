@@ -175,6 +175,11 @@ TransposedStrip load_rows(const Weight& w, int64_t n, int64_t k, int64_t strip, 
   const int columns = static_cast<int>(std::min<int64_t>(strips::kColumns, n - column));
   const int blocks = static_cast<int>(std::min<int64_t>(kQuad, k / kBlock - quad * kQuad));
   const uint8_t* codes = w.codes + column * stride + quad * kQuadBytes;
+  // The quad that is read soon: of this strip or, past its end, of the next.
+  const int64_t soon = quad + kPrefetchQuads, past = soon - strips::quads(k);
+  const uint8_t* next = codes + (past < 0 ? kPrefetchQuads : past - quad) * kQuadBytes + (past < 0 ? 0 : strips::kColumns * stride);
+#pragma GCC unroll 16
+  for (int c = 0; c < strips::kColumns; ++c) _mm_prefetch(next + c * stride, _MM_HINT_T1);
   if (columns == strips::kColumns && blocks == kQuad) {
     for (int c = 0; c < strips::kColumns; ++c) out.dwords[c] = _mm512_loadu_si512(codes + c * stride);
   } else {
