@@ -41,7 +41,7 @@ struct Amx {
 
   static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
     with_codes<quantize>(source, block, blocks,
-                         [&](const uint8_t* packed, const uint8_t* scale) { expand_row(packed, scale, 0, out, row); });
+                         [&](const uint8_t* packed, const uint8_t* scale) { expand_row(packed, scale, {0, kFactorExponent}, out, row); });
   }
 
   // Rows that are missing from a tile are zero.

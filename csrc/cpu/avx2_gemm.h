@@ -16,7 +16,7 @@ struct Avx2 {
 
   static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
     with_codes<quantize>(source, block, blocks, [&](const uint8_t* packed, const uint8_t* scale) {
-      expand_scalars(packed, scale, kWeightBias, out, row);
+      expand_scalars(packed, scale, {kWeightBias, 0}, out, row);
     });
   }
   static void pad(Activations&, int) {}
@@ -68,7 +68,8 @@ struct Avx2 {
     const __m256 scale = _mm256_set1_ps(f.scale);
     const __m256 u = _mm256_fmadd_ps(_mm256_castsi256_ps(sum), scale, _mm256_mul_ps(scale, _mm256_set1_ps(-kMagic)));
     if constexpr (kGeneral) {
-      const __m256 p = _mm256_mul_ps(_mm256_mul_ps(u, w), _mm256_set1_ps(f.rest));
+      const __m256 lowered = _mm256_mul_ps(u, _mm256_set1_ps(f.before()));
+      const __m256 p = _mm256_mul_ps(_mm256_mul_ps(lowered, w), _mm256_set1_ps(f.after()));
       return second ? _mm256_add_ps(pair, p) : p;
     }
     return second ? _mm256_fmadd_ps(u, w, pair) : _mm256_mul_ps(u, w);

@@ -14,6 +14,7 @@ namespace xpu_fp4::cpu {
 namespace {
 
 constexpr int kWeightBias = 12 << kMaxShift;
+constexpr WeightForm kBiasedForm = {kWeightBias, kFactorExponent};
 constexpr int kLanes = strips::kColumns;
 
 constexpr int kBlockSteps = kBlock / 4;
@@ -131,7 +132,7 @@ void add_strip_quad(const ActivationQuad<8>& a, const Strip& packed, const Strip
       });
     });
   });
-  const __m512 factor = column_factor(alignment, 0);
+  const __m512 factor = column_factor<kFactorExponent>(alignment, 0);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     for (int part = 1; part < kSplit; ++part) sum[r * kSplit] = _mm512_add_epi32(sum[r * kSplit], sum[r * kSplit + part]);
     const __m512 u = unmagic(sum[r * kSplit], _mm512_set1_ps(a.quad[r].scale), _mm512_set1_ps(a.quad[r].offset));
@@ -149,7 +150,7 @@ struct Vnni {
 
   static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
     with_codes<quantize>(source, block, blocks, [&](const uint8_t* packed, const uint8_t* scale) {
-      expand_row(packed, scale, kWeightBias, out, row);
+      expand_row(packed, scale, kBiasedForm, out, row);
     });
   }
   static void pad(Activations&, int) {}

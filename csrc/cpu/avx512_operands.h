@@ -25,16 +25,16 @@ __m512i shift_bytes(__m512i bytes, __m512i counts) {
 }
 
 // The factors of a row whose blocks have one base, a safe one: set_factors() for what is common. Lane b of sums is block b's.
-void set_shared_factors(uint8_t base, __m512i sums, int weight_bias, QuadFactor& quad, BlockFactor (&block)[kQuad]) {
-  const BlockFactor shared = block_factor(base, 0);
-  const __m512i start = _mm512_sub_epi32(_mm512_set1_epi32(kMagicBits), _mm512_mullo_epi32(_mm512_set1_epi32(weight_bias), sums));
+void set_shared_factors(uint8_t base, __m512i sums, const WeightForm& weight, QuadFactor& quad, BlockFactor (&block)[kQuad]) {
+  const BlockFactor shared = block_factor(base, 0, weight);
+  const __m512i start = _mm512_sub_epi32(_mm512_set1_epi32(kMagicBits), _mm512_mullo_epi32(_mm512_set1_epi32(weight.bias), sums));
   constexpr __mmask16 kStart = 0x8888;  // the last member of four
   static_assert(offsetof(BlockFactor, start) == 12 && sizeof(BlockFactor) == 16);
   _mm512_storeu_si512(block, _mm512_mask_mov_epi32(_mm512_broadcast_i32x4(_mm_loadu_si128(
                                                        reinterpret_cast<const __m128i*>(&shared))),
                                                    kStart, start));
   const int32_t sum = _mm512_mask_reduce_add_epi32(kStart, sums);
-  quad = {shared.scale, -kMagic * shared.scale, kMagicBits - weight_bias * sum};
+  quad = {shared.scale, -kMagic * shared.scale, kMagicBits - weight.bias * sum};
 }
 
 // Whether four blocks share a safe scale whatever their codes are; then `least` is its byte.
@@ -46,7 +46,7 @@ bool share_safe_scale(const uint8_t* scale, uint8_t& least) {
 
 // One row's quad: 64 packed bytes (zero beyond K) and its scales.
 template <class Activations>
-void expand_row(const uint8_t* packed, const uint8_t* scale, int weight_bias, Activations& out, int row) {
+void expand_row(const uint8_t* packed, const uint8_t* scale, const WeightForm& weight, Activations& out, int row) {
   const __m512i bytes = _mm512_loadu_si512(packed);
   Alignment alignment;
   uint8_t least;
@@ -84,11 +84,11 @@ void expand_row(const uint8_t* packed, const uint8_t* scale, int weight_bias, Ac
   sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_CDAB));
   sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_BADC));
   if (shared) {
-    set_shared_factors(least, sum, weight_bias, out.quad[row], out.block[row]);
+    set_shared_factors(least, sum, weight, out.quad[row], out.block[row]);
   } else {
     alignas(16) int32_t sums[kQuad];
     _mm_store_si128(reinterpret_cast<__m128i*>(sums), _mm512_castsi512_si128(_mm512_maskz_compress_epi32(0x1111, sum)));
-    set_factors(alignment, sums, weight_bias, out.quad[row], out.block[row]);
+    set_factors(alignment, sums, weight, out.quad[row], out.block[row]);
   }
   out.level = row == 0 ? alignment.level : std::max(out.level, alignment.level);
 }
@@ -97,6 +97,9 @@ void expand_row(const uint8_t* packed, const uint8_t* scale, int weight_bias, Ac
 
 // How far ahead of its use a record of prepacked weights is fetched.
 constexpr int kPrefetchQuads = 4;
+
+// W4A4's factors are twice 2^ew, so that they are never subnormal.
+constexpr int kFactorExponent = 1;
 
 // A quad of a strip: dword d of every column's packed bytes, and the dwords of four scale bytes. Of prepacked weights the codes
 // are read where they are used; those of rows are transposed first.
@@ -262,18 +265,25 @@ template <class Strip>
   const __m512i one = _mm512_set1_epi8(e8m0::kBias);
   __m512i scales = _mm512_ternarylogic_epi32(zero_bytes, others, given, 0xCA);
   scales = _mm512_mask_mov_epi32(scales, all_zero | nan, one);
-  StripAlignment out =
-      all_safe(scales) ? align_safe(scales) : StripAlignment{Level::general, scales, _mm512_setzero_si512(), 0};
+  StripAlignment out;
+  if (all_safe(scales)) {
+    out = align_safe(scales);
+  } else {  // byte 254 leaves no room for kFactorExponent: it is 253 with integers twice as large
+    const __m512i base = _mm512_min_epu8(scales, _mm512_set1_epi8(static_cast<char>(254 - kFactorExponent)));
+    out = {Level::general, base, _mm512_sub_epi8(scales, base), 0};
+  }
   out.nan = nan;
   return out;
 }
 
-// 2^ew of block b, from its base byte.
+// 2^(ew + exponent) of block b, from its base byte; exponent is 0 or 1.
+template <int kExponent = 0>
 __m512 column_factor(const StripAlignment& alignment, int b) {
   const __m512i byte = _mm512_and_si512(_mm512_srlv_epi32(alignment.base, _mm512_set1_epi32(8 * b)), _mm512_set1_epi32(255));
-  __m512i bits = _mm512_slli_epi32(byte, 23);
-  // Byte 0 is 2^-127, a subnormal.
-  bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(byte, byte), _mm512_set1_epi32(1 << 22));
+  __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(byte, _mm512_set1_epi32(kExponent)), 23);
+  if constexpr (kExponent == 0) {  // byte 0 is 2^-127, a subnormal
+    bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(byte, byte), _mm512_set1_epi32(1 << 22));
+  }
   return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, alignment.nan, _mm512_set1_epi32(kNanBits)));
 }
 
@@ -333,7 +343,7 @@ template <int kBias, bool kVbmi, class Strip>
 void fill_quad(const Strip& packed, const StripAlignment& alignment, WeightQuad& out) {
 #pragma GCC unroll 4
   for (int b = 0; b < kQuad; ++b) {
-    _mm512_store_ps(out.factor[b], column_factor(alignment, b));
+    _mm512_store_ps(out.factor[b], column_factor<kFactorExponent>(alignment, b));
     const Decoder<kBias, kVbmi> decode(shifts_of(alignment, b));
 #pragma GCC unroll 4
     for (int d = 4 * b; d < 4 * b + 4; ++d) {

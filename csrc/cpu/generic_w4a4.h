@@ -17,7 +17,7 @@ constexpr unsigned code_at(const uint8_t* packed, int i) {
 }
 
 template <int kRows>
-void expand_scalars(const uint8_t* packed, const uint8_t* scale, int weight_bias, ActivationQuad<kRows>& out, int row) {
+void expand_scalars(const uint8_t* packed, const uint8_t* scale, const WeightForm& weight, ActivationQuad<kRows>& out, int row) {
   unsigned zero_blocks = (1u << kQuad) - 1u;
   int32_t sums[kQuad] = {};
   for (int i = 0; i < kQuadElements; ++i) {
@@ -27,7 +27,7 @@ void expand_scalars(const uint8_t* packed, const uint8_t* scale, int weight_bias
     if (twice != 0) zero_blocks &= ~(1u << (i / kBlock));
   }
   const Alignment alignment = align(scale, zero_blocks, 0);
-  set_factors(alignment, sums, weight_bias, out.quad[row], out.block[row]);
+  set_factors(alignment, sums, weight, out.quad[row], out.block[row]);
   out.level = row == 0 ? alignment.level : std::max(out.level, alignment.level);
 }
 
@@ -49,7 +49,7 @@ struct Portable {
 
   static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
     with_codes<quantize>(source, block, blocks,
-                         [&](const uint8_t* packed, const uint8_t* scale) { expand_scalars(packed, scale, 0, out, row); });
+                         [&](const uint8_t* packed, const uint8_t* scale) { expand_scalars(packed, scale, {0, 0}, out, row); });
   }
   static void pad(Activations&, int) {}
 
@@ -91,7 +91,7 @@ struct Portable {
     for (int k = 0; k < kBlock; ++k) {
       for (int c = 0; c < strips::kColumns; ++c) sum[c] = static_cast<int16_t>(sum[c] + a[k] * w[k][c]);
     }
-    for (int c = 0; c < strips::kColumns; ++c) p[c] = static_cast<float>(sum[c]) * f.scale * factor[c] * f.rest;
+    for (int c = 0; c < strips::kColumns; ++c) p[c] = static_cast<float>(sum[c]) * (f.scale * f.before()) * factor[c] * f.after();
   }
 };
 

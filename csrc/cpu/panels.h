@@ -79,11 +79,21 @@ struct QuadFactor {
   int32_t start;
 };
 
-/// The same for one block. The factor two of each integer is undone here: scale * rest = 2^(ea - 2). Below
-/// `underflow`, a column's factor may give a subnormal product.
+/// How W is stored: integers so much too large, and factors 2^(ew + factor_exponent), which is at most 2^127.
+struct WeightForm {
+  int bias, factor_exponent;
+};
+
+/// The same for one block. The factors two of the integers are undone here: with W's factors 2^ew, scale * rest is 2^(ea - 2).
+/// The scale is normal and an integer below 2^22 times it is finite: rest is 1 but for the least and the largest scales. A
+/// column's factor below `underflow` may give a subnormal product.
 struct BlockFactor {
   float scale, rest, underflow;
   int32_t start;
+
+  /// rest is applied before the product's rounding where it is small, and after it where it is large.
+  constexpr float before() const { return std::min(rest, 1.0f); }
+  constexpr float after() const { return std::max(rest, 1.0f); }
 };
 
 /// A quad of up to kRows rows of A, whose rows are cut into runs that each lie together for all rows.
@@ -98,23 +108,23 @@ struct alignas(64) ActivationQuad {
   const int8_t* at(int row, int position) const { return codes[position / kRun][row] + position % kRun; }
 };
 
-constexpr BlockFactor block_factor(uint8_t base, int32_t start) {
+constexpr BlockFactor block_factor(uint8_t base, int32_t start, const WeightForm& weight) {
   if (base == e8m0::kNan) return {float_of(kNanBits), 1.0f, 0.0f, start};
-  // An integer below 2^22 times scale must neither overflow nor lose a bit.
-  const int e = e8m0::exponent(base) - 2, kept = std::min(e, 100);
+  const int e = e8m0::exponent(base) - 2 - weight.factor_exponent, kept = std::clamp(e, -126, 100);
   const int underflow = -126 - e;
   return {pow2(kept), pow2(e - kept), underflow < -149 ? 0.0f : pow2(underflow), start};
 }
 
-/// Fills a row's factors. sums[b] is the sum of block b's stored integers, weight_bias what W's integers are too large by.
-constexpr void set_factors(const Alignment& row, const int32_t* sums, int weight_bias, QuadFactor& quad, BlockFactor* block) {
-  for (int b = 0; b < kQuad; ++b) block[b] = block_factor(row.base[b], kMagicBits - weight_bias * sums[b]);
+/// Fills a row's factors. sums[b] is the sum of block b's stored integers.
+constexpr void set_factors(const Alignment& row, const int32_t* sums, const WeightForm& weight, QuadFactor& quad,
+                           BlockFactor* block) {
+  for (int b = 0; b < kQuad; ++b) block[b] = block_factor(row.base[b], kMagicBits - weight.bias * sums[b], weight);
   const float scale = block[0].scale * block[0].rest;
-  quad = {scale, -kMagic * scale, kMagicBits - weight_bias * (sums[0] + sums[1] + sums[2] + sums[3])};
+  quad = {scale, -kMagic * scale, kMagicBits - weight.bias * (sums[0] + sums[1] + sums[2] + sums[3])};
 }
 
 /// A quad of a strip of W as the inner loops read it: step s holds, of every column, four K whose activations are dword s of a
-/// row's codes. factor is 2^ew.
+/// row's codes.
 struct alignas(64) WeightQuad {
   uint8_t codes[kQuadElements / 4][strips::kColumns][4];
   float factor[kQuad][strips::kColumns];
