@@ -16,22 +16,31 @@ __m512 load_floats(const void* data, int64_t i, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+// Rounded once to float16 or bfloat16; NaN becomes the canonical one.
+template <DType T>
+__m256i round_to_words(__m512 x) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  if constexpr (T == DType::f16) {
+    const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7E00));
+  }
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
+}
+
+__m512 canonical_nan(__m512 x) {
+  return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_ps(float_of(kNanBits)));
+}
+
 // Rounds once and stores the lanes of the mask; NaN becomes the canonical one.
 template <DType T>
 void store_floats(void* data, int64_t i, __mmask16 mask, __m512 x) {
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   if constexpr (T == DType::f32) {
-    _mm512_mask_storeu_ps(static_cast<float*>(data) + i, mask, _mm512_mask_mov_ps(x, nan, _mm512_set1_ps(float_of(kNanBits))));
-  } else if constexpr (T == DType::f16) {
-    const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + i, mask,
-                             _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7E00)));
+    _mm512_mask_storeu_ps(static_cast<float*>(data) + i, mask, canonical_nan(x));
   } else {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
-    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + i, mask, _mm512_cvtepi32_epi16(rounded));
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + i, mask, round_to_words<T>(x));
   }
 }
 

@@ -1,90 +1,130 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantize on AVX-512, a block at a time: its 32 elements as two vectors of float32, one of the even elements and one of the
-// odd, so that the two codes of a packed byte meet in one lane.
+// Quantize and dequantize on AVX-512, four blocks at a time, in 16-bit lanes: a block is one vector of bfloat16. Wider inputs
+// are cut to bfloat16, with the last bit set where anything was cut off. No rounding of MXFP4 can tell the difference: all of
+// them look at the first two bits of a mantissa, and at whether the others are zero.
 #pragma once
 #include "avx512_output.h"
+#include "generic_group_quant.h"
 
 namespace xpu_fp4::cpu {
 namespace {
 
-struct BlockPair {
-  __m512 even, odd;
-};
-
-template <DType T>
-BlockPair load_pairs(const void* x, int64_t block) {
-  if constexpr (T == DType::f32) {
-    const float* p = static_cast<const float*>(x) + block * kBlock;
-    const __m512 low = _mm512_loadu_ps(p), high = _mm512_loadu_ps(p + 16);
-    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    return {_mm512_permutex2var_ps(low, even, high),
-            _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high)};
-  } else {
-    const __m512i halves = _mm512_loadu_si512(static_cast<const uint16_t*>(x) + block * kBlock);
-    if constexpr (T == DType::bf16) {
-      return {_mm512_castsi512_ps(_mm512_slli_epi32(halves, 16)),
-              _mm512_castsi512_ps(_mm512_and_si512(halves, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
-    } else {
-      return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves)),
-              _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(halves, 16)))};
-    }
-  }
+// The words of sixteen floats, in dwords.
+__m512i cut(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x), word = _mm512_srli_epi32(bits, 16);
+  const __mmask16 inexact = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0xFFFF));
+  return _mm512_mask_or_epi32(word, inexact, word, _mm512_set1_epi32(1));
 }
 
-// The bits of the block's largest magnitude. Those of a 16-bit float order like its value, so the largest is found first and
-// converted then.
+// How far ahead of its use memory is fetched.
+constexpr int kPrefetchBytes = 2048;
+
 template <DType T>
-uint32_t amax_bits(const void* x, int64_t block, const BlockPair& pair) {
-  if constexpr (T == DType::bf16) {
-    const __m512i halves =
-        _mm512_and_si512(_mm512_loadu_si512(static_cast<const uint16_t*>(x) + block * kBlock), _mm512_set1_epi16(0x7FFF));
-    const __m256i of_16 = _mm256_max_epu16(_mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64(halves, 1));
-    const __m128i of_8 = _mm_max_epu16(_mm256_castsi256_si128(of_16), _mm256_extracti128_si256(of_16, 1));
-    // The only horizontal instruction gives the least: of the complements.
-    const __m128i least = _mm_minpos_epu16(_mm_xor_si128(of_8, _mm_set1_epi16(-1)));
-    return (~static_cast<uint32_t>(_mm_cvtsi128_si32(least)) & 0xFFFFu) << 16;
-  } else {
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    return _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(pair.even), magnitude),
-                                                    _mm512_and_si512(_mm512_castps_si512(pair.odd), magnitude)));
-  }
+__m512i load_words(const void* x, int64_t block) {
+  if constexpr (T == DType::bf16) return _mm512_loadu_si512(static_cast<const uint16_t*>(x) + block * kBlock);
+  const __m512i low = cut(load_floats<T>(x, block * kBlock, 0xFFFF));
+  const __m512i high = cut(load_floats<T>(x, block * kBlock + 16, 0xFFFF));
+  // Packing takes four of each in turn.
+  return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), _mm512_packus_epi32(low, high));
 }
 
-// e2m1 codes of y in the low four bits of each lane. Representable magnitudes are multiples of 0.5 below 2, of 1 below 4 and of
-// 2 above: adding 2^22 * max(1, 2^floor(log2 |y|)) rounds to them, ties to even, and leaves their number in the sum's last
-// bits. Each step of the exponent adds two to the code; the three more units below make up for the exponent's own offset,
-// modulo 8.
-__m512i encode(__m512 y) {
-  const __m512i bits = _mm512_castps_si512(y);
-  const __m512 magnitude = _mm512_min_ps(_mm512_abs_ps(y), _mm512_set1_ps(6.0f));
-  const __m512i exponent = _mm512_and_si512(_mm512_castps_si512(magnitude), _mm512_set1_epi32(static_cast<int>(kInfBits)));
-  const __m512 power = _mm512_max_ps(_mm512_castsi512_ps(exponent), _mm512_set1_ps(1.0f));
-  const __m512i sum = _mm512_castps_si512(_mm512_fmadd_ps(power, _mm512_set1_ps(4194304.0f + 3.0f), magnitude));
-  const __m512i code = _mm512_add_epi32(sum, _mm512_srli_epi32(sum, 22));
+__m512i magnitude_words(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi16(0x7FFF)); }
+
+__m512i max_of_halves(__m512i a, __m512i b) {
+  return _mm512_max_epu16(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xEE));
+}
+
+// The largest word of each of four blocks, in every word of the 128-bit lane of the block's number.
+__m512i amax_words(const __m512i (&x)[4]) {
+  const __m512i ab = max_of_halves(magnitude_words(x[0]), magnitude_words(x[1]));
+  const __m512i cd = max_of_halves(magnitude_words(x[2]), magnitude_words(x[3]));
+  __m512i lanes = _mm512_max_epu16(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xDD));
+  lanes = _mm512_max_epu16(lanes, _mm512_shuffle_epi32(lanes, _MM_PERM_BADC));
+  lanes = _mm512_max_epu16(lanes, _mm512_shuffle_epi32(lanes, _MM_PERM_CDAB));
+  return _mm512_max_epu16(lanes, _mm512_rol_epi32(lanes, 16));
+}
+
+// bfloat16's mantissa, and the exponent below which every y = x / scale has code 0.
+constexpr int kMantissaBits = 7, kLeastExponent = -3;
+
+// The code of y by its step: from 2^kLeastExponent up, each power of two has four steps.
+alignas(64) constexpr auto kCodeOfStep = [] {
+  std::array<uint16_t, 32> table{};
+  for (unsigned step = 0; step < table.size(); ++step) {
+    const float middle = float_of(bits_of(pow2(kLeastExponent)) + ((2 * step + 1) << 20));
+    table[step] = static_cast<uint16_t>(e2m1::encode_magnitude(middle));
+  }
+  return table;
+}();
+
+// The codes of a block, in words. origin is the word of 2^kLeastExponent * scale, and 1 more.
+__m512i encode(__m512i x, __m512i origin) {
+  const __m512i magnitude = magnitude_words(x);
+  // Halfway cases begin a step. Those whose mantissa begins with 1 are rounded up; the others belong to the step before.
+  const __mmask32 up = _mm512_test_epi16_mask(x, _mm512_set1_epi16(1 << (kMantissaBits - 1)));
+  const __m512i y = _mm512_subs_epu16(_mm512_mask_add_epi16(magnitude, up, magnitude, _mm512_set1_epi16(1)), origin);
+  const __m512i code = _mm512_permutexvar_epi16(_mm512_srli_epi16(y, kMantissaBits - 2), _mm512_load_si512(kCodeOfStep.data()));
   // The low three bits of code, and the sign above them.
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(7), code, _mm512_srli_epi32(bits, 28), 0xCA);
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi16(7), code, _mm512_srli_epi16(x, 12), 0xCA);
+}
+
+// Two blocks' packed bytes, in words.
+__m512i pack_two(__m512i a, __m512i b) {
+  return _mm512_maddubs_epi16(_mm512_packus_epi16(a, b), _mm512_set1_epi16(0x1001));  // even + 16 * odd
+}
+
+// Four blocks of codes to packed bytes; dwords outside the mask are zero.
+__m512i pack(const __m512i (&codes)[4], __mmask16 mask) {
+  const __m512i ab = pack_two(codes[0], codes[1]), cd = pack_two(codes[2], codes[3]);
+  const __m512i bytes = _mm512_packus_epi16(ab, cd);
+  // Dword b of lane i is dword i of block b.
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  return _mm512_maskz_permutexvar_epi32(mask, order, bytes);
+}
+
+// Up to four blocks. Returns whether any may be wrong: one so small that 2^kLeastExponent * scale, or an element beside it, is
+// subnormal, so that its word has no exponent.
+template <DType T>
+[[gnu::always_inline]] inline bool quantize_blocks(const QuantizeArgs& args, __m512i rounding, int64_t first, int blocks) {
+  const char* const ahead = static_cast<const char*>(args.x) + first * kBlock * size_of(T) + kPrefetchBytes;
+  for (int line = 0; line < 4 * kBlock * size_of(T); line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+  __m512i x[4];
+  for (int b = 0; b < 4; ++b) x[b] = b < blocks ? load_words<T>(args.x, first + b) : _mm512_setzero_si512();
+  const __m512i amax = amax_words(x);
+  const __mmask16 finite = _mm512_cmplt_epu32_mask(amax, _mm512_set1_epi32(0x7F807F80));
+  const __m512i exponent = _mm512_srli_epi16(_mm512_add_epi16(amax, rounding), kMantissaBits);
+  const __m512i least = _mm512_subs_epu16(exponent, _mm512_set1_epi16(e8m0::kMaxExponent - kLeastExponent));
+  const __m512i origin = _mm512_add_epi16(_mm512_slli_epi16(least, kMantissaBits), _mm512_set1_epi16(1));
+  const __m512i codes[4] = {
+      encode(x[0], _mm512_shuffle_i32x4(origin, origin, 0x00)), encode(x[1], _mm512_shuffle_i32x4(origin, origin, 0x55)),
+      encode(x[2], _mm512_shuffle_i32x4(origin, origin, 0xAA)), encode(x[3], _mm512_shuffle_i32x4(origin, origin, 0xFF))};
+  const __mmask16 present = static_cast<__mmask16>((1u << (4 * blocks)) - 1u);
+  _mm512_mask_storeu_epi32(args.q + first * kBlockBytes, present, pack(codes, finite));
+
+  const __m512i scale = _mm512_subs_epu16(exponent, _mm512_set1_epi16(e8m0::kMaxExponent));
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_mask_mov_epi32(_mm512_set1_epi32(e8m0::kNan), finite, scale));
+  const int32_t scales = _mm_cvtsi128_si32(_mm_shuffle_epi8(bytes, _mm_set1_epi32(0x0C080400)));
+  std::memcpy(args.scale + first, &scales, static_cast<size_t>(blocks));
+  return _mm512_mask_testn_epi32_mask(_mm512_test_epi32_mask(amax, amax), least, least) != 0;
 }
 
 template <DType T>
-void quantize_block(const QuantizeArgs& args, int64_t block) {
-  const BlockPair x = load_pairs<T>(args.x, block);
-  const uint8_t scale = e8m0::from_amax(amax_bits<T>(args.x, block, x), args.mode);
-  args.scale[block] = scale;
-  __m128i* q = reinterpret_cast<__m128i*>(args.q + block * kBlockBytes);
-  if (scale == e8m0::kNan) {
-    _mm_storeu_si128(q, _mm_setzero_si128());
-    return;
+[[gnu::noinline]] void requantize_small(const QuantizeArgs& args, Range blocks) {
+  for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    if (args.scale[block] > e8m0::kMaxExponent - kLeastExponent) continue;
+    store_codes(load_block<T>(args.x, block), args.scale[block], args.q + block * kBlockBytes, quantize_element);
   }
-  const __m512 reciprocal = _mm512_set1_ps(e8m0::reciprocal(scale));
-  const __m512i even = encode(_mm512_mul_ps(x.even, reciprocal)), odd = encode(_mm512_mul_ps(x.odd, reciprocal));
-  _mm_storeu_si128(
-      q, _mm512_cvtepi32_epi8(_mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi32(15)), _mm512_slli_epi32(odd, 4))));
 }
 
 void quantize(const QuantizeArgs& given, Range blocks) {
   const QuantizeArgs args = given;  // a copy: the bytes that are stored cannot change it
-  with_dtype(args.x_dtype, [&](auto dtype) {
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) quantize_block<dtype>(args, block);
+  with_dtype(args.x_dtype, [&](auto dtype) __attribute__((flatten)) {
+    const __m512i rounding = _mm512_set1_epi16(static_cast<int16_t>(e8m0::rounding(args.mode) >> 16));
+    int64_t block = blocks.begin;
+    bool small = false;
+    for (; block + 4 <= blocks.end; block += 4) small |= quantize_blocks<dtype>(args, rounding, block, 4);
+    if (block < blocks.end) small |= quantize_blocks<dtype>(args, rounding, block, static_cast<int>(blocks.end - block));
+    if (small) requantize_small<dtype>(args, blocks);
   });
 }
 
@@ -96,17 +136,24 @@ alignas(64) constexpr auto kValues = [] {
   return table;
 }();
 
+// What the sixteen codes of a block stand for is scaled and rounded once; elements are looked up. A permutation looks at the
+// low bits of its index only: four of a dword, five of a word. So a byte that stands twice in a wider lane, the second time
+// four bits lower, is the indices of its two elements.
 template <DType T>
 void dequantize_block(const DequantizeArgs& args, int64_t block) {
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(args.q + block * kBlockBytes)));
-  const __m512 table = _mm512_load_ps(kValues.data()), scale = _mm512_set1_ps(e8m0::value(args.scale[block]));
-  // A permutation looks at the low four bits of its index.
-  const __m512 even = _mm512_mul_ps(_mm512_permutexvar_ps(bytes, table), scale);
-  const __m512 odd = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table), scale);
-  const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  store_floats<T>(args.out, block * kBlock, 0xFFFF, _mm512_permutex2var_ps(even, first, odd));
-  store_floats<T>(args.out, block * kBlock + 16, 0xFFFF,
-                  _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd));
+  const __m512 values = _mm512_mul_ps(_mm512_load_ps(kValues.data()), _mm512_set1_ps(e8m0::value(args.scale[block])));
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(args.q + block * kBlockBytes));
+  if constexpr (T == DType::f32) {
+    const __m512 table = canonical_nan(values);
+    const __m512i low = _mm512_cvtepu8_epi64(packed), high = _mm512_cvtepu8_epi64(_mm_unpackhi_epi64(packed, packed));
+    float* out = static_cast<float*>(args.out) + block * kBlock;
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_or_si512(low, _mm512_slli_epi64(low, 28)), table));
+    _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(_mm512_or_si512(high, _mm512_slli_epi64(high, 28)), table));
+  } else {
+    const __m512i table = _mm512_broadcast_i64x4(round_to_words<T>(values)), bytes = _mm512_cvtepu8_epi32(packed);
+    const __m512i indices = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+    _mm512_storeu_si512(static_cast<uint16_t*>(args.out) + block * kBlock, _mm512_permutexvar_epi16(indices, table));
+  }
 }
 
 void dequantize(const DequantizeArgs& given, Range blocks) {

@@ -19,20 +19,21 @@ namespace e8m0 {
 
 constexpr int kBias = 127;
 constexpr uint8_t kNan = 0xFF;
+/// The largest element of a block is of the order of 2^2, e2m1's largest power of two.
+constexpr unsigned kMaxExponent = 2;
+
+/// Added to the bits of amax, this carries into the exponent exactly where the scale is doubled. The low sixteen bits are all
+/// set or all clear, so that bfloat16 can do with the others.
+constexpr uint32_t rounding(ScaleMode mode) {
+  return mode == ScaleMode::floor ? 0u : mode == ScaleMode::ceil ? 0x7FFFFFu : mode == ScaleMode::even ? 0x200000u : 0x3FFFFFu;
+}
 
 /// Scale byte of a block from the bits of its largest magnitude (magnitude_bits). Inf and NaN give kNan; the exponent is
-/// clamped to [-127, 127]; a zero or subnormal amax gives byte 0.
+/// clamped to [-127, 127]; a zero or subnormal amax gives byte 0, in every mode.
 constexpr uint8_t from_amax(uint32_t amax_bits, ScaleMode mode) {
   if (amax_bits >= kInfBits) return kNan;
-  const uint32_t exponent = amax_bits >> 23, mantissa = amax_bits & 0x7FFFFFu;
-  // Twice the scale if the mantissa reaches this: 2^23 is never reached.
-  const uint32_t threshold = mode == ScaleMode::floor  ? 0x800000u
-                             : mode == ScaleMode::ceil ? 1u
-                             : mode == ScaleMode::even ? 0x600000u
-                                                       : 0x400001u;
-  // A subnormal amax (exponent 0) is below 2^-126, so its scale is clamped to byte 0 in every mode.
-  const uint32_t byte = exponent + (mantissa >= threshold ? 1u : 0u);
-  return static_cast<uint8_t>(byte > 2u ? byte - 2u : 0u);
+  const uint32_t exponent = (amax_bits + rounding(mode)) >> 23;
+  return static_cast<uint8_t>(exponent > kMaxExponent ? exponent - kMaxExponent : 0u);
 }
 
 /// Unbiased exponent of a scale byte that is not NaN.

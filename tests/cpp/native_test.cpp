@@ -88,6 +88,61 @@ TEST_P(Native, EveryInstructionSetGivesThePortableBits) {
   EXPECT_EQ(scale[0], scale[1]);
 }
 
+// Blocks whose first element is `largest` and whose others run through every sixteen bits. float32 goes on with `rest`.
+std::vector<uint8_t> every_pattern(DType dtype, uint32_t largest, uint32_t rest) {
+  constexpr uint32_t kBlocks = 0x10000 / 31 + 1;
+  const auto size = static_cast<size_t>(size_of(dtype));
+  std::vector<uint8_t> x(kBlocks * 32 * size);
+  for (uint32_t i = 0; i < kBlocks * 32; ++i) {
+    const uint32_t front = i % 32 == 0 ? largest : (i / 32 * 31 + i % 32 - 1) & 0xFFFFu;
+    const uint32_t bits = dtype == DType::f32 ? front << 16 | rest : front;
+    std::memcpy(x.data() + i * size, &bits, size);
+  }
+  return x;
+}
+
+TEST_P(Native, QuantizeGivesThePortableBitsForEveryPattern) {
+  const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
+  const auto own = backend();
+  std::mt19937 random(13);
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
+    // Each of the least exponents and one in eight of the others, with a mantissa about each threshold.
+    for (uint32_t exponent = 0; exponent < 0x7F80; exponent += exponent < 0x300 ? 0x80 : 0x400) {
+      for (const uint32_t mantissa : {0x00, 0x01, 0x3F, 0x41, 0x5F, 0x60}) {
+        const std::vector<uint8_t> x = every_pattern(dtype, exponent + mantissa, std::array{0u, 1u, 0x8000u}[random() % 3]);
+        // Kernels that take several blocks at a time have some left.
+        const int64_t k = static_cast<int64_t>(x.size()) / size_of(dtype) - 32 * static_cast<int64_t>(random() % 4);
+        const auto mode = static_cast<ScaleMode>(random() % 4);
+        std::vector<uint8_t> q[2], scale[2];
+        for (int i = 0; i < 2; ++i) {
+          q[i].assign(static_cast<size_t>(k / 2 + 64), 0xA5);  // and what lies behind must stay
+          scale[i].assign(static_cast<size_t>(k / 32 + 64), 0xA5);
+          (i == 0 ? portable : own)->quantize({x.data(), dtype, 1, k, mode, q[i].data(), scale[i].data()});
+        }
+        ASSERT_EQ(scale[0], scale[1]) << static_cast<int>(dtype) << " " << exponent + mantissa << " " << static_cast<int>(mode);
+        ASSERT_EQ(q[0], q[1]) << static_cast<int>(dtype) << " " << exponent + mantissa << " " << static_cast<int>(mode);
+      }
+    }
+  }
+}
+
+TEST_P(Native, DequantizeGivesThePortableBitsForEveryScaleAndCode) {
+  const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
+  const auto own = backend();
+  constexpr int64_t kBlocks = 256 * 16;  // each scale with each packed byte
+  std::vector<uint8_t> q(kBlocks * 16), scale(kBlocks);
+  for (size_t i = 0; i < q.size(); ++i) q[i] = static_cast<uint8_t>(i);
+  for (size_t i = 0; i < scale.size(); ++i) scale[i] = static_cast<uint8_t>(i / 16);
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
+    std::vector<uint8_t> out[2];
+    for (int i = 0; i < 2; ++i) {
+      out[i].resize(static_cast<size_t>(kBlocks * 32 * size_of(dtype)));
+      (i == 0 ? portable : own)->dequantize({q.data(), scale.data(), 1, kBlocks * 32, out[i].data(), dtype});
+    }
+    ASSERT_EQ(out[0], out[1]) << static_cast<int>(dtype);
+  }
+}
+
 // Scale bytes for each level of panels.h: shared by a quad, by pairs, by nothing, and outside the safe window.
 struct Scales {
   const char* name;
