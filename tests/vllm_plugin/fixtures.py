@@ -10,6 +10,7 @@ import torch
 
 from . import checkpoints
 from .checkpoints import Groups
+from .engine import Engines
 from .reference import certain_tokens
 
 W4A4: Groups = {"MXFP4": ["Linear"]}
@@ -27,6 +28,12 @@ class Models:
     mixed: Path
     quark_w4a4: Path
     quark_w4a16: Path
+
+
+@pytest.fixture(scope="session")
+def vllm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where vLLM's processes share their caches."""
+    return tmp_path_factory.mktemp("vllm")
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +75,25 @@ def reference(models: Models) -> Reference:
         return known[key]
 
     return tokens
+
+
+@pytest.fixture(scope="session")
+def engines(models: Models, vllm_folder: Path) -> Engines:
+    """An engine for each checkpoint, all in one process: each start of vLLM takes longer than all that they decode."""
+    w4a4, w4a16 = {"model": str(models.w4a4)}, {"model": str(models.w4a16)}
+    quark_w4a4, quark_w4a16 = {"model": str(models.quark_w4a4)}, {"model": str(models.quark_w4a16)}
+    half = {"dtype": "bfloat16"}
+    return Engines(
+        vllm_folder,
+        {
+            "w4a4": w4a4,
+            "w4a16": w4a16,
+            "mixed": {"model": str(models.mixed)},
+            "quark_w4a4": quark_w4a4 | {"prepare": "quark_in_float32"},
+            "w4a4_bf16": w4a4 | half,
+            "w4a16_bf16": w4a16 | half,
+            "quark_w4a4_bf16": quark_w4a4 | half,
+            "quark_w4a16_bf16": quark_w4a16 | half,
+            "compiled": w4a4 | {"enforce_eager": False},
+        },
+    )

@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One vLLM engine in a process of its own: reads its settings as JSON from the argument, prints what came out as JSON."""
+"""vLLM engines, one after the other: reads their settings as JSON from the argument, prints what each answered as JSON."""
 
 import json
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 
 
-def allow_quark_in_float32() -> None:
+@contextmanager
+def quark_in_float32() -> Iterator[None]:
     """vLLM lets Quark checkpoints run in half precision only, where greedy tokens of two implementations part ways."""
     from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 
-    QuarkConfig.get_supported_act_dtypes = lambda self: [torch.float32]
+    with mock.patch.object(QuarkConfig, "get_supported_act_dtypes", lambda self: [torch.float32]):
+        yield
 
 
-def drop_in() -> None:
+@contextmanager
+def drop_in() -> Iterator[None]:
     """vLLM's own XPU kernel on this CPU. It brings `vllm::xpu_mxfp4_quantize`, from a module that needs vllm_xpu_kernels."""
     import types
 
@@ -39,9 +46,10 @@ def drop_in() -> None:
 
     register_linear_kernel(XPUKernelOnCpu, PlatformEnum.CPU, "mxfp4")
     assert xpu_fp4
+    yield
 
 
-PREPARATIONS = {"quark_float32": allow_quark_in_float32, "drop_in": drop_in}
+PREPARATIONS = {None: nullcontext, "quark_in_float32": quark_in_float32, "drop_in": drop_in}
 
 
 def count_ops(profile: torch.profiler.profile) -> dict[str, int]:
@@ -50,9 +58,8 @@ def count_ops(profile: torch.profiler.profile) -> dict[str, int]:
     return {event.key: event.count for event in profile.key_averages() if event.key.startswith(names)}
 
 
-def main(settings: dict[str, Any]) -> None:
-    for name in settings.pop("prepare"):
-        PREPARATIONS[name]()
+def answer(settings: dict[str, Any]) -> dict[str, Any]:
+    """The tokens of one engine, which is gone afterwards, and the ops that it ran in this process."""
     from vllm import LLM, SamplingParams
 
     prompts = [{"prompt_token_ids": ids} for ids in settings.pop("prompts")]
@@ -60,8 +67,19 @@ def main(settings: dict[str, Any]) -> None:
     llm = LLM(skip_tokenizer_init=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=256, **settings)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    print("RESULT " + json.dumps({"tokens": tokens, "ops": count_ops(profile)}))
+    return {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "ops": count_ops(profile)}
+
+
+def main(engines: dict[str, dict[str, Any]]) -> None:
+    for name, settings in engines.items():
+        try:
+            with PREPARATIONS[settings.pop("prepare")]():
+                print(f"RESULT {name} {json.dumps(answer(settings))}", flush=True)
+        except Exception:
+            traceback.print_exc()
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":  # workers import this file again
