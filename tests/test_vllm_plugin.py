@@ -84,6 +84,17 @@ def test_importing_xpu_fp4_does_not_import_vllm(tmp_path: Path) -> None:
     run("import xpu_fp4, xpu_fp4.cli, xpu_fp4.integrations, xpu_fp4.integrations.vllm", tmp_path)
 
 
+def test_importing_xpu_fp4_imports_torch_alone(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import xpu_fp4
+new = {name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names - {"torch"}
+print(sorted(new), xpu_fp4.load_model.__name__, xpu_fp4.checkpoints.__name__, "safetensors" in sys.modules)
+"""
+    assert run(code, tmp_path).stdout == "['xpu_fp4'] load_model xpu_fp4.checkpoints True\n"
+
+
 def test_vllm_finds_the_plugin() -> None:
     plugins = {entry.name: entry.value for entry in importlib.metadata.entry_points(group="vllm.general_plugins")}
     assert plugins["xpu_fp4"] == "xpu_fp4.integrations.vllm:register"

@@ -4,15 +4,30 @@
 The ops are `torch.ops.xpu_fp4.*`; importing this package registers them, and the names that vLLM calls (see `compat`).
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import _library as _library  # first: it loads the ops
 from ._version import __version__
 from .backends import Backend, backends, cpu_backend
-from .checkpoints import apply_checkpoint, load_model, transformers_config
 from .compat import override_vllm_ops
 from .convert import quantize_
 from .functional import Mode, ScaleMode, dequantize, linear, linear_prepacked, prepack, quantize, unprepack
 from .modules import MXFP4Linear
 from .warmup import warmup
+
+if TYPE_CHECKING:
+    from .checkpoints import apply_checkpoint, load_model, transformers_config
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Imports `checkpoints` where it is asked for: it needs safetensors, the ops need torch alone."""
+        if name == "checkpoints":
+            return importlib.import_module(".checkpoints", __name__)
+        if name in __all__:
+            return getattr(importlib.import_module(".checkpoints", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Backend",

@@ -4,7 +4,6 @@
 import json
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import time
@@ -18,25 +17,21 @@ import pytest
 
 from . import checkpoints
 from .engine import TIMEOUT, environment
-from .fixtures import W4A4
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-NAME = "SmolLM2-135M-Instruct-MXFP4"
+ORIGINAL = "SmolLM2-135M-Instruct"
+NAME = f"{ORIGINAL}-MXFP4"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, uncompiled: None) -> Path:
-    """Has the checkpoint of the README's example."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    bf16 = checkpoints.save_smollm2(folder / "bf16")
-    checkpoints.save_compressed(bf16, folder / NAME, W4A4)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(bf16 / file, folder / NAME)
-    return folder
+def folder(vllm_folder: Path) -> Path:
+    """Has the model that the README's example starts from."""
+    checkpoints.save_smollm2(vllm_folder / ORIGINAL)
+    return vllm_folder
 
 
 def readme_commands() -> list[str]:
-    (block,) = re.findall(r"```bash\n(vllm serve .*?)```", README.read_text(), re.DOTALL)
+    (block,) = re.findall(r"## Serve with vLLM\n.*?```bash\n(.*?)```", README.read_text(), re.DOTALL)
     return block.splitlines()
 
 
@@ -84,9 +79,10 @@ def ask(url: str, question: str) -> str:
 
 def test_readme_example_serves_chat_requests(folder: Path) -> None:
     port = free_port()
-    serve, chat = (shlex.split(line.replace("8000", port), comments=True) for line in readme_commands())
+    quantize, serve, chat = (shlex.split(line.replace("8000", port), comments=True) for line in readme_commands())
     env = environment(folder, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     url = f"http://127.0.0.1:{port}"
+    subprocess.run(quantize, cwd=folder, env=env, check=True, timeout=TIMEOUT)
     with serving(serve, url, folder, env) as log:
         reply = subprocess.run(chat, env=env, capture_output=True, text=True, check=True, timeout=TIMEOUT).stdout
         answer = ask(url, "What is the capital of France?")
