@@ -5,7 +5,7 @@ The ops are `torch.ops.xpu_fp4.*`; importing this package registers them, and th
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import _library as _library  # first: it loads the ops
 from ._version import __version__
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .checkpoints import apply_checkpoint, load_model, transformers_config
 else:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         """Imports `checkpoints` where it is asked for: it needs safetensors, the ops need torch alone."""
         if name == "checkpoints":
             return importlib.import_module(".checkpoints", __name__)

@@ -48,7 +48,7 @@ class Engines:
     """Engines that ran one after the other in one process; one that failed does not keep the others from running."""
 
     def __init__(self, folder: Path, engines: dict[str, dict[str, Any]], *, env: dict[str, str] | None = None) -> None:
-        """Each decodes PROMPTS greedily, in float32 and without torch.compile unless its settings, vLLM's LLM's, say otherwise."""
+        """Each decodes PROMPTS greedily, in float32 and without torch.compile unless its settings say otherwise."""
         defaults = {"dtype": "float32", "enforce_eager": True, "prompts": PROMPTS, "new_tokens": NEW_TOKENS, "prepare": None}
         argument = json.dumps({name: defaults | settings for name, settings in engines.items()})
         self.log = subprocess.run(

@@ -4,8 +4,8 @@
 import json
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -17,7 +17,7 @@ def quark_in_float32() -> Iterator[None]:
     """vLLM lets Quark checkpoints run in half precision only, where greedy tokens of two implementations part ways."""
     from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 
-    with mock.patch.object(QuarkConfig, "get_supported_act_dtypes", lambda self: [torch.float32]):
+    with mock.patch.object(QuarkConfig, "get_supported_act_dtypes", return_value=[torch.float32]):
         yield
 
 
@@ -49,7 +49,8 @@ def drop_in() -> Iterator[None]:
     yield
 
 
-PREPARATIONS = {None: nullcontext, "quark_in_float32": quark_in_float32, "drop_in": drop_in}
+Preparation = Callable[[], AbstractContextManager[None]]
+PREPARATIONS: dict[str | None, Preparation] = {None: nullcontext, "quark_in_float32": quark_in_float32, "drop_in": drop_in}
 
 
 def count_ops(profile: torch.profiler.profile) -> dict[str, int]:
