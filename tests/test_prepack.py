@@ -37,7 +37,9 @@ def laid_out(codes: Tensor, scale: Tensor) -> Tensor:
     dwords = full.view(strips, STRIP, quads, 16, 4).permute(0, 2, 3, 1, 4).reshape(strips, quads, 1024)
     scales = torch.full((strips * STRIP, quads * 4), 127, dtype=torch.uint8)
     scales[:n] = scale[:, torch.arange(quads * 4).clamp(max=k // 32 - 1)]
-    return torch.cat([dwords, scales.view(strips, STRIP, quads, 4).transpose(1, 2).reshape(strips, quads, 64)], dim=2)
+    lines = scales.view(strips, STRIP, quads, 4).transpose(1, 2).reshape(strips, quads, 64)
+    code_bytes = [min(1024, k // 2 * STRIP - 1024 * quad) for quad in range(quads)]
+    return torch.cat([torch.cat([dwords[:, q, :size], lines[:, q]], dim=1) for q, size in enumerate(code_bytes)], dim=1)
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -84,7 +86,7 @@ BAD = {
     "k": (lambda c, s, p, x: xpu_fp4.linear_prepacked(x[:, :96], p, 20), "mxfp4_linear_prepacked: weight has shape"),
     "dtype": (lambda c, s, p, x: xpu_fp4.linear_prepacked(x, p.to(torch.int8), 20), "weight must be uint8"),
     "strides": (
-        lambda c, s, p, x: xpu_fp4.linear_prepacked(x, p.transpose(0, 1).contiguous().transpose(0, 1), 20, mode="w4a16"),
+        lambda c, s, p, x: xpu_fp4.linear_prepacked(x, p.t().contiguous().t(), 20, mode="w4a16"),
         "mxfp4_linear_w4a16_prepacked: weight must be contiguous",
     ),
     "unprepack": (lambda c, s, p, x: xpu_fp4.unprepack(p, 20, 100), "in_features is 100, expected a multiple of 32"),
@@ -170,8 +172,9 @@ def test_moving_a_prepacked_module_makes_its_parameters_again() -> None:
     assert layer.weight_packed.dtype == torch.uint8
 
 
-def test_prepacking_costs_no_memory_to_speak_of() -> None:
-    layer = module(n=576, k=1536)
+@pytest.mark.parametrize("k", [96, 576, 1536])
+def test_prepacking_costs_no_memory_to_speak_of(k: int) -> None:
+    layer = module(n=576, k=k)
     stored = layer.weight_packed.nbytes + layer.weight_scale.nbytes
     layer.prepack_()
     held = sum(t.nbytes for t in [*layer.parameters(), *layer.buffers()] if t is not layer.bias)

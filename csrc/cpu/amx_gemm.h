@@ -40,8 +40,9 @@ struct Amx {
   };
 
   static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
-    with_codes<quantize>(source, block, blocks,
-                         [&](const uint8_t* packed, const uint8_t* scale) { expand_row(packed, scale, {0, kFactorExponent}, out, row); });
+    with_codes<quantize>(source, block, blocks, [&](const uint8_t* packed, const uint8_t* scale) {
+      expand_row(packed, scale, {0, kFactorExponent}, out, row);
+    });
   }
 
   // Rows that are missing from a tile are zero.
@@ -58,8 +59,8 @@ struct Amx {
     return fill_quad<0, true>(w, n, k, strip, quad, out);
   }
 
-  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int panel_strips, const Level* levels, int depth,
-                        float* acc) {
+  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int panel_strips, const Level* levels,
+                        int depth, float* acc) {
     if (rows > kTile) {
       panel_strips > 1 ? add_quads<2, 2>(a, w, levels, depth, acc) : add_quads<2, 1>(a, w, levels, depth, acc);
     } else {

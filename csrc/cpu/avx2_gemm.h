@@ -46,7 +46,8 @@ struct Avx2 {
     return level;
   }
 
-  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int, const Level* levels, int depth, float* acc) {
+  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int, const Level* levels, int depth,
+                        float* acc) {
     for (int q = 0; q < depth; ++q) {
       const bool general = std::max(levels[q], a[q].level) == Level::general;
       kTiles[static_cast<size_t>(rows - 1)][general ? 1 : 0](a[q], w[q], acc, strips::kColumns);

@@ -19,11 +19,11 @@ constexpr int kLanes = strips::kColumns;
 
 constexpr int kBlockSteps = kBlock / 4;
 
-// Sums of the blocks [first, last) of the quad; meanwhile the quad of the next rows is fetched, a line a step. A vpdpbusd takes five cycles and two can start in each, so where a tile has few
-// sums each is split into several, by steps.
+// Sums of the blocks [first, last) of the quad; meanwhile the quad of the next rows is fetched, a line a step. A vpdpbusd takes
+// five cycles and two can start in each, so where a tile has few sums each is split into several, by steps.
 template <int R, int C>
-[[gnu::always_inline]] inline void sum_blocks(const ActivationQuad<8>& a, const char* next, const WeightQuad* w, int first, int last,
-                                              __m512i (&out)[R][C]) {
+[[gnu::always_inline]] inline void sum_blocks(const ActivationQuad<8>& a, const char* next, const WeightQuad* w, int first,
+                                              int last, __m512i (&out)[R][C]) {
   constexpr int kSplit = R * C <= 3 ? 4 : R * C <= 6 ? 2 : 1;
   __m512i sum[R * C * kSplit];
   unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -64,7 +64,8 @@ __m512 scaled_by_row(__m512i sum, const BlockFactor& f) {
 
 // acc += one quad, its four blocks scaled one by one.
 template <int R, int C, bool kGuarded>
-[[gnu::noinline]] void add_blocks(const ActivationQuad<8>& a, const char* next, const WeightQuad* w, float* acc, int64_t acc_stride) {
+[[gnu::noinline]] void add_blocks(const ActivationQuad<8>& a, const char* next, const WeightQuad* w, float* acc,
+                                  int64_t acc_stride) {
   __m512 pair[2][R][C];
   unroll<kQuad>([&](auto b) __attribute__((always_inline)) {
     __m512i sum[R][C];
@@ -83,7 +84,8 @@ template <int R, int C, bool kGuarded>
 
 // acc[row][strip] of one tile += one quad.
 template <int R, int C>
-void add_quad_tile(const ActivationQuad<8>& a, const ActivationQuad<8>* next_rows, const WeightQuad* w, Level level, float* acc, int64_t acc_stride) {
+void add_quad_tile(const ActivationQuad<8>& a, const ActivationQuad<8>* next_rows, const WeightQuad* w, Level level, float* acc,
+                   int64_t acc_stride) {
   const auto at = [&](int r, int c) { return acc + r * acc_stride + c * kLanes; };
   const char* next = reinterpret_cast<const char*>(next_rows);
   if (level == Level::block) return add_blocks<R, C, false>(a, next, w, acc, acc_stride);
@@ -160,8 +162,8 @@ struct Vnni {
   }
 
   // Rows and strips are few, so each size has its own code.
-  static void add_quads(const Activations* a, int64_t quads, int rows, const WeightQuad* w, int panel_strips, const Level* levels, int depth,
-                        float* acc) {
+  static void add_quads(const Activations* a, int64_t quads, int rows, const WeightQuad* w, int panel_strips,
+                        const Level* levels, int depth, float* acc) {
     static constexpr Tile kTiles[kGroupRows][kPanelStrips] = {
         {add_quad_tile<1, 1>, add_quad_tile<1, 2>, add_quad_tile<1, 3>},
         {add_quad_tile<2, 1>, add_quad_tile<2, 2>, add_quad_tile<2, 3>},

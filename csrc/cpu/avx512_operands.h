@@ -27,12 +27,13 @@ __m512i shift_bytes(__m512i bytes, __m512i counts) {
 // The factors of a row whose blocks have one base, a safe one: set_factors() for what is common. Lane b of sums is block b's.
 void set_shared_factors(uint8_t base, __m512i sums, const WeightForm& weight, QuadFactor& quad, BlockFactor (&block)[kQuad]) {
   const BlockFactor shared = block_factor(base, 0, weight);
-  const __m512i start = _mm512_sub_epi32(_mm512_set1_epi32(kMagicBits), _mm512_mullo_epi32(_mm512_set1_epi32(weight.bias), sums));
+  const __m512i start =
+      _mm512_sub_epi32(_mm512_set1_epi32(kMagicBits), _mm512_mullo_epi32(_mm512_set1_epi32(weight.bias), sums));
   constexpr __mmask16 kStart = 0x8888;  // the last member of four
   static_assert(offsetof(BlockFactor, start) == 12 && sizeof(BlockFactor) == 16);
-  _mm512_storeu_si512(block, _mm512_mask_mov_epi32(_mm512_broadcast_i32x4(_mm_loadu_si128(
-                                                       reinterpret_cast<const __m128i*>(&shared))),
-                                                   kStart, start));
+  _mm512_storeu_si512(
+      block,
+      _mm512_mask_mov_epi32(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(&shared))), kStart, start));
   const int32_t sum = _mm512_mask_reduce_add_epi32(kStart, sums);
   quad = {shared.scale, -kMagic * shared.scale, kMagicBits - weight.bias * sum};
 }
@@ -180,7 +181,8 @@ TransposedStrip load_rows(const Weight& w, int64_t n, int64_t k, int64_t strip, 
   const uint8_t* codes = w.codes + column * stride + quad * kQuadBytes;
   // The quad that is read soon: of this strip or, past its end, of the next.
   const int64_t soon = quad + kPrefetchQuads, past = soon - strips::quads(k);
-  const uint8_t* next = codes + (past < 0 ? kPrefetchQuads : past - quad) * kQuadBytes + (past < 0 ? 0 : strips::kColumns * stride);
+  const uint8_t* next =
+      codes + (past < 0 ? kPrefetchQuads : past - quad) * kQuadBytes + (past < 0 ? 0 : strips::kColumns * stride);
 #pragma GCC unroll 16
   for (int c = 0; c < strips::kColumns; ++c) _mm_prefetch(next + c * stride, _MM_HINT_T1);
   if (columns == strips::kColumns && blocks == kQuad) {
@@ -364,6 +366,11 @@ template <class Function>
 #pragma GCC unroll 17
   for (int line = 0; line < strips::kRecordBytes; line += 64) {
     _mm_prefetch(record + kPrefetchQuads * strips::kRecordBytes + line, _MM_HINT_T1);
+  }
+  alignas(64) uint8_t whole[strips::kRecordBytes];
+  if (const int blocks = strips::blocks_of(k, quad); blocks < kQuad) {
+    complete_record(record, blocks, whole);
+    record = whole;
   }
   function(PrepackedStrip{record});
 }

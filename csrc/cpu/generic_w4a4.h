@@ -17,7 +17,8 @@ constexpr unsigned code_at(const uint8_t* packed, int i) {
 }
 
 template <int kRows>
-void expand_scalars(const uint8_t* packed, const uint8_t* scale, const WeightForm& weight, ActivationQuad<kRows>& out, int row) {
+void expand_scalars(const uint8_t* packed, const uint8_t* scale, const WeightForm& weight, ActivationQuad<kRows>& out,
+                    int row) {
   unsigned zero_blocks = (1u << kQuad) - 1u;
   int32_t sums[kQuad] = {};
   for (int i = 0; i < kQuadElements; ++i) {
@@ -91,7 +92,8 @@ struct Portable {
     for (int k = 0; k < kBlock; ++k) {
       for (int c = 0; c < strips::kColumns; ++c) sum[c] = static_cast<int16_t>(sum[c] + a[k] * w[k][c]);
     }
-    for (int c = 0; c < strips::kColumns; ++c) p[c] = static_cast<float>(sum[c]) * (f.scale * f.before()) * factor[c] * f.after();
+    for (int c = 0; c < strips::kColumns; ++c)
+      p[c] = static_cast<float>(sum[c]) * (f.scale * f.before()) * factor[c] * f.after();
   }
 };
 

@@ -29,8 +29,8 @@ struct ProductKernels {
   size_t group_quad_bytes;
   /// Rows [first_row, first_row + rows) of A, rows <= group_rows, to out: the group's quads one after the other.
   void (*expand)(const ActivationSource&, int64_t first_row, int rows, void* out);
-  /// One rectangle of Y after the other, until none is left. Their rows count from the first expanded row, which is first_row of
-  /// A and Y.
+  /// One rectangle of Y after the other, until none is left. Their rows count from the first expanded row, which is first_row
+  /// of A and Y.
   void (*multiply)(const ProductArgs&, const void* activations, int64_t first_row, Rectangles&);
 };
 

@@ -148,8 +148,8 @@ struct ProductArgs {
   int64_t n, k;
 };
 
-/// The rectangles of Y that a product is cut into: rows by panels of columns. Threads take one after the other, so that one that
-/// is held up does not hold up the rest.
+/// The rectangles of Y that a product is cut into: rows by panels of columns. Threads take one after the other, so that one
+/// that is held up does not hold up the rest.
 class Rectangles {
  public:
   /// Panels that share a pass over A, at most.

@@ -5,22 +5,26 @@
 #include <cstring>
 
 namespace xpu_fp4::cpu {
-namespace {
 
-int blocks_of(int64_t k, int64_t quad) { return static_cast<int>(std::min<int64_t>(kQuad, k / kBlock - quad * kQuad)); }
+using strips::blocks_of;
 
-}  // namespace
-
-void prepack_record(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, uint8_t* record) {
-  std::memset(record, 0, strips::kCodeBytes);
-  std::memset(record + strips::kCodeBytes, e8m0::kBias, strips::kRecordBytes - strips::kCodeBytes);
+void prepack_record(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, int blocks, uint8_t* record) {
+  std::memset(record, 0, static_cast<size_t>(strips::code_bytes(blocks)));
+  std::memset(record + strips::code_bytes(blocks), e8m0::kBias, strips::kRecordBytes - strips::kCodeBytes);
   const int columns = static_cast<int>(std::min<int64_t>(strips::kColumns, n - strip * strips::kColumns));
-  const int blocks = blocks_of(k, quad);
+  const int present = blocks_of(k, quad);
   for (int c = 0; c < columns; ++c) {
     const WeightRow row(w, k, strip * strips::kColumns + c, quad);
-    for (int byte = 0; byte < blocks * kBlockBytes; ++byte) record[strips::code_offset(c, byte)] = row.packed(byte);
-    for (int b = 0; b < kQuad; ++b) record[strips::scale_offset(c, b)] = row.scale(std::min(b, blocks - 1));
+    for (int byte = 0; byte < present * kBlockBytes; ++byte) record[strips::code_offset(c, byte)] = row.packed(byte);
+    for (int b = 0; b < kQuad; ++b) record[strips::scale_offset(c, b, blocks)] = row.scale(std::min(b, present - 1));
   }
+}
+
+void complete_record(const uint8_t* record, int blocks, uint8_t* out) {
+  const auto codes = static_cast<size_t>(strips::code_bytes(blocks));
+  std::memcpy(out, record, codes);
+  std::memset(out + codes, 0, strips::kCodeBytes - codes);
+  std::memcpy(out + strips::kCodeBytes, record + codes, strips::kRecordBytes - strips::kCodeBytes);
 }
 
 void unpack_rows(const Weight& w, int64_t k, Range rows, uint8_t* codes, uint8_t* scale) {

@@ -14,8 +14,9 @@ class WeightRow {
  public:
   WeightRow(const Weight& w, int64_t k, int64_t row, int64_t quad) {
     if (w.strips != nullptr) {
-      codes_ = scales_ = w.strips + strips::record_offset(row / strips::kColumns, quad, k);
+      codes_ = w.strips + strips::record_offset(row / strips::kColumns, quad, k);
       column_ = static_cast<int>(row % strips::kColumns);
+      scales_ = codes_ + strips::scale_offset(column_, 0, strips::blocks_of(k, quad));
     } else {
       codes_ = w.codes + row * (k / 2) + quad * kQuadBytes;
       scales_ = w.scale + row * w.scale_row_stride + quad * kQuad * w.scale_block_stride;
@@ -23,16 +24,20 @@ class WeightRow {
     }
   }
   uint8_t packed(int byte) const { return column_ < 0 ? codes_[byte] : codes_[strips::code_offset(column_, byte)]; }
-  uint8_t scale(int b) const { return column_ < 0 ? scales_[b * scale_stride_] : scales_[strips::scale_offset(column_, b)]; }
+  uint8_t scale(int b) const { return scales_[b * scale_stride_]; }
 
  private:
   const uint8_t *codes_, *scales_;
   int column_ = -1;  // within its strip; -1: W is not in strips
-  int64_t scale_stride_ = 0;
+  int64_t scale_stride_ = 1;
 };
 
-/// Lays out the quad of a strip of W [n, k], not in strips, as a record of strips::kRecordBytes.
-void prepack_record(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, uint8_t* record);
+/// Lays out the quad of a strip of W [n, k], not in strips, as a record with the codes of so many blocks: those that exist, or
+/// kQuad.
+void prepack_record(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, int blocks, uint8_t* record);
+
+/// A whole record from one of fewer blocks; the other codes are zero.
+void complete_record(const uint8_t* record, int blocks, uint8_t* out);
 
 /// Rows [begin, end) of W [n, k], in strips, as codes [n, k/2] and scale bytes [n, k/32].
 void unpack_rows(const Weight& w, int64_t k, Range rows, uint8_t* codes, uint8_t* scale);

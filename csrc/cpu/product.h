@@ -3,8 +3,8 @@
 // set; all of it has internal linkage.
 //
 // A is expanded once, group of rows by group of rows. Then a thread takes one rectangle of Y after the other: for each of its
-// panels of columns and each kPanelQuads quads it unpacks W to first-level cache, and multiplies all its groups with it. W stands in memory as four
-// bits only. Few rows take the direct way: W is decoded in registers.
+// panels of columns and each kPanelQuads quads it unpacks W to first-level cache, and multiplies all its groups with it. W
+// stands in memory as four bits only. Few rows take the direct way: W is decoded in registers.
 //
 // An Isa has
 //   kGroupRows, kPanelStrips, kPanelQuads   the sizes of a group, and of the part of a panel that is unpacked at a time
@@ -175,13 +175,20 @@ void multiply(const ProductArgs& args, const void* activations, int64_t first_ro
 }
 
 template <class Isa, typename Product<Isa>::Finish finish>
-constexpr ProductKernels product_kernels = {Isa::kGroupRows, Isa::kBlockRows, Isa::kPanelStrips * strips::kColumns,
-                                            sizeof(typename Isa::Activations), expand_group<Isa>, multiply<Isa, finish>};
+constexpr ProductKernels product_kernels = {
+    Isa::kGroupRows,   Isa::kBlockRows,      Isa::kPanelStrips * strips::kColumns, sizeof(typename Isa::Activations),
+    expand_group<Isa>, multiply<Isa, finish>};
 
-// A prepacked record as it lies, or one laid out in the buffer.
+// A whole record: as it lies, or made in the buffer.
 const uint8_t* record_of(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, uint8_t* buffer) {
-  if (w.strips != nullptr) return w.strips + strips::record_offset(strip, quad, k);
-  prepack_record(w, n, k, strip, quad, buffer);
+  if (w.strips == nullptr) {
+    prepack_record(w, n, k, strip, quad, kQuad, buffer);
+    return buffer;
+  }
+  const uint8_t* record = w.strips + strips::record_offset(strip, quad, k);
+  const int blocks = strips::blocks_of(k, quad);
+  if (blocks == kQuad) return record;
+  complete_record(record, blocks, buffer);
   return buffer;
 }
 

@@ -205,7 +205,7 @@ void check_prepacked(const Argument& arg, int64_t n, int64_t k) {
   XPU_FP4_CHECK(arg, arg.tensor.device().is_cpu(), "is on ", arg.tensor.device(),
                 ", expected cpu: the layout is the native kernels'");
   XPU_FP4_CHECK(arg, arg.tensor.scalar_type() == at::kByte, "must be uint8, got ", arg.tensor.scalar_type());
-  check_shape(arg, {strips::count(n), strips::quads(k), strips::kRecordBytes}, "what mxfp4_prepack returns for this N and K");
+  check_shape(arg, {strips::count(n), strips::strip_bytes(k)}, "what mxfp4_prepack returns for this N and K");
   check_contiguous(arg);
 }
 
@@ -379,11 +379,13 @@ Tensor prepack(const Tensor& weight, const Tensor& weight_scale) {
   const int64_t k = check_k(w_arg, 2);
   const HeldWeight held = hold_rows(w_arg, {op, "weight_scale", weight_scale}, k, weight.device());
   const int64_t quads = strips::quads(k);
-  const Tensor out = at::empty({strips::count(held.n), quads, strips::kRecordBytes}, weight.options().dtype(at::kByte));
+  const Tensor out = at::empty({strips::count(held.n), strips::strip_bytes(k)}, weight.options().dtype(at::kByte));
   auto* records = out.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, strips::count(held.n) * quads, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      cpu::prepack_record(held.view, held.n, k, i / quads, i % quads, records + i * strips::kRecordBytes);
+      const int64_t strip = i / quads, quad = i % quads;
+      cpu::prepack_record(held.view, held.n, k, strip, quad, strips::blocks_of(k, quad),
+                          records + strips::record_offset(strip, quad, k));
     }
   });
   return out;

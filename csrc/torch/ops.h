@@ -42,8 +42,8 @@ Tensor linear(const Backend& backend, const Tensor& x, const Tensor& weight, con
 Tensor linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                     const std::optional<Tensor>& bias);
 
-/// weight [N, K/2] and weight_scale [N, K/32], on the CPU, contiguous -> the prepacked layout, uint8 [ceil(N/16), ceil(K/128),
-/// 1088] (format/strips.h).
+/// weight [N, K/2] and weight_scale [N, K/32], on the CPU, contiguous -> the prepacked layout, uint8 [ceil(N/16), bytes]
+/// (format/strips.h).
 Tensor prepack(const Tensor& weight, const Tensor& weight_scale);
 
 /// The way back: codes [N, K/2] and scales [N, K/32], both uint8.

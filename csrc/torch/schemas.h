@@ -14,7 +14,7 @@ constexpr char kLinear[] =
     "mxfp4_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, str scale_mode=\"even\") -> Tensor";
 constexpr char kLinearW4A16[] = "mxfp4_linear_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor";
 
-/// A weight in the native kernels' own layout (format/strips.h): uint8 [strips, quads, 1088], from prepack.
+/// A weight in the native kernels' own layout (format/strips.h): uint8 [strips, bytes], from prepack.
 constexpr char kPrepack[] = "mxfp4_prepack(Tensor weight, Tensor weight_scale) -> Tensor";
 constexpr char kUnprepack[] =
     "mxfp4_unprepack(Tensor prepacked, int out_features, int in_features) -> (Tensor weight, Tensor scale)";

@@ -72,14 +72,15 @@ def _fake_linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
-STRIP, QUAD, RECORD = 16, 128, 1088  # csrc/format/strips.h: columns, elements and bytes of a prepacked record
+STRIP, QUAD = 16, 128  # csrc/format/strips.h: columns and elements of a prepacked record
 
 
 @torch.library.register_fake("xpu_fp4::mxfp4_prepack")
 def _fake_prepack(weight: Tensor, weight_scale: Tensor) -> Tensor:
     _on_one_device(weight, weight_scale=weight_scale)
     n, packed = weight.shape
-    return weight.new_empty([-(-n // STRIP), -(-2 * packed // QUAD), RECORD], dtype=torch.uint8)
+    quads = -(-2 * packed // QUAD)  # each has its codes and four scales for each column
+    return weight.new_empty([-(-n // STRIP), STRIP * (packed + 4 * quads)], dtype=torch.uint8)
 
 
 @torch.library.register_fake("xpu_fp4::mxfp4_unprepack")

@@ -26,10 +26,11 @@ class Native : public testing::TestWithParam<const cpu::KernelTable*> {
 
 std::vector<uint8_t> prepacked(const Operands& in) {
   const int64_t quads = strips::quads(in.k);
-  std::vector<uint8_t> out(static_cast<size_t>(strips::count(in.n) * quads * strips::kRecordBytes));
+  std::vector<uint8_t> out(static_cast<size_t>(strips::count(in.n) * strips::strip_bytes(in.k)));
   for (int64_t strip = 0; strip < strips::count(in.n); ++strip) {
     for (int64_t quad = 0; quad < quads; ++quad) {
-      cpu::prepack_record(in.weight(), in.n, in.k, strip, quad, out.data() + strips::record_offset(strip, quad, in.k));
+      cpu::prepack_record(in.weight(), in.n, in.k, strip, quad, strips::blocks_of(in.k, quad),
+                          out.data() + strips::record_offset(strip, quad, in.k));
     }
   }
   return out;
