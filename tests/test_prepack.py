@@ -218,3 +218,35 @@ def test_every_instruction_set_of_this_machine_computes_the_reference(isa: str, 
     if f'XPU_FP4_CPU_ISA is "{isa}"' in done.stderr:
         pytest.skip(f"this processor has no {isa}")
     assert (done.returncode, done.stdout) == (0, "None"), done.stderr
+
+
+# ---- memory ----
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch, xpu_fp4
+
+def kilobytes(name):
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+
+mode = sys.argv[1]
+x = torch.ones(8192, 4096, dtype=torch.bfloat16)
+packed = xpu_fp4.prepack(torch.full((48, 2048), 34, dtype=torch.uint8), torch.full((48, 128), 127, dtype=torch.uint8))
+xpu_fp4.linear_prepacked(x[:8], packed, 48, mode=mode)
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+before = kilobytes("VmRSS")
+y = xpu_fp4.linear_prepacked(x, packed, 48, mode=mode)
+print(kilobytes("VmHWM") - before - y.nbytes // 1024, torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(("mode", "bytes_an_element"), [("w4a4", 1.63), ("w4a16", 4)])
+def test_a_call_holds_the_activations_of_a_thousand_rows_at_most(mode: Mode, bytes_an_element: float) -> None:
+    """The bound that docs/PERFORMANCE.md states; all 8192 rows would take eight times as much."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc")
+    env = {**os.environ, "XPU_FP4_CPU_BACKEND": "native"}
+    done = subprocess.run([sys.executable, "-c", PEAK, mode], env=env, capture_output=True, text=True, check=True)
+    kilobytes, threads = (int(word) for word in done.stdout.split())
+    assert kilobytes * 1024 <= 1024 * 4096 * bytes_an_element + (threads * 0.5 + 2) * 2**20
