@@ -73,9 +73,8 @@ class Compiler:
         return digest(*packages) if packages else digest(self.ocloc.read_bytes())
 
     def spirv(self, item: Program) -> Path:
-        headers = self.folder / "headers"  # precompiled by the SYCL compiler, which checks for itself whether they fit
         module = self.folder / f"{item.source.stem}-{digest(self.sycl, str(item.source), *item.options())}.spv"
-        self.used |= {headers, module}
+        self.used.add(module)
         if module.exists():
             return module
         environment = os.environ | {
@@ -84,7 +83,7 @@ class Compiler:
             "SYCL_DUMP_IMAGES": "1",
             "SYCL_DUMP_IMAGES_PREFIX": f"{module}.",
         }
-        command = [str(self.dumper), str(item.source), *item.options(), f"--persistent-auto-pch={headers}"]
+        command = [str(self.dumper), str(item.source), *item.options()]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         found = list(self.folder.glob(f"{module.name}.*"))
         if len(found) != 1:
@@ -136,7 +135,7 @@ def run(compiler: Compiler, wanted: Iterable[tuple[str, Program]], budgets: Mapp
     jobs = list(wanted)
     modules = list(dict.fromkeys(item for _, item in jobs))
     compiler.folder.mkdir(parents=True, exist_ok=True)
-    _ = compiler.dumper, compiler.spirv(modules[0])  # what all others need: the dumper, and precompiled headers
+    _ = compiler.dumper  # once, before threads need it
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiler.spirv, modules))
         results = pool.map(lambda job: compiler.judge(*job, budgets), jobs)

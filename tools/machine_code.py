@@ -125,9 +125,9 @@ class Listing:
         instructions, labels = self.code
         loops = []
         for end, instruction in enumerate(instructions):
-            target = re.search(r"(?:jmpi|goto|while)\b.*?\b(_\w+)", instruction.text)
-            if target and labels.get(target.group(1), end + 1) <= end:
-                loops.append((labels[target.group(1)], end + 1))
+            if instruction.opcode.startswith(("jmpi", "goto", "while")):
+                targets = [labels[name] for name in re.findall(r"\b_\w+", instruction.text) if name in labels]
+                loops += [(target, end + 1) for target in targets if target <= end]
         holding = [loop for loop in loops if self.segment(*loop).matrix]
         innermost = [a for a in holding if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in holding)]
         return max(innermost, key=lambda loop: self.segment(*loop).matrix, default=None)
