@@ -17,8 +17,8 @@ XPU_FP4_INLINE void decode8(uint32_t x, int& low, int& high) {
   const uint32_t one = negative >> 3;
   const uint32_t y = (twice ^ (negative | (negative - one))) + one;  // two's complement, its sign in `negative`
   constexpr uint32_t kept = 0x78787878u;
-  high = static_cast<int>((y >> 1 & kept) | (negative & ~kept));
-  low = static_cast<int>((y << 3 & kept) | (negative << 4 & ~kept));
+  high = static_cast<int>(sycl::bitselect(negative, y >> 1, kept));  // one instruction; of `and` and `or` three would remain
+  low = static_cast<int>(sycl::bitselect(negative << 4, y << 3, kept));
 }
 
 /// The lane's row of W.
