@@ -123,9 +123,17 @@ def streams(architecture: Architecture) -> Iterator[Program]:
         yield program("dequantize.cpp", architecture, name, dtype)
 
 
+def portable(architecture: Architecture) -> Iterator[Program]:
+    """For GPUs without a matrix unit, which we do not know: with each sub-group, compiled for one that we do."""
+    if architecture.name in ("bmg", "dg2"):
+        yield program("gemm.cpp", architecture, "no matrix unit", {"MATRIX_UNIT": 0})
+        yield program("gemm_w4a16.cpp", architecture, "no matrix unit", {"MATRIX_UNIT": 0, "DTYPE": DTYPES["bf16"]})
+
+
 def programs(architecture: Architecture) -> Iterator[Program]:
     """What csrc/sycl/backend.cpp builds for a device and aligned operands, and the peer."""
     yield from products(architecture)
     yield from streams(architecture)
+    yield from portable(architecture)
     if architecture.block_2d:
         yield program("tools/bf16_peer.cpp", architecture, "32x64", {"REGISTERS": 256})

@@ -60,11 +60,12 @@ class Result:
         self.paths[name] = path
         return path
 
-    def add_decoding(self, name: str, instructions: float, weights: float, device: Mapping[str, float]) -> dict[str, float]:
-        """Instructions that decode so many bytes of weights, beside the clocks in which memory brings them."""
-        path = {"per 256 bytes": instructions * 256 / weights, "clocks": clocks_per_bytes(device, 256)}
-        self.paths[name] = path
-        return path
+    def check_decoding(self, name: str, instructions: float, weights: float, budgets: Mapping[str, Any]) -> None:
+        """Instructions that decode so many bytes of weights against the clocks in which memory brings them."""
+        per_256, clocks = instructions * 256 / weights, clocks_per_bytes(budgets["device"][self.device], 256)
+        self.paths[name] = {"per 256 bytes": per_256, "clocks": clocks}
+        share = budgets["decoding"].get(self.device, {}).get(self.kernel, {}).get(self.program.label, 1)
+        self.exceed("instructions per 256 bytes of weights", per_256, share * clocks)
 
     def exceed(self, what: str, value: float, most: float) -> None:
         if value > most:
@@ -105,8 +106,7 @@ def check_half(result: Result, budgets: Mapping[str, Any]) -> None:
     device = budgets["device"][result.device]
     segment = result.listing.segment(*result.listing.loop)
     if "split" in result.program.label:
-        path = result.add_decoding("loop", segment.instructions, result.program.macro("SUB_GROUP") * 16, device)
-        return result.exceed("instructions per 256 bytes of weights", path["per 256 bytes"], path["clocks"])
+        return result.check_decoding("loop", segment.instructions, result.program.macro("SUB_GROUP") * 16, budgets)
     share = peak_share(segment, device["matrix_clocks"], segment.matrix)
     result.add_path("loop", segment, share)
     return result.fall_short("% of the bf16 peak, together", share[0], budgets["gemm_w4a16"]["together"])
@@ -128,10 +128,7 @@ def check_small(result: Result, budgets: Mapping[str, Any]) -> None:
         return result.fail("no loop with two paths")
     whole = result.listing.segment(*loop)
     taken = whole.instructions - sum(path.instructions for path in paths[len(paths) // 2 :])  # of block and general: block
-    path = result.add_decoding("block", taken, result.program.macro("SUB_GROUP") * 64, budgets["device"][result.device])
-    if result.program.label in budgets["gemm_small"]["labels"] and (share := budgets["gemm_small"]["share"].get(result.device)):
-        result.exceed("instructions per 256 bytes of weights", path["per 256 bytes"], share * path["clocks"])
-    return None
+    return result.check_decoding("block", taken, result.program.macro("SUB_GROUP") * 64, budgets)
 
 
 def check_stream(result: Result, budgets: Mapping[str, Any]) -> None:

@@ -68,8 +68,8 @@ gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* a_level
   const auto item = syclext::this_work_item::get_nd_item<2>();
   static syclexp::work_group_static<RoundTerms[2]> terms;
   const uint32_t split = this_sub_group().get_group_linear_id();
-  const int64_t first_row = static_cast<int64_t>(item.get_group(0)) * kRows;
-  const int64_t first_column = static_cast<int64_t>(item.get_group(1)) * kLanes;
+  const int64_t first_row = static_cast<int64_t>(item.get_global_id(0)) * kRows;
+  const int64_t first_column = static_cast<int64_t>(item.get_global_id(1)) / (kLanes * kSplit) * kLanes;
   const auto quads = static_cast<uint32_t>((k + kQuadElements - 1) / kQuadElements);
   const uint32_t pitch = (quads + kLanes - 1) / kLanes * kLanes;
 
