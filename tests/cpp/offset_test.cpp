@@ -5,9 +5,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "definition.h"
+#include "format/block.h"
 #include "sycl/kernels/layout.hpp"
 #include "sycl/programs.h"
 
