@@ -16,7 +16,7 @@ BMG = next(item for item in architectures() if item.name == "bmg")
 LARGE = gemm_large(BMG, BMG.large, "bf16")
 MATRIX = "        dpas.8x8 (16|M0)         r10:d         r10:d             r30:b            r50.0:b           {Atomic}"
 INT = "        add (16|M0)              r4.0<1>:d     r4.0<1;1,0>:d     r5.0<1;1,0>:d    //  ALU pipe: int; $7"
-WIDE_FLOAT = "        mad (32|M0)              acc0.0<1>:f   r4.0<1;0>:f       r5.0<1;0>:f      r6.0<0>:f  //  ALU pipe: float; $8"
+WIDE_FLOAT = "        mad (32|M0)              acc0.0<1>:f   r4.0<1;0>:f       r5.0<1;0>:f   r6.0<0>:f  //  ALU pipe: float; $8"
 LOAD = "        load_block2d.ugm.d8.a64 (1|M0)  r25:8   [r120:1]           {I@2,$11}"
 # Matrix, int and float instructions of the four paths, inside of every budget.
 GOOD = ((64, 64, 128), (64, 64, 256), (64, 128, 512), (64, 320, 1024))
@@ -26,7 +26,7 @@ def listing(
     paths: Sequence[tuple[int, int, int]] = GOOD, kernel: str = "gemm_large", header: str = "", extra: str = ""
 ) -> Listing:
     """A loop of these paths, each behind a label of its own."""
-    lines = [f"//.kernel __sycl_kernel_{kernel}", "//.thread_config numGRF=256, numAcc=8", "//.instCount 1000", header, "_main:"]
+    lines = [f"//.kernel __sycl_kernel_{kernel}", "//.thread_config numGRF=256", "//.instCount 1000", header, "_main:"]
     for i, (matrix, integer, floating) in enumerate(paths):
         lines += [f"_0_00{i}:", *[MATRIX] * matrix, *[INT] * integer, *[WIDE_FLOAT] * floating, LOAD]
     lines += [extra, "(W&f1.0) jmpi                               _0_000", "_0_end:", INT]
@@ -104,7 +104,7 @@ def test_a_control_that_passes_stops_the_tool(monkeypatch: pytest.MonkeyPatch) -
         return [Result(device, program, "gemm_large", listing()) for device, program in wanted]
 
     monkeypatch.setattr(isa, "run", all_well)
-    with pytest.raises(SystemExit, match="a bad kernel passed: .* in 128 registers was to be refused for 'spills'"):
+    with pytest.raises(SystemExit, match=r"a bad kernel passed: .* in 128 registers was to be refused for 'spills'"):
         isa.require_refusals(isa.Compiler(Path("ocloc"), Path("folder")), BUDGETS)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 import tomllib
-from gpu_programs import KERNELS, ROOT, Architecture, Program, architectures, gemm_large, gemm_native, program, programs
+from gpu_programs import KERNELS, ROOT, Architecture, Program, architectures, gemm_native, program, programs
 from isa_checks import Result, judge, refuse
 from machine_code import Listing
 from rich.console import Console

@@ -72,7 +72,8 @@ struct Rows {
 #pragma unroll(kUnroll)
     for (uint32_t r = 0; r < kRowUnit; ++r) {
       const uint32_t row = sycl::min(unit * kRowUnit + r, height - 1);
-      const auto words = __spirv_SubgroupBlockReadINTEL<xpu_fp4_uint2>((GlobalWords)(x + row * row_bytes + block * (2 * kBlock)));
+      const auto words =
+          __spirv_SubgroupBlockReadINTEL<xpu_fp4_uint2>((GlobalWords)(x + row * row_bytes + block * (2 * kBlock)));
       out[0][r] = static_cast<int>(words[0]);
       out[1][r] = static_cast<int>(words[1]);
     }
