@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which GPU programs there are: the architectures of csrc/sycl/architectures.cpp, what csrc/sycl/backend.cpp builds for them."""
+"""Which GPU programs there are: what csrc/sycl/backend.cpp builds for the architectures of csrc/sycl/architectures.cpp."""
 
 import re
 import sys

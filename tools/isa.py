@@ -100,7 +100,7 @@ class Compiler:
         dump = folder.with_suffix(".unfinished")
         shutil.rmtree(dump, ignore_errors=True)
         environment = os.environ | {"IGC_ShaderDumpEnable": "1", "IGC_DumpToCustomDir": str(dump)}
-        command = [self.ocloc, "compile", "-spirv_input", "-file", module, "-device", device, "-output", dump / "binary"]
+        command: list[str | Path] = [self.ocloc, "compile", "-spirv_input", "-file", module, "-device", device, "-output", dump / "binary"]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         for file in dump.iterdir():
             if not file.name.endswith((".asm", "_optimized.ll")):
@@ -138,7 +138,7 @@ def run(compiler: Compiler, wanted: Iterable[tuple[str, Program]], budgets: Mapp
     _ = compiler.dumper  # once, before threads need it
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiler.spirv, modules))
-        results = pool.map(lambda job: compiler.judge(*job, budgets), jobs)
+        results = pool.map(lambda job: compiler.judge(job[0], job[1], budgets), jobs)
         return [result for of_program in results for result in of_program]
 
 
