@@ -100,7 +100,8 @@ class Compiler:
         dump = folder.with_suffix(".unfinished")
         shutil.rmtree(dump, ignore_errors=True)
         environment = os.environ | {"IGC_ShaderDumpEnable": "1", "IGC_DumpToCustomDir": str(dump)}
-        command: list[str | Path] = [self.ocloc, "compile", "-spirv_input", "-file", module, "-device", device, "-output", dump / "binary"]
+        command: list[str | Path] = [self.ocloc, "compile", "-spirv_input", "-file", module]
+        command += ["-device", device, "-output", dump / "binary"]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         for file in dump.iterdir():
             if not file.name.endswith((".asm", "_optimized.ll")):
