@@ -75,11 +75,16 @@ isa: build  ## the machine code of every GPU kernel against its budgets
 	  python tools/isa.py --ocloc build/ocloc/ocloc --json build/isa.json; \
 	else echo "SKIPPED make isa: Intel's offline compiler cannot be fetched here; no machine code was counted" >&2; fi
 
+SYCL_2025 = build/sycl-2025
+SYCL_2025_MAKE = $(MAKE) -C $(SYCL_2025) VENV=$(CURDIR)/$(SYCL_2025)/.venv
+
+# The stamps come first: a later one would bring the usual runtime back.
 test-sycl-2025:  ## all Python tests on SYCL 2025.3, in a copy of the tree with an environment of its own
-	git checkout-index --all --force --prefix=build/sycl-2025/
-	$(MAKE) -C build/sycl-2025 VENV=$(CURDIR)/build/sycl-2025/.venv $(CURDIR)/build/sycl-2025/.venv/.test
-	build/sycl-2025/.venv/bin/pip install --quiet dpcpp-cpp-rt==2025.3.3
-	$(MAKE) -C build/sycl-2025 VENV=$(CURDIR)/build/sycl-2025/.venv pytest
+	git checkout-index --all --force --prefix=$(SYCL_2025)/
+	$(SYCL_2025_MAKE) $(addprefix $(CURDIR)/$(SYCL_2025)/.venv/.,build test)
+	$(SYCL_2025)/.venv/bin/pip install --quiet dpcpp-cpp-rt==2025.3.3
+	$(SYCL_2025_MAKE) pytest
+	ldd $(SYCL_2025)/python/xpu_fp4/_sycl_backend.abi3.so | grep libsycl.so.8  # it was that runtime
 
 # ---- the virtual environment: a stamp per dependency group of pyproject.toml ----
 $(VENV)/.venv:

@@ -32,6 +32,8 @@ from xpu_fp4 import Mode, ScaleMode, reference
 LARGE = {"bmg:large": (65, 33), "ptl:large": (50, 40), "dg2:large": (17, 40)}
 MEDIUM = {"bmg:large": (33, 20), "dg2:large": (9, 20)}
 SMALL = {"bmg:small": (1, 3, 8, 13, 37), "dg2:small": (1, 8, 37)}
+# One shape for each variant: with tails, of its large tile, or of eight rows.
+SHAPES = LARGE | dict.fromkeys(SMALL, (8, 35))
 seeds = count()
 
 
@@ -114,11 +116,18 @@ def test_small_products_give_the_native_bits(force: pytest.MonkeyPatch, variant:
         assert_every_spread(m, 35, k, torch.float32)
 
 
+@pytest.mark.parametrize("variant", SHAPES)
+def test_the_longest_k_gives_the_native_bits(force: pytest.MonkeyPatch, variant: str) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    m, n = SHAPES[variant]
+    assert_native_bits(with_special_blocks(spread_operands("mixed", "ordinary", m, n, 8192)), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", ["bmg:large", "dg2:large", "bmg:small"])
+@pytest.mark.parametrize("variant", SHAPES)
 def test_bias_and_output_dtypes(force: pytest.MonkeyPatch, variant: str, dtype: torch.dtype) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    m, n = LARGE.get(variant, (8, 35))
+    m, n = SHAPES[variant]
     operands = spread_operands("mixed", "ordinary", m, n, 160)
     for bias in biases(m, n):
         assert_native_bits(operands, dtype, bias)
@@ -126,11 +135,11 @@ def test_bias_and_output_dtypes(force: pytest.MonkeyPatch, variant: str, dtype: 
     assert_native_bits(with_special_blocks(overflowing), dtype)
 
 
-@pytest.mark.parametrize("variant", ["bmg:large", "dg2:small"])
+@pytest.mark.parametrize("variant", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_fused_linear_quantizes_like_quantize(force: pytest.MonkeyPatch, variant: str, dtype: torch.dtype) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    m, n = LARGE.get(variant, (8, 35))
+    m, n = SHAPES[variant]
     generator = seeded(next(seeds))
     weight, scale = random_codes(n, 160, generator), random_scales(n, 160, generator)
     x = (torch.randn(m, 160, generator=generator) * torch.randn(160, generator=generator).exp2().pow(3)).to(dtype)
@@ -183,7 +192,7 @@ def w4a16_operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize(
     ("variant", "m", "k"),
-    [("bmg:large", 70, 544), ("pvc:large", 130, 160), ("dg2:large", 70, 160), ("bmg:small", 5, 2208), ("dg2:small", 19, 416)],
+    [("bmg:large", 70, 544), ("pvc:large", 130, 160), ("dg2:large", 70, 160), ("bmg:small", 5, 8192), ("dg2:small", 19, 416)],
 )
 def test_w4a16_stays_within_the_bound(force: pytest.MonkeyPatch, variant: str, m: int, k: int, dtype: torch.dtype) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
@@ -212,8 +221,9 @@ def test_w4a16_scales_are_exact(force: pytest.MonkeyPatch, variant: str) -> None
     assert_same_bits(y, expected)
 
 
-def test_w4a16_operands_that_are_not_aligned(force: pytest.MonkeyPatch) -> None:
-    force.setenv("XPU_FP4_SYCL_VARIANT", "bmg:small")
+@pytest.mark.parametrize("variant", ["bmg:small", "dg2:small"])
+def test_w4a16_operands_that_are_not_aligned(force: pytest.MonkeyPatch, variant: str) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     x, weight, scale = w4a16_operands(5, 20, 96, torch.bfloat16)
     shifted_x = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
     shifted = torch.empty(weight.numel() + 1, dtype=torch.uint8)[1:].view(weight.shape).copy_(weight)
@@ -224,7 +234,7 @@ def test_w4a16_operands_that_are_not_aligned(force: pytest.MonkeyPatch) -> None:
 # ---- Xe3P's own FP4 instruction ----
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(33, 70, 128), (5, 9, 416)])
+@pytest.mark.parametrize(("m", "n", "k"), [(33, 70, 128), (5, 9, 416), (5, 9, 8192)])
 def test_native_fp4_stays_within_the_bound(force: pytest.MonkeyPatch, m: int, n: int, k: int) -> None:
     """Its hardware rounds in its own way, so this is not the definition; K with a started quad, tails in M and N."""
     force.setenv("XPU_FP4_SYCL_VARIANT", "cri:native")

@@ -17,8 +17,8 @@ XPU_FP4_INLINE void decode8(uint32_t x, int& low, int& high) {
   const uint32_t one = negative >> 3;
   const uint32_t y = (twice ^ (negative | (negative - one))) + one;  // two's complement, its sign in `negative`
   constexpr uint32_t kept = 0x78787878u;
-  high = static_cast<int>((y >> 1 & kept) | (negative & ~kept));
-  low = static_cast<int>((y << 3 & kept) | (negative << 4 & ~kept));
+  high = static_cast<int>(sycl::bitselect(negative, y >> 1, kept));  // one instruction; of `and` and `or` three would remain
+  low = static_cast<int>(sycl::bitselect(negative << 4, y << 3, kept));
 }
 
 /// The lane's row of W.
@@ -39,13 +39,14 @@ struct DecodedQuad {
   int8 codes[kQuad];   // the order of layout.hpp
   uint32_t exponents;  // the blocks' scale bytes
 
-  XPU_FP4_INLINE DecodedQuad(const WeightColumn& column, uint32_t quad) : exponents(0) {
+  /// scale_at: 4 * quad * scale_block_stride, which the caller's loop steps without a 64-bit product.
+  XPU_FP4_INLINE DecodedQuad(const WeightColumn& column, uint32_t quad, int64_t scale_at) : exponents(0) {
     struct alignas(XPU_FP4_ALIGNMENT) Packed {
       uint8_t byte[kBlockBytes];
     };
     // For a missing block the last one is read again: A's codes are 0 there.
     const uint32_t first = quad * kQuad, last = column.blocks - 1;
-    GlobalBytes scale = column.scale + first * column.scale_block_stride;
+    GlobalBytes scale = column.scale + scale_at;
 #pragma unroll
     for (uint32_t b = 0; b < kQuad; ++b) {
       const auto packed = *(XPU_FP4_GLOBAL const Packed*)(column.codes + sycl::min(first + b, last) * kBlockBytes);

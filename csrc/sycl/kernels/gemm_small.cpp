@@ -68,8 +68,8 @@ gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* a_level
   const auto item = syclext::this_work_item::get_nd_item<2>();
   static syclexp::work_group_static<RoundTerms[2]> terms;
   const uint32_t split = this_sub_group().get_group_linear_id();
-  const int64_t first_row = static_cast<int64_t>(item.get_group(0)) * kRows;
-  const int64_t first_column = static_cast<int64_t>(item.get_group(1)) * kLanes;
+  const int64_t first_row = static_cast<int64_t>(item.get_global_id(0)) * kRows;
+  const int64_t first_column = static_cast<int64_t>(item.get_global_id(1)) / (kLanes * kSplit) * kLanes;
   const auto quads = static_cast<uint32_t>((k + kQuadElements - 1) / kQuadElements);
   const uint32_t pitch = (quads + kLanes - 1) / kLanes * kLanes;
 
@@ -87,11 +87,12 @@ gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* a_level
 
   float acc[kOwnRows] = {};
   uint32_t buffer = 0;
+  int64_t scale_at = split * kQuad * w_scale_block_stride;
 #pragma nounroll
   for (uint32_t first = 0; first < quads; first += kSplit) {
     const uint32_t quad = first + split;
     if (quad < quads) {
-      const DecodedQuad decoded(column, quad);
+      const DecodedQuad decoded(column, quad, scale_at);
       if (any_outside_of_window(rows, quad, decoded.exponents)) {
         store_terms<kGeneralLevel>(rows, decoded, quad, magic, terms[buffer][split]);
       } else {
@@ -106,6 +107,7 @@ gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* a_level
       if (row >= kRows) break;
       for (uint32_t q = 0; q < count; ++q) acc[i] += terms[buffer][q][row][lane_id()];
     }
+    scale_at += kSplit * kQuad * w_scale_block_stride;
     buffer ^= 1;  // the next round writes what the one before has read: one barrier is enough
   }
   const Output output = {bias, bias_row_stride, bias_column_stride, y, m, n};

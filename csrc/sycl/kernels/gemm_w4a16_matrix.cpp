@@ -66,6 +66,18 @@ struct Rows {
 #pragma unroll
     for (int i = 0; i < 16; ++i) out[i / 8][i % 8] = static_cast<short>(rows[i]);
   }
+#elif XPU_FP4_SUB_GROUP == 8 && XPU_FP4_ALIGNED_ROWS
+  /// Both halves of a row through one address.
+  XPU_FP4_INLINE void load(uint32_t unit, uint32_t block, RowFragment (&out)[kHalves]) const {
+#pragma unroll(kUnroll)
+    for (uint32_t r = 0; r < kRowUnit; ++r) {
+      const uint32_t row = sycl::min(unit * kRowUnit + r, height - 1);
+      const auto words =
+          __spirv_SubgroupBlockReadINTEL<xpu_fp4_uint2>((GlobalWords)(x + row * row_bytes + block * (2 * kBlock)));
+      out[0][r] = static_cast<int>(words[0]);
+      out[1][r] = static_cast<int>(words[1]);
+    }
+  }
 #else
   XPU_FP4_INLINE void load(uint32_t unit, uint32_t block, RowFragment (&out)[kHalves]) const {
 #pragma unroll(kUnroll)

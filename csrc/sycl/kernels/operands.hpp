@@ -5,6 +5,7 @@
 #include "common.hpp"
 #include "layout.hpp"
 
+typedef unsigned xpu_fp4_uint2 __attribute__((ext_vector_type(2)));
 typedef unsigned xpu_fp4_uint4 __attribute__((ext_vector_type(4)));
 typedef unsigned xpu_fp4_uint8 __attribute__((ext_vector_type(8)));
 typedef unsigned xpu_fp4_uint32 __attribute__((ext_vector_type(32)));

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make isa` refuses bad machine code: the parser and the budgets of tools/, on listings as Intel's compiler writes them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import isa
+import pytest
+import tomllib
+from gpu_programs import KERNELS, Architecture, Program, architectures, gemm_large, programs
+from isa_checks import Result, judge
+from machine_code import Listing
+
+BUDGETS = tomllib.loads(isa.BUDGETS.read_text())
+BMG = next(item for item in architectures() if item.name == "bmg")
+LARGE = gemm_large(BMG, BMG.large, "bf16")
+MATRIX = "        dpas.8x8 (16|M0)         r10:d         r10:d             r30:b            r50.0:b           {Atomic}"
+INT = "        add (16|M0)              r4.0<1>:d     r4.0<1;1,0>:d     r5.0<1;1,0>:d    //  ALU pipe: int; $7"
+WIDE_FLOAT = "        mad (32|M0)              acc0.0<1>:f   r4.0<1;0>:f       r5.0<1;0>:f   r6.0<0>:f  //  ALU pipe: float; $8"
+LOAD = "        load_block2d.ugm.d8.a64 (1|M0)  r25:8   [r120:1]           {I@2,$11}"
+# Matrix, int and float instructions of the four paths, inside of every budget.
+GOOD = ((64, 64, 128), (64, 64, 256), (64, 128, 512), (64, 320, 1024))
+
+
+def listing(
+    paths: Sequence[tuple[int, int, int]] = GOOD, kernel: str = "gemm_large", header: str = "", extra: str = ""
+) -> Listing:
+    """A loop of these paths, each behind a label of its own."""
+    lines = [f"//.kernel __sycl_kernel_{kernel}", "//.thread_config numGRF=256", "//.instCount 1000", header, "_main:"]
+    for i, (matrix, integer, floating) in enumerate(paths):
+        lines += [f"_0_00{i}:", *[MATRIX] * matrix, *[INT] * integer, *[WIDE_FLOAT] * floating, LOAD]
+    lines += [extra, "(W&f1.0) jmpi                               _0_000", "_0_end:", INT]
+    return Listing("\n".join(lines), native=16)
+
+
+def failures(found: Listing | None, program: Program = LARGE, device: str = "bmg") -> list[str]:
+    results = judge(device, program, {found.kernel: found} if found else {}, BUDGETS)
+    return [failure for result in results for failure in result.failures]
+
+
+def test_the_parser_counts_paths_pipes_and_clocks() -> None:
+    quad, *_ = listing().paths(least=64)
+    assert (quad.matrix, quad.counts["int"], quad.counts["float"], quad.counts["send"]) == (64, 64, 128, 1)
+    assert (quad.per_matrix("int"), quad.per_matrix("float")) == (1, 4)  # 32 lanes take two clocks
+    assert listing().registers == 256
+    assert listing().loop == (0, sum(map(sum, GOOD)) + len(GOOD) + 1)
+
+
+def test_a_loop_may_end_in_either_target_of_a_goto() -> None:
+    text = "\n".join(["_0_001:", MATRIX, "(~f1.0) goto.b (8|M0)      _0_002     _0_001", "_0_002:", INT])
+    assert Listing(text, native=8).loop == (0, 2)
+
+
+def test_a_good_kernel_passes() -> None:
+    assert failures(listing()) == []
+
+
+@pytest.mark.parametrize(
+    ("level", "worse", "pipe"),
+    [(0, (64, 97, 128), "int"), (0, (64, 64, 145), "float"), (1, (64, 103, 256), "int"), (3, (64, 320, 1060), "float")],
+)
+def test_an_exceeded_budget_is_refused(level: int, worse: tuple[int, int, int], pipe: str) -> None:
+    paths = [*GOOD[:level], worse, *GOOD[level + 1 :]]
+    assert any(f"{pipe} per dpas is" in failure and "at most" in failure for failure in failures(listing(paths)))
+
+
+def test_a_smaller_share_of_the_peak_is_refused() -> None:
+    """Matrix instructions that the compiler has split count as work, not as product."""
+    paths = ((70, 64, 128), *GOOD[1:])
+    assert any("quad: % of the int8 peak, together is 91.4, at least 100" in failure for failure in failures(listing(paths)))
+
+
+def test_spills_are_refused() -> None:
+    assert failures(listing(header="//.spill size 64")) == ["bmg gemm_large (64x32 bf16): spills 64 bytes per thread"]
+
+
+@pytest.mark.parametrize("opcode", ["INVALID", "illegal"])
+def test_opcodes_that_the_device_lacks_are_refused(opcode: str) -> None:
+    assert any("opcodes" in failure for failure in failures(listing(extra=f"        {opcode} (16|M0)   r1:d  r2:d")))
+
+
+def test_a_built_in_that_stayed_a_call_is_refused() -> None:
+    found = listing()
+    found.unresolved = ("_Z36intel_sub_group_i8_i8_matrix_mad_k32",)
+    assert any("unresolved built-ins: _Z36intel" in failure for failure in failures(found))
+
+
+def test_a_missing_matrix_instruction_is_refused() -> None:
+    without = listing([(0, integer, floating) for _, integer, floating in GOOD])
+    assert failures(without) == ["bmg gemm_large (64x32 bf16): no matrix instruction"]
+
+
+def test_a_missing_path_is_refused() -> None:
+    assert any("3 paths" in failure for failure in failures(listing(GOOD[:3])))
+
+
+def test_a_missing_kernel_is_refused() -> None:
+    assert failures(None) == ["bmg gemm_large (64x32 bf16): no machine code"]
+    assert failures(listing(kernel="gemm_huge")) == ["bmg gemm_large (64x32 bf16): no machine code"]
+
+
+def test_a_control_that_passes_stops_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_well(_: object, wanted: Sequence[tuple[str, Program]], __: object) -> list[Result]:
+        return [Result(device, program, "gemm_large", listing()) for device, program in wanted]
+
+    monkeypatch.setattr(isa, "run", all_well)
+    with pytest.raises(SystemExit, match=r"a bad kernel passed: .* in 128 registers was to be refused for 'spills'"):
+        isa.require_refusals(isa.Compiler(Path("ocloc"), Path("folder")), BUDGETS)
+
+
+def test_every_source_is_compiled() -> None:
+    compiled = {program.source.name for architecture in architectures() for program in programs(architecture)}
+    assert compiled >= {file.name for file in KERNELS.glob("*.cpp")}
+
+
+@pytest.mark.parametrize("architecture", architectures(), ids=lambda item: item.name)
+def test_every_product_is_compiled_for_every_device(architecture: Architecture) -> None:
+    compiled = {program.source.stem for program in programs(architecture)}
+    assert compiled >= {"gemm_large", "gemm_small", "gemm_w4a16_matrix", "expand", "quantize", "dequantize"}
+    assert ("gemm_native" in compiled) == (architecture.native is not None)
+    assert architecture.name in BUDGETS["device"]

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holds counted machine code to tools/isa_budgets.toml. Clocks enter where a statement is "modelled"."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpu_programs import Program
+from machine_code import Listing, Segment
+
+LEVELS = ("quad", "pair", "block", "general")
+
+
+def peak_share(segment: Segment, matrix_clocks: float, useful: float) -> tuple[float, float]:
+    """Modelled % of the matrix peak: if integer and float pipes issue together, and if they never do. `useful` matrix
+    instructions would do; the compiler may split one."""
+    matrix = segment.matrix * matrix_clocks
+    integer, floating = segment.clocks["int"], segment.clocks["float"]
+    together = max(matrix, integer, floating)
+    apart = max(matrix, integer + floating)
+    return 100 * useful * matrix_clocks / together, 100 * useful * matrix_clocks / apart
+
+
+def clocks_per_bytes(device: Mapping[str, float], count: float) -> float:
+    """Clocks of a vector engine in which its share of the memory bandwidth brings so many bytes."""
+    return count / (device["bandwidth"] / (device["engines"] * device["ghz"]))
+
+
+@dataclass
+class Result:
+    """A kernel's machine code for a device: what was counted, and every way in which it fails."""
+
+    device: str
+    program: Program
+    kernel: str
+    listing: Listing
+    failures: list[str] = field(default_factory=list)
+    paths: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def fail(self, message: str) -> None:
+        self.failures.append(f"{self.device} {self.kernel} ({self.program.label}): {message}")
+
+    def check_soundness(self) -> None:
+        if self.listing.spilled:
+            self.fail(f"spills {self.listing.spilled} bytes per thread")
+        if self.listing.invalid:
+            self.fail("opcodes that the device does not have")
+        if self.listing.unresolved:
+            self.fail(f"unresolved built-ins: {', '.join(sorted(set(self.listing.unresolved)))}")
+
+    def add_path(self, name: str, segment: Segment, share: tuple[float, float] | None = None) -> dict[str, float]:
+        path: dict[str, float] = {
+            "matrix": segment.matrix,
+            "int": segment.per_matrix("int"),
+            "float": segment.per_matrix("float"),
+            "send": segment.counts["send"] / max(segment.matrix, 1),
+        }
+        if share:
+            path |= {"together": share[0], "none": share[1]}
+        self.paths[name] = path
+        return path
+
+    def check_decoding(self, name: str, instructions: float, weights: float, budgets: Mapping[str, Any]) -> None:
+        """Instructions that decode so many bytes of weights against the clocks in which memory brings them."""
+        per_256, clocks = instructions * 256 / weights, clocks_per_bytes(budgets["device"][self.device], 256)
+        self.paths[name] = {"per 256 bytes": per_256, "clocks": clocks}
+        share = budgets["decoding"].get(self.device, {}).get(self.kernel, {}).get(self.program.label, 1)
+        self.exceed("instructions per 256 bytes of weights", per_256, share * clocks)
+
+    def exceed(self, what: str, value: float, most: float) -> None:
+        if value > most:
+            self.fail(f"{what} is {value:.2f}, at most {most:g}")
+
+    def fall_short(self, what: str, value: float, least: float) -> None:
+        if round(value) < least:
+            self.fail(f"{what} is {value:.1f}, at least {least:g}")
+
+
+def of_device(budget: Mapping[str, Any], device: str) -> Mapping[str, Any]:
+    chosen: Mapping[str, Any] = budget.get(device, budget["default"])
+    return chosen
+
+
+def check_large(result: Result, budgets: Mapping[str, Any]) -> None:
+    useful = 4 * result.program.macro("ROW_UNITS") * result.program.macro("COLUMN_UNITS")
+    paths = result.listing.paths(least=useful)
+    if len(paths) != len(LEVELS):
+        return result.fail(f"{len(paths)} paths with {useful} matrix instructions in the loop, expected {len(LEVELS)}")
+    clocks = budgets["device"][result.device]["matrix_clocks"]
+    most, least = of_device(budgets["gemm_large"], result.device), of_device(budgets["gemm_large_peak"], result.device)
+    for level, segment in zip(LEVELS, paths, strict=True):
+        share = peak_share(segment, clocks, useful)
+        path = result.add_path(level, segment, share)
+        if result.program.budgeted:
+            result.exceed(f"{level}: int per dpas", path["int"], most[level][0])
+            result.exceed(f"{level}: float per dpas", path["float"], most[level][1])
+            for name, value, bound in zip(("together", "none"), share, least.get(level, (0, 0)), strict=True):
+                result.fall_short(f"{level}: % of the int8 peak, {name}", value, bound)
+    return None
+
+
+def check_half(result: Result, budgets: Mapping[str, Any]) -> None:
+    """W4A16 and the peer: products of 16-bit operands, whose matrix instructions take the clocks of int8 for half of K."""
+    if result.listing.loop is None:
+        return result.fail("no loop with matrix instructions")
+    device = budgets["device"][result.device]
+    segment = result.listing.segment(*result.listing.loop)
+    if "split" in result.program.label:
+        return result.check_decoding("loop", segment.instructions, result.program.macro("SUB_GROUP") * 16, budgets)
+    share = peak_share(segment, device["matrix_clocks"], segment.matrix)
+    result.add_path("loop", segment, share)
+    return result.fall_short("% of the bf16 peak, together", share[0], budgets["gemm_w4a16"]["together"])
+
+
+def check_native(result: Result, budgets: Mapping[str, Any]) -> None:
+    if result.listing.loop is None:
+        return result.fail("no loop with matrix instructions")
+    segment = result.listing.segment(*result.listing.loop)
+    path = result.add_path("loop", segment)
+    return result.exceed("ALU clocks per bdpas", path["int"] + path["float"], budgets["gemm_native"]["alu"])
+
+
+def check_small(result: Result, budgets: Mapping[str, Any]) -> None:
+    """The loop body handles a quad for a sub-group; of its two last paths only the cheap one is taken."""
+    loop = result.listing.loop
+    paths = result.listing.paths(least=4)
+    if loop is None or len(paths) < 2:
+        return result.fail("no loop with two paths")
+    whole = result.listing.segment(*loop)
+    taken = whole.instructions - sum(path.instructions for path in paths[len(paths) // 2 :])  # of block and general: block
+    return result.check_decoding("block", taken, result.program.macro("SUB_GROUP") * 64, budgets)
+
+
+def check_stream(result: Result, budgets: Mapping[str, Any]) -> None:
+    """ALU clocks of a sub-group's pass through the kernel against the clocks of its memory traffic."""
+    size = 4 if dict(result.program.macros).get("DTYPE") == 0 else 2
+    per_lane = {
+        "quantize": 16 + 16 / size * 17 / 32,
+        "dequantize": 4 + 0.25 + 8 * size,
+        "expand": 68 + 132,
+        "quantize_expand": 128 * size + 132,
+    }
+    whole = result.listing.whole
+    moved = clocks_per_bytes(budgets["device"][result.device], per_lane[result.kernel] * result.program.macro("SUB_GROUP"))
+    result.paths["all"] = {"int clocks": whole.clocks["int"], "float clocks": whole.clocks["float"], "memory clocks": moved}
+    if result.kernel == "quantize" and result.device in budgets["quantize"]["devices"]:
+        result.exceed("ALU clocks per sub-group", max(whole.clocks["int"], whole.clocks["float"]), moved)
+
+
+Check = Callable[[Result, Mapping[str, Any]], None]
+MATRIX_CHECKS: dict[str, Check] = {
+    "gemm_large": check_large,
+    "gemm_small": check_small,
+    "gemm_w4a16_matrix": check_half,
+    "bf16_peer": check_half,
+    "gemm_native": check_native,
+}
+STREAM_CHECKS: dict[str, Check] = dict.fromkeys(("quantize", "dequantize", "expand", "quantize_expand"), check_stream)
+
+
+def refuse(device: str, program: Program, errors: str) -> list[Result]:
+    """A program that the compiler does not take."""
+    result = Result(device, program, program.kernels[0], Listing("", 1))
+    result.fail(f"does not compile: {errors.strip()}")
+    return [result]
+
+
+def judge(device: str, program: Program, listings: Mapping[str, Listing], budgets: Mapping[str, Any]) -> list[Result]:
+    """Every kernel that the program must give, counted and checked."""
+    results = []
+    for kernel in program.kernels:
+        result = Result(device, program, kernel, listings.get(kernel, Listing("", 1)))
+        results.append(result)
+        if kernel not in listings:
+            result.fail("no machine code")
+            continue
+        result.check_soundness()
+        if kernel in MATRIX_CHECKS:
+            if result.listing.whole.matrix == 0:
+                result.fail("no matrix instruction")
+            else:
+                MATRIX_CHECKS[kernel](result, budgets)
+        elif kernel in STREAM_CHECKS:
+            STREAM_CHECKS[kernel](result, budgets)
+    return results
