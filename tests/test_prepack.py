@@ -243,7 +243,7 @@ print(kilobytes("VmHWM") - before - y.nbytes // 1024, torch.get_num_threads())
 
 @pytest.mark.parametrize(("mode", "bytes_an_element"), [("w4a4", 1.63), ("w4a16", 4)])
 def test_a_call_holds_the_activations_of_a_thousand_rows_at_most(mode: Mode, bytes_an_element: float) -> None:
-    """The bound that docs/PERFORMANCE.md states; all 8192 rows would take eight times as much."""
+    """The bound that docs/ARCHITECTURE.md states; all 8192 rows would take eight times as much."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc")
     env = {**os.environ, "XPU_FP4_CPU_BACKEND": "native"}
