@@ -139,9 +139,8 @@ struct Avx512Float {
     unroll<kQuad>([&](auto b) __attribute__((always_inline)) {
       __m512 run[2][R] = {};
       unroll<4>([&](auto d) __attribute__((always_inline)) {
-        const __m512i codes = packed.codes(4 * b + d);
         unroll<8>([&](auto i) __attribute__((always_inline)) {
-          const __m512 w = value<i>(codes);
+          const __m512 w = value<i % 2>(packed.from_byte(4 * b + d, i / 2));
           unroll<R>([&](auto r) __attribute__((always_inline)) {
             run[d / 2][r] = _mm512_fmadd_ps(_mm512_set1_ps(a.x[r][b * kBlock + 8 * d + i]), w, run[d / 2][r]);
           });
