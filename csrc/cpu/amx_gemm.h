@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // W4A4 on AMX int8 tiles. A tile of sums is 16 x 16; four of them, 32 rows by two strips, share two tiles of A and two of W. A
 // tile product takes K = 64, so an aligned quad is two chained products, a pair one; unaligned blocks take products of K = 32,
-// which cost as much. Sums leave through memory: tiles have no path to the vector registers. While one quad's sums are added
-// to the accumulators, the tiles multiply the next quad.
+// which cost as much. Sums leave through memory: tiles have no path to the vector registers. Between the tile products
+// of an aligned quad, the sums of the quad before are added to the accumulators, so that both units work all the time.
 #pragma once
 #include "avx512_epilogue.h"
 #include "avx512_quantize.h"

@@ -72,16 +72,16 @@ constexpr Alignment align(const uint8_t* scale, unsigned zero_blocks, int max_sh
   return out;
 }
 
+/// How W is stored: integers so much too large, and factors 2^(ew + factor_exponent), which is at most 2^127.
+struct WeightForm {
+  int bias, factor_exponent;
+};
+
 /// Scales and corrections of a row of A where its quad is summed as one integer. `offset` undoes kMagic; `start` is where the
 /// integer sum starts, kMagicBits less the bias of W's integers.
 struct QuadFactor {
   float scale, offset;
   int32_t start;
-};
-
-/// How W is stored: integers so much too large, and factors 2^(ew + factor_exponent), which is at most 2^127.
-struct WeightForm {
-  int bias, factor_exponent;
 };
 
 /// The same for one block. The factors two of the integers are undone here: with W's factors 2^ew, scale * rest is 2^(ea - 2).
