@@ -3,6 +3,8 @@
 // binding has checked them. All matrices are row-major and dense unless strides (in elements) say otherwise.
 #pragma once
 #include <cstdint>
+#include <optional>
+#include <stdexcept>
 
 #include "format/e8m0.h"
 #include "format/float_bits.h"
@@ -39,13 +41,20 @@ struct DequantizeArgs {
   DType out_dtype;
 };
 
-/// A weight W [n, k]: packed codes [n, k/2], and scale bytes with a stride per row of W and one per block of 32; or, where
-/// strips is not null, only that: W as prepack lays it out (format/strips.h), for backends that say they take it.
+/// A weight W [n, k]: packed codes [n, k/2], and scale bytes with a stride per row of W and one per block of 32. Beside that,
+/// where expanded is not null, what Backend::expand made of it. Or, where strips is not null, only that: W as prepack lays it
+/// out (format/strips.h), for backends that say they take it.
 struct Weight {
   const uint8_t* codes;
   const uint8_t* scale;
   int64_t scale_row_stride, scale_block_stride;
   const uint8_t* strips = nullptr;
+  const uint8_t* expanded = nullptr;
+};
+
+/// The size of an expanded weight; its bytes are a backend's own.
+struct ExpandedShape {
+  int64_t groups, group_bytes;
 };
 
 /// A float32 bias over the output [m, n]; data is null where there is none.
@@ -98,6 +107,16 @@ class Backend {
 
   /// Whether weights may come as strips.
   virtual bool takes_strips() const { return false; }
+  /// The form into which linear turns a weight [n, k] of its own accord in each call, for those who keep it; none where the
+  /// kernels read a weight as it is stored.
+  virtual std::optional<ExpandedShape> expanded_shape([[maybe_unused]] int64_t n, [[maybe_unused]] int64_t k) const {
+    return std::nullopt;
+  }
+  /// Writes that form: as many bytes, from a multiple of 64 on.
+  virtual void expand([[maybe_unused]] const Weight& w, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t k,
+                      [[maybe_unused]] uint8_t* out) const {
+    throw std::logic_error("xpu_fp4: this backend has no expanded weights");
+  }
   /// Quantizes and multiplies in one go, without codes in memory; false where there is no such kernel: nothing was done then.
   virtual bool linear([[maybe_unused]] const LinearArgs& args) const { return false; }
 };

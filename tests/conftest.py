@@ -12,14 +12,21 @@ def _sycl() -> xpu_fp4.Backend:
     return xpu_fp4.backends()["sycl"]
 
 
-@pytest.fixture(params=["native", "sycl"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """CPU tensors are served by this backend. XPU_FP4_REQUIRE_SYCL=1 turns the skip without SYCL into a failure."""
-    name = str(request.param)
-    if name == "sycl" and not _sycl().available:
+@pytest.fixture
+def requires_sycl() -> None:
+    """Skips without the SYCL backend; XPU_FP4_REQUIRE_SYCL=1 turns the skip into a failure."""
+    if not _sycl().available:
         reason = f"the sycl backend cannot run: {_sycl().detail}"
         if os.environ.get("XPU_FP4_REQUIRE_SYCL") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+@pytest.fixture(params=["native", "sycl"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """CPU tensors are served by this backend."""
+    name = str(request.param)
+    if name == "sycl":
+        request.getfixturevalue("requires_sycl")
     with xpu_fp4.cpu_backend(name):
         yield name

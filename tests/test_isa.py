@@ -119,3 +119,20 @@ def test_every_product_is_compiled_for_every_device(architecture: Architecture) 
     assert compiled >= {"gemm_large", "gemm_small", "gemm_w4a16_matrix", "expand", "quantize", "dequantize"}
     assert ("gemm_native" in compiled) == (architecture.native is not None)
     assert architecture.name in BUDGETS["device"]
+
+
+@pytest.mark.parametrize("architecture", architectures(), ids=lambda item: item.name)
+def test_the_choice_of_a_kernel_weighs_the_devices_data(architecture: Architecture) -> None:
+    device = BUDGETS["device"][architecture.name]
+    assert architecture.costs.matrix == device["matrix_clocks"]
+    assert architecture.costs.bytes == pytest.approx(device["bandwidth"] / (device["engines"] * device["ghz"]), rel=0.02)
+
+
+def test_the_choice_of_a_kernel_is_held_to_what_was_counted() -> None:
+    small = next(item for item in programs(BMG) if item.source.stem == "gemm_small" and item.label == "8 rows")
+    result = Result("bmg", small, "gemm_small", listing())
+    result.paths["block"] = {"per 256 bytes": BMG.costs.small + 8 * BMG.costs.small_row}
+    assert isa.stale_costs([result], [BMG]) == []
+    result.paths["block"]["per 256 bytes"] *= 1.2
+    (failure,) = isa.stale_costs([result], [BMG])
+    assert failure.startswith("bmg gemm_small (8 rows): csrc/sycl/architectures.cpp states")

@@ -14,6 +14,16 @@ ROW_BUFFER, ROW_FRAGMENTS, COLUMN_FRAGMENTS = range(3)  # Arrangement in kernels
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What the choice of a kernel weighs, as in csrc/sycl/architectures.h."""
+
+    matrix: float
+    bytes: float
+    small: float
+    small_row: float
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A row of the table in csrc/sycl/architectures.cpp."""
 
@@ -24,19 +34,21 @@ class Architecture:
     medium: tuple[int, int]
     w4a16: tuple[int, int]
     native: tuple[int, int] | None
+    costs: Costs
 
 
 def architectures() -> list[Architecture]:
     text = (ROOT / "csrc/sycl/architectures.cpp").read_text()
     tile = r"\{(\d+), (\d+)\}"
-    row = rf'\{{"([\w-]+)", (\d+), (true|false), {tile}, {tile}, {tile}, \{{(?:(\d+), (\d+))?\}}\}}'
+    row = rf'\{{"([\w-]+)", (\d+), (true|false), {tile}, {tile}, {tile}, \{{(?:(\d+), (\d+))?\}}, \{{([\d., ]+)\}}\}}'
     found = []
-    for name, lanes, block_2d, *numbers in re.findall(row, text):
+    for name, lanes, block_2d, *numbers, costs in re.findall(row, text):
         tiles = [(int(a), int(b)) if a else None for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
         large, medium, w4a16, native = tiles
         if large is None or medium is None or w4a16 is None:
             sys.exit(f"csrc/sycl/architectures.cpp: {name} lacks a tile")
-        found.append(Architecture(name, int(lanes), block_2d == "true", large, medium, w4a16, native))
+        weights = Costs(*map(float, costs.split(",")))
+        found.append(Architecture(name, int(lanes), block_2d == "true", large, medium, w4a16, native, weights))
     if not found:
         sys.exit("csrc/sycl/architectures.cpp: no table found")
     return found

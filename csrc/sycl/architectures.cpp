@@ -6,17 +6,55 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "kernels/layout.hpp"
+
 namespace xpu_fp4::syclrt {
 namespace {
 
 namespace syclexp = sycl::ext::oneapi::experimental;
 
-// Rows beyond which expanding the weights, 1.5 bytes of traffic for each, costs less than decoding them for every 32 rows.
+// Rows up to which W4A16 splits K.
 constexpr int kSmallRows = 32;
 // Rows for which gemm_small.cpp is compiled.
 constexpr int kSmallTiles[] = {1, 4, 8, 16, kSmallRows};
 
+// Bytes of an element: of a packed weight with its scale, of an expanded one with its exponents.
+constexpr double kPackedBytes = 0.53, kExpandedBytes = 1.03;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int small_rows(int64_t m) {
+  const auto fits = std::find_if(std::begin(kSmallTiles), std::end(kSmallTiles), [&](int rows) { return rows >= m; });
+  return fits != std::end(kSmallTiles) ? *fits : kSmallRows;
+}
+
+double memory_clocks(const Architecture& architecture, int64_t units, const ProductShape& shape, double bytes_per_weight) {
+  return static_cast<double>(shape.n) * static_cast<double>(shape.k) * bytes_per_weight /
+         (architecture.costs.bytes * static_cast<double>(units));
+}
+
+// Clocks of gemm_small, or of gemm_large with its pre-pass over the weight: arithmetic and memory traffic run beside each
+// other, caches do not help. The pre-pass over A, the bias and the stores are alike in all.
+double small_clocks(const Architecture& architecture, int64_t units, const ProductShape& shape) {
+  const int rows = small_rows(shape.m);
+  const int64_t passes = ceil_div(shape.m, rows), groups = passes * ceil_div(shape.n, architecture.sub_group);
+  const int64_t quads_each = ceil_div(ceil_div(shape.k, kQuadElements), kSmallSplit);
+  const double per_256_bytes = architecture.costs.small + architecture.costs.small_row * rows;
+  const double per_quad = per_256_bytes * architecture.sub_group * (kQuadElements / 2) / 256;
+  const double arithmetic = static_cast<double>(ceil_div(groups * kSmallSplit, units) * quads_each) * per_quad;
+  return std::max(arithmetic, static_cast<double>(passes) * memory_clocks(architecture, units, shape, kPackedBytes));
+}
+
+double large_clocks(const Architecture& architecture, int64_t units, const ProductShape& shape, Tile tile) {
+  const int64_t tiles = ceil_div(shape.m, 8 * tile.row_units) * ceil_div(shape.n, architecture.sub_group * tile.column_units);
+  // A vector engine wants two threads, to hide one's latency behind the other's work: one alone takes as long as two.
+  const int64_t rounds = std::max<int64_t>(2, ceil_div(tiles, units));
+  const auto instructions =
+      static_cast<double>(rounds * ceil_div(shape.k, kQuadElements) * 4 * tile.row_units * tile.column_units);
+  const double product =
+      std::max(instructions * architecture.costs.matrix, memory_clocks(architecture, units, shape, kExpandedBytes));
+  return product + (shape.expanded ? 0 : memory_clocks(architecture, units, shape, kPackedBytes + kExpandedBytes));
+}
 
 const Architecture* find(const std::string& name) {
   for (const Architecture& architecture : architectures()) {
@@ -48,12 +86,12 @@ const char* name_of(IpVersion ip) {
 
 const std::vector<Architecture>& architectures() {
   static const std::vector<Architecture> table = {
-      {"dg2", 8, false, {2, 4}, {2, 2}, {8, 1}, {}},      // Alchemist
-      {"pvc", 16, true, {8, 2}, {4, 2}, {16, 1}, {}},     // Ponte Vecchio
-      {"lnl-m", 16, true, {8, 2}, {4, 2}, {8, 2}, {}},    // Xe2: Lunar Lake
-      {"bmg", 16, true, {8, 2}, {4, 2}, {8, 2}, {}},      // Xe2: Battlemage
-      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}},      // Xe3: Panther Lake
-      {"cri", 16, true, {6, 2}, {4, 2}, {8, 2}, {4, 4}},  // Xe3P: Crescent Island
+      {"dg2", 8, false, {2, 4}, {2, 2}, {8, 1}, {}, {16, 0.52, 240, 9.3}},      // Alchemist
+      {"pvc", 16, true, {8, 2}, {4, 2}, {16, 1}, {}, {8, 2.0, 125, 4.7}},       // Ponte Vecchio
+      {"lnl-m", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.04, 120, 3.5}},    // Xe2: Lunar Lake
+      {"bmg", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.07, 120, 3.5}},      // Xe2: Battlemage
+      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}, {16, 0.70, 120, 3.5}},      // Xe3: Panther Lake
+      {"cri", 16, true, {6, 2}, {4, 2}, {8, 2}, {4, 4}, {16, 1.02, 120, 3.5}},  // Xe3P: Crescent Island
   };
   return table;
 }
@@ -73,43 +111,50 @@ Override variant_override() {
   const Architecture* architecture = find(value.substr(0, colon));
   if (architecture != nullptr && kernel.empty() && colon == std::string::npos) return {architecture, std::nullopt};
   if (architecture != nullptr && kernel == "small") return {architecture, Kernel::small};
+  if (architecture != nullptr && kernel == "medium") return {architecture, Kernel::medium};
   if (architecture != nullptr && kernel == "large") return {architecture, Kernel::large};
   if (architecture != nullptr && kernel == "native" && architecture->native.row_units > 0)
     return {architecture, Kernel::native};
   std::string names;
   for (const Architecture& known : architectures()) names += std::string(names.empty() ? "" : ", ") + known.name;
   throw std::runtime_error("xpu_fp4: XPU_FP4_SYCL_VARIANT is \"" + value +
-                           "\", expected \"portable\", or NAME, NAME:small or NAME:large with NAME one of " + names +
-                           ", or cri:native");
+                           "\", expected \"portable\", or NAME, NAME:small, NAME:medium or NAME:large with NAME one of " +
+                           names + ", or cri:native");
 }
 
-GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, int64_t m, int64_t n,
+GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, const ProductShape& shape,
                    std::optional<Kernel> forced) {
-  const Kernel kernel = forced ? *forced : m <= kSmallRows ? Kernel::small : Kernel::large;
-  if (kernel == Kernel::portable) return {kernel, {}, 1, 1, 0};
-  if (kernel == Kernel::native) return {kernel, architecture.native, 1, 4, 0};
-  if (kernel == Kernel::small) {
-    const auto fits = std::find_if(std::begin(kSmallTiles), std::end(kSmallTiles), [&](int rows) { return rows >= m; });
-    return {kernel, {}, 1, 1, fits != std::end(kSmallTiles) ? *fits : kSmallRows};
+  const auto small = [&]() -> GemmPlan { return {Kernel::small, {}, 1, 1, small_rows(shape.m)}; };
+  const auto large = [&](Tile tile) -> GemmPlan {
+    // A work-group of 4 x 8 tiles shares its operands in the first cache: 256 x 256 outputs, one work-group per core.
+    const auto fit = [](int64_t wanted, int64_t available) {
+      while (wanted / 2 >= available) wanted /= 2;
+      return static_cast<int>(wanted);
+    };
+    return {Kernel::large, tile, fit(4, ceil_div(shape.m, 8 * tile.row_units)),
+            fit(8, ceil_div(shape.n, architecture.sub_group * tile.column_units)), 0};
+  };
+  if (forced) {
+    switch (*forced) {
+      case Kernel::portable: return {Kernel::portable, {}, 1, 1, 0};
+      case Kernel::native: return {Kernel::native, architecture.native, 1, 4, 0};
+      case Kernel::small: return small();
+      case Kernel::medium: return large(architecture.medium);
+      case Kernel::large: return large(architecture.large);
+    }
   }
-  const auto tiles = [&](Tile tile) {
-    return ceil_div(m, 8 * tile.row_units) * ceil_div(n, architecture.sub_group * tile.column_units);
-  };
-  // A vector engine runs four threads of 256 registers, and wants two to hide one's latency behind the other's work.
-  const Tile tile = tiles(architecture.large) >= 2 * compute_units ? architecture.large : architecture.medium;
-  // A work-group of 4 x 8 tiles shares its operands in the first cache: 256 x 256 outputs, one work-group per core.
-  const auto fit = [](int64_t wanted, int64_t available) {
-    while (wanted / 2 >= available) wanted /= 2;
-    return static_cast<int>(wanted);
-  };
-  return {kernel, tile, fit(4, ceil_div(m, 8 * tile.row_units)),
-          fit(8, ceil_div(n, architecture.sub_group * tile.column_units)), 0};
+  const double of_large = large_clocks(architecture, compute_units, shape, architecture.large);
+  // Medium tiles load their operands more often, which is not in the model: rounding alone must not decide for them.
+  const double of_medium = 1.1 * large_clocks(architecture, compute_units, shape, architecture.medium);
+  if (small_clocks(architecture, compute_units, shape) <= std::min(of_large, of_medium)) return small();
+  return large(of_large <= of_medium ? architecture.large : architecture.medium);
 }
 
 GemmPlan plan_w4a16(const Architecture& architecture, int64_t m, std::optional<Kernel> forced) {
   const Kernel by_rows = m <= kSmallRows ? Kernel::small : Kernel::large;
-  const Kernel kernel = forced == Kernel::small || forced == Kernel::large ? *forced : by_rows;
-  if (kernel == Kernel::large) return {kernel, architecture.w4a16, 1, 4, 0};
+  const bool of_both = forced == Kernel::small || forced == Kernel::medium || forced == Kernel::large;
+  const Kernel kernel = of_both ? *forced : by_rows;
+  if (kernel != Kernel::small) return {Kernel::large, architecture.w4a16, 1, 4, 0};
   const int row_units = m <= 8 ? 1 : m <= 16 ? 2 : 4;
   return {kernel, {row_units, 1}, 1, 8, 8 * row_units};
 }

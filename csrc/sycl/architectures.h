@@ -14,6 +14,14 @@ struct Tile {
   int row_units, column_units;
 };
 
+/// What the choice of a kernel weighs: clocks of a vector engine, from data sheets and from counted machine code
+/// (tools/isa_budgets.toml and `make isa`, which hold these against each other; docs/GPU.md).
+struct Costs {
+  double matrix;            // of an int8 matrix instruction
+  double bytes;             // that memory brings to an engine in a clock
+  double small, small_row;  // of gemm_small for 256 bytes of packed weights, and more for each row
+};
+
 struct Architecture {
   const char* name;  // of its offline compiler target
   int sub_group;     // lanes: the width of the matrix unit
@@ -22,7 +30,11 @@ struct Architecture {
   Tile medium;       // where large ones are too few to fill the device
   Tile w4a16;        // of gemm_w4a16_matrix: the more rows, the fewer times a weight is decoded
   Tile native;       // of gemm_native, where the device has the instruction; else of no rows
+  Costs costs;
 };
+
+/// Sub-groups of a work-group of gemm_small.cpp, which share K there.
+constexpr int64_t kSmallSplit = 8;
 
 /// Every architecture with a matrix unit that we compile for.
 const std::vector<Architecture>& architectures();
@@ -34,6 +46,7 @@ const Architecture* architecture_of(const sycl::device& device);
 enum class Kernel {
   portable,  // any device, no pre-pass
   small,     // few rows: packed weights, decoded in registers
+  medium,    // large with medium tiles: only as what is asked for
   large,     // many rows: expanded operands
   native,    // Xe3P's block-scaled FP4 instruction: not the definition's bits, so only where it is asked for
 };
@@ -45,6 +58,12 @@ struct GemmPlan {
   int rows;                       // small: of a work-group
 };
 
+/// A product y [m, n] = a [m, k] x w [n, k]^T.
+struct ProductShape {
+  int64_t m, n, k;
+  bool expanded;  // the weight is at hand in the expanded form
+};
+
 /// What XPU_FP4_SYCL_VARIANT asks for: `portable`, an architecture's name, or that and a kernel, as in
 /// `bmg:large`. Read at each call.
 struct Override {
@@ -54,8 +73,9 @@ struct Override {
 /// Throws std::runtime_error naming the variable, its value and what is expected.
 Override variant_override();
 
-/// The kernel for y [m, n] with `compute_units` vector engines to fill. Only `forced` gives Kernel::native.
-GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, int64_t m, int64_t n, std::optional<Kernel> forced);
+/// The kernel that is modelled to take the fewest clocks on `compute_units` vector engines. Only `forced` gives Kernel::native.
+GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, const ProductShape& shape,
+                   std::optional<Kernel> forced);
 
 /// The same for W4A16: `tile` also where K is split, then for the rows of a work-group.
 GemmPlan plan_w4a16(const Architecture& architecture, int64_t m, std::optional<Kernel> forced);

@@ -47,14 +47,28 @@ sycl::nd_range<2> grid(int64_t rows, int64_t lanes) {
 
 constexpr uint32_t kMagicBits = 0x4B400000;  // of 1.5 * 2^23: kernels/quad_sum.hpp
 
-// An operand in the expanded form of kernels/layout.hpp; owns its memory.
+// An operand in the expanded form of kernels/layout.hpp. Each array starts on a cache line, as block loads want it.
 struct Expanded {
-  std::shared_ptr<void> memory;
   ExpandedLayout layout;
   uint8_t* codes;
   uint32_t* exponents;
   uint8_t* levels;
+  std::shared_ptr<void> memory;  // null where it is the caller's
+
+  Expanded(const ExpandedLayout& of, uint8_t* at, std::shared_ptr<void> owned = nullptr)
+      : layout(of),
+        codes(at),
+        exponents(reinterpret_cast<uint32_t*>(codes + round_up(layout.codes_bytes(), 64))),
+        levels(reinterpret_cast<uint8_t*>(exponents) + round_up(layout.exponents_bytes(), 64)),
+        memory(std::move(owned)) {}
+  static int64_t bytes(const ExpandedLayout& layout) {
+    return round_up(layout.codes_bytes(), 64) + round_up(layout.exponents_bytes(), 64) + layout.levels_bytes();
+  }
 };
+
+ExpandedLayout weight_layout(const Architecture& architecture, int64_t n, int64_t k) {
+  return {n, round_up(n, kColumnPadding), ceil_div(k, kQuadElements), architecture.sub_group};
+}
 
 class SyclBackend final : public Backend {
  public:
@@ -82,7 +96,7 @@ class SyclBackend final : public Backend {
   void gemm(const GemmArgs& args) const override {
     // What the native kernel cannot load, the exact ones compute.
     const bool native = args.k >= kQuadElements && starts_cache_line(args.a) && starts_cache_line(args.w.codes);
-    const Choice choice = choose(args.m, args.n, args.k, native);
+    const Choice choice = choose({args.m, args.n, args.k, args.w.expanded != nullptr}, native);
     if (choice.plan.kernel == Kernel::portable) return gemm_portable(args);
     if (choice.plan.kernel == Kernel::native) return gemm_native(choice, args);
     const int64_t blocks = args.k / kBlock;
@@ -95,7 +109,7 @@ class SyclBackend final : public Backend {
   }
 
   bool linear(const LinearArgs& args) const override {
-    const Choice choice = choose(args.m, args.n, args.k);
+    const Choice choice = choose({args.m, args.n, args.k, args.w.expanded != nullptr});
     if (choice.plan.kernel == Kernel::portable || choice.plan.kernel == Kernel::native) return false;
     const Expanded a = expand_a(choice, args.m, args.k, [&](const Expanded& out, Macros macros) {
       macros.emplace_back("ALIGNMENT", alignment_of({args.x}));
@@ -107,8 +121,22 @@ class SyclBackend final : public Backend {
     return true;
   }
 
+  std::optional<ExpandedShape> expanded_shape(int64_t n, int64_t k) const override {
+    const Architecture* architecture = matrix_architecture(variant_override());
+    if (architecture == nullptr) return std::nullopt;
+    // Group-major arrays: the size of a group tells its lanes, so that no device takes another's form.
+    const ExpandedLayout layout = weight_layout(*architecture, n, k);
+    const int64_t groups = layout.groups();
+    return ExpandedShape{groups, groups == 0 ? 0 : Expanded::bytes(layout) / groups};
+  }
+
+  void expand(const Weight& w, int64_t n, int64_t k, uint8_t* out) const override {
+    const Architecture& architecture = *matrix_architecture(variant_override());
+    expand_weight(architecture, w, k, Expanded(weight_layout(architecture, n, k), out));
+  }
+
   void gemm_w4a16(const GemmW4A16Args& args) const override {
-    const Choice choice = choose(args.m, args.n, args.k);
+    const Choice choice = choose({args.m, args.n, args.k, false});
     // The matrix unit has no float32.
     if (choice.architecture == nullptr || args.dtype == DType::f32) return gemm_w4a16_portable(args);
     gemm_w4a16_matrix(*choice.architecture, plan_w4a16(*choice.architecture, args.m, choice.forced), args);
@@ -130,15 +158,20 @@ class SyclBackend final : public Backend {
     GemmPlan plan;  // of W4A4
   };
 
-  Choice choose(int64_t m, int64_t n, int64_t k, bool native = true) const {
+  Choice choose(const ProductShape& shape, bool native = true) const {
     const Choice portable = {nullptr, std::nullopt, {Kernel::portable, {}, 1, 1, 0}};
     Override forced = variant_override();
     if (forced.kernel == Kernel::native && !native) forced.kernel = std::nullopt;
-    const sycl::device device = queue_.get_device();
-    const Architecture* architecture = forced.architecture != nullptr ? forced.architecture : architecture_of(device);
-    if (architecture == nullptr || forced.kernel == Kernel::portable || m == 0 || n == 0 || k == 0) return portable;
-    const auto units = static_cast<int64_t>(device.get_info<sycl::info::device::max_compute_units>());
-    return {architecture, forced.kernel, plan_gemm(*architecture, units, m, n, forced.kernel)};
+    const Architecture* architecture = matrix_architecture(forced);
+    if (architecture == nullptr || shape.m == 0 || shape.n == 0 || shape.k == 0) return portable;
+    const auto units = static_cast<int64_t>(queue_.get_device().get_info<sycl::info::device::max_compute_units>());
+    return {architecture, forced.kernel, plan_gemm(*architecture, units, shape, forced.kernel)};
+  }
+
+  // Null where the portable kernels run.
+  const Architecture* matrix_architecture(const Override& forced) const {
+    if (forced.kernel == Kernel::portable) return nullptr;
+    return forced.architecture != nullptr ? forced.architecture : architecture_of(queue_.get_device());
   }
 
   Macros macros_of(const Architecture& architecture) const {
@@ -200,13 +233,9 @@ class SyclBackend final : public Backend {
            args.y, args.m, args.n, args.k);
   }
 
-  Expanded allocate_expanded(int64_t rows, int64_t tile_rows, int64_t k, int lanes) const {
-    const ExpandedLayout layout = {rows, round_up(rows, tile_rows), ceil_div(k, kQuadElements), lanes};
-    // Each array starts on a cache line, as block loads want it.
-    const int64_t exponents = round_up(layout.codes_bytes(), 64), levels = exponents + round_up(layout.exponents_bytes(), 64);
-    std::shared_ptr<void> memory = allocate_(levels + layout.levels_bytes());
-    auto* base = static_cast<uint8_t*>(memory.get());
-    return {std::move(memory), layout, base, reinterpret_cast<uint32_t*>(base + exponents), base + levels};
+  Expanded allocate_expanded(const ExpandedLayout& layout) const {
+    const std::shared_ptr<void> memory = allocate_(Expanded::bytes(layout));
+    return {layout, static_cast<uint8_t*>(memory.get()), memory};
   }
 
   static sycl::nd_range<2> expand_range(const Expanded& out) { return grid(out.layout.quads, out.layout.padded_rows); }
@@ -219,7 +248,8 @@ class SyclBackend final : public Backend {
   template <class Launch>
   Expanded expand_a(const Choice& choice, int64_t m, int64_t k, const Launch& launch_into) const {
     const Architecture& architecture = *choice.architecture;
-    const Expanded a = allocate_expanded(m, rows_of_tile(choice), k, architecture.sub_group);
+    const Expanded a =
+        allocate_expanded({m, round_up(m, rows_of_tile(choice)), ceil_div(k, kQuadElements), architecture.sub_group});
     Macros macros = macros_of(architecture);
     const Arrangement arrangement = architecture.block_2d ? Arrangement::rows : Arrangement::row_fragments;
     macros.emplace_back("ARRANGEMENT", static_cast<int>(arrangement));
@@ -235,14 +265,13 @@ class SyclBackend final : public Backend {
 
   void gemm_small(const Choice& choice, const Expanded& a, const Weight& w, const Bias& bias, void* y, DType y_dtype, int64_t n,
                   int64_t k) const {
-    constexpr int64_t split = 8;  // kSplit in gemm_small.cpp
     const int64_t lanes = choice.architecture->sub_group, m = a.layout.rows;
     Macros macros = macros_of(*choice.architecture);
     macros.insert(macros.end(),
                   {{"ALIGNMENT", alignment_of({w.codes})}, {"DTYPE", static_cast<int>(y_dtype)}, {"ROWS", choice.plan.rows}});
     const sycl::nd_range<2> range = {
-        {static_cast<size_t>(ceil_div(m, choice.plan.rows)), static_cast<size_t>(ceil_div(n, lanes) * lanes * split)},
-        {1, static_cast<size_t>(lanes * split)}};
+        {static_cast<size_t>(ceil_div(m, choice.plan.rows)), static_cast<size_t>(ceil_div(n, lanes) * lanes * kSmallSplit)},
+        {1, static_cast<size_t>(lanes * kSmallSplit)}};
     launch({"gemm_small.cpp", macros}, "gemm_small", range, a.codes, a.exponents, a.levels, w.codes, w.scale,
            w.scale_row_stride, w.scale_block_stride, bias.data, bias.row_stride, bias.column_stride, y, m, n, k, kMagicBits);
   }
@@ -252,13 +281,7 @@ class SyclBackend final : public Backend {
     const auto& [kernel, tile, group_rows, group_columns, rows] = choice.plan;
     const Architecture& architecture = *choice.architecture;
     const int64_t lanes = architecture.sub_group, m = a.layout.rows;
-    const Expanded b = allocate_expanded(n, lanes * tile.column_units, k, architecture.sub_group);
-    Macros expand_macros = macros_of(architecture);
-    expand_macros.emplace_back("ARRANGEMENT", static_cast<int>(Arrangement::column_fragments));
-    expand_macros.emplace_back("ALIGNMENT", alignment_of({w.codes}));
-    launch({"expand.cpp", expand_macros}, "expand", expand_range(b), w.codes, w.scale, w.scale_row_stride, w.scale_block_stride,
-           b.codes, b.exponents, b.levels, b.layout.rows, b.layout.padded_rows, k);
-
+    const Expanded b = expanded_weight(architecture, w, n, k);
     Macros macros = macros_of(architecture);
     macros.insert(macros.end(), {{"ALIGNMENT", 16},
                                  {"DTYPE", static_cast<int>(y_dtype)},
@@ -271,6 +294,22 @@ class SyclBackend final : public Backend {
                                      {static_cast<size_t>(group_rows), static_cast<size_t>(group_columns * lanes)}};
     launch({"gemm_large.cpp", macros}, "gemm_large", range, a.codes, a.exponents, a.levels, b.codes, b.exponents, b.levels,
            bias.data, bias.row_stride, bias.column_stride, y, m, n, static_cast<uint32_t>(a.layout.quads), kMagicBits);
+  }
+
+  Expanded expanded_weight(const Architecture& architecture, const Weight& w, int64_t n, int64_t k) const {
+    const ExpandedLayout layout = weight_layout(architecture, n, k);
+    if (w.expanded != nullptr) return {layout, const_cast<uint8_t*>(w.expanded)};  // products only read it
+    const Expanded b = allocate_expanded(layout);
+    expand_weight(architecture, w, k, b);
+    return b;
+  }
+
+  void expand_weight(const Architecture& architecture, const Weight& w, int64_t k, const Expanded& b) const {
+    Macros macros = macros_of(architecture);
+    macros.emplace_back("ARRANGEMENT", static_cast<int>(Arrangement::column_fragments));
+    macros.emplace_back("ALIGNMENT", alignment_of({w.codes}));
+    launch({"expand.cpp", macros}, "expand", expand_range(b), w.codes, w.scale, w.scale_row_stride, w.scale_block_stride,
+           b.codes, b.exponents, b.levels, b.layout.rows, b.layout.padded_rows, k);
   }
 
   template <int dimensions, class... Args>

@@ -31,6 +31,16 @@ void bind_ops(torch::Library& library) {
     const c10::DeviceGuard guard(x.device());
     return ops::linear(*GetBackend{}(), x, weight, weight_scale, bias, scale_mode);
   });
+  library.impl("mxfp4_expand", [](const Tensor& weight, const Tensor& weight_scale) {
+    const c10::DeviceGuard guard(weight.device());
+    return ops::expand(*GetBackend{}(), weight, weight_scale);
+  });
+  library.impl("mxfp4_linear_expanded",
+               [](const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const Tensor& expanded,
+                  const std::optional<Tensor>& bias, std::string_view scale_mode) {
+    const c10::DeviceGuard guard(x.device());
+    return ops::linear_expanded(*GetBackend{}(), x, weight, weight_scale, expanded, bias, scale_mode);
+  });
   library.impl("mxfp4_linear_w4a16",
                [](const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias) {
     const c10::DeviceGuard guard(x.device());

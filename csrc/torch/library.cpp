@@ -37,9 +37,9 @@ std::vector<std::string> describe_sycl_devices() {
 
 TORCH_LIBRARY(xpu_fp4, library) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  for (const char* definition :
-       {schema::kQuantize, schema::kDequantize, schema::kGemm, schema::kLinear, schema::kLinearW4A16, schema::kPrepack,
-        schema::kUnprepack, schema::kGemmPrepacked, schema::kLinearPrepacked, schema::kLinearW4A16Prepacked}) {
+  for (const char* definition : {schema::kQuantize, schema::kDequantize, schema::kGemm, schema::kLinear, schema::kLinearW4A16,
+                                 schema::kExpand, schema::kLinearExpanded, schema::kPrepack, schema::kUnprepack,
+                                 schema::kGemmPrepacked, schema::kLinearPrepacked, schema::kLinearW4A16Prepacked}) {
     library.def(definition, tags);
   }
   library.def("_cpu_backend() -> str", cpu_backend_name);
@@ -55,9 +55,9 @@ TORCH_LIBRARY(xpu_fp4, library) {
 
 // The ops have no derivative: backward through one raises instead of giving no gradient.
 TORCH_LIBRARY_IMPL(xpu_fp4, Autograd, library) {
-  for (const char* op :
-       {"mxfp4_quantize", "mxfp4_dequantize", "mxfp4_gemm", "mxfp4_linear", "mxfp4_linear_w4a16", "mxfp4_prepack",
-        "mxfp4_unprepack", "mxfp4_gemm_prepacked", "mxfp4_linear_prepacked", "mxfp4_linear_w4a16_prepacked"}) {
+  for (const char* op : {"mxfp4_quantize", "mxfp4_dequantize", "mxfp4_gemm", "mxfp4_linear", "mxfp4_linear_w4a16",
+                         "mxfp4_expand", "mxfp4_linear_expanded", "mxfp4_prepack", "mxfp4_unprepack", "mxfp4_gemm_prepacked",
+                         "mxfp4_linear_prepacked", "mxfp4_linear_w4a16_prepacked"}) {
     library.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

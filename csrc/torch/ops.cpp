@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
@@ -112,6 +113,10 @@ void check_no_overlap(const Argument& written, const Argument& other) {
   XPU_FP4_CHECK(written, last <= other_first || other_last <= first, "shares memory with ", other.name);
 }
 
+constexpr char kNoExpandedForm[] =
+    "only the SYCL kernels for GPUs with a matrix unit have an expanded form; this device's kernels read a weight as it is "
+    "stored";
+
 // ---- shapes ----
 
 std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
@@ -217,6 +222,18 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& prepacked, int64_t n, int64_t k)
     cpu::unpack_rows(w, k, {begin, end}, codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<uint8_t>());
   });
   return {codes, scale};
+}
+
+// What expand returns for this weight, with the same backend.
+void check_expanded(const Backend& backend, const Argument& arg, int64_t n, int64_t k, const at::Device& device) {
+  const auto shape = backend.expanded_shape(n, k);
+  check_device(arg, device);
+  XPU_FP4_CHECK(arg, shape.has_value(), "is of no use here: ", kNoExpandedForm);
+  XPU_FP4_CHECK(arg, arg.tensor.scalar_type() == at::kByte, "must be uint8, got ", arg.tensor.scalar_type());
+  check_shape(arg, {shape->groups, shape->group_bytes}, "what mxfp4_expand returns for this weight on this device");
+  check_contiguous(arg);
+  XPU_FP4_CHECK(arg, reinterpret_cast<uintptr_t>(arg.tensor.const_data_ptr()) % 64 == 0,
+                "begins at an address that is no multiple of 64, expected what mxfp4_expand returned");
 }
 
 // A prepacked weight; for a backend that does not take it, unpacked again.
@@ -343,6 +360,31 @@ Tensor linear(const Backend& backend, const Tensor& x, const Tensor& weight, con
   const char* op = "mxfp4_linear";
   const int64_t k = check_x({op, "x", x});
   const HeldWeight held = hold_rows({op, "weight", weight}, {op, "weight_scale", weight_scale}, k, x.device());
+  const ScaleMode mode = parse_scale_mode(op, scale_mode);
+  return run_linear(backend, x, held, check_linear_bias(op, x, bias, held.n), mode);
+}
+
+Tensor expand(const Backend& backend, const Tensor& weight, const Tensor& weight_scale) {
+  const char* op = "mxfp4_expand";
+  const Argument w_arg{op, "weight", weight};
+  check_codes(w_arg);
+  const int64_t k = check_k(w_arg, 2);
+  const HeldWeight held = hold_rows(w_arg, {op, "weight_scale", weight_scale}, k, weight.device());
+  const auto shape = backend.expanded_shape(held.n, k);
+  XPU_FP4_CHECK(w_arg, shape.has_value(), "cannot be expanded: ", kNoExpandedForm);
+  // Zeros, since levels have padding: the same weight is to give the same bytes.
+  const Tensor out = at::zeros({shape->groups, shape->group_bytes}, weight.options().dtype(at::kByte));
+  backend.expand(held.view, held.n, k, out.mutable_data_ptr<uint8_t>());
+  return out;
+}
+
+Tensor linear_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                       const Tensor& expanded, const std::optional<Tensor>& bias, std::string_view scale_mode) {
+  const char* op = "mxfp4_linear_expanded";
+  const int64_t k = check_x({op, "x", x});
+  HeldWeight held = hold_rows({op, "weight", weight}, {op, "weight_scale", weight_scale}, k, x.device());
+  check_expanded(backend, {op, "expanded", expanded}, held.n, k, x.device());
+  held.view.expanded = bytes(expanded);
   const ScaleMode mode = parse_scale_mode(op, scale_mode);
   return run_linear(backend, x, held, check_linear_bias(op, x, bias, held.n), mode);
 }

@@ -42,6 +42,14 @@ Tensor linear(const Backend& backend, const Tensor& x, const Tensor& weight, con
 Tensor linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                     const std::optional<Tensor>& bias);
 
+/// weight [N, K/2] and weight_scale [N, K/32], contiguous -> the form in which W4A4 products for many rows read it, which they
+/// otherwise make anew in each call: uint8 and opaque, about one byte an element. Raises where the device's kernels have none.
+Tensor expand(const Backend& backend, const Tensor& weight, const Tensor& weight_scale);
+
+/// linear with what expand gave for this weight, for products of many rows; those of few read the weight as it is.
+Tensor linear_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                       const Tensor& expanded, const std::optional<Tensor>& bias, std::string_view scale_mode);
+
 /// weight [N, K/2] and weight_scale [N, K/32], on the CPU, contiguous -> the prepacked layout, uint8 [ceil(N/16), bytes]
 /// (format/strips.h).
 Tensor prepack(const Tensor& weight, const Tensor& weight_scale);

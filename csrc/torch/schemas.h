@@ -14,6 +14,12 @@ constexpr char kLinear[] =
     "mxfp4_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, str scale_mode=\"even\") -> Tensor";
 constexpr char kLinearW4A16[] = "mxfp4_linear_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor";
 
+/// A weight in the SYCL kernels' own form (sycl/kernels/layout.hpp), beside the stored one: uint8 [groups, bytes], from expand.
+constexpr char kExpand[] = "mxfp4_expand(Tensor weight, Tensor weight_scale) -> Tensor";
+constexpr char kLinearExpanded[] =
+    "mxfp4_linear_expanded(Tensor x, Tensor weight, Tensor weight_scale, Tensor expanded, Tensor? bias=None, "
+    "str scale_mode=\"even\") -> Tensor";
+
 /// A weight in the native kernels' own layout (format/strips.h): uint8 [strips, bytes], from prepack.
 constexpr char kPrepack[] = "mxfp4_prepack(Tensor weight, Tensor weight_scale) -> Tensor";
 constexpr char kUnprepack[] =

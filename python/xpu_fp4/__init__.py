@@ -11,8 +11,8 @@ from . import _library as _library  # first: it loads the ops
 from ._version import __version__
 from .backends import Backend, backends, cpu_backend
 from .compat import override_vllm_ops
-from .convert import quantize_
-from .functional import Mode, ScaleMode, dequantize, linear, linear_prepacked, prepack, quantize, unprepack
+from .convert import expand_, quantize_
+from .functional import Mode, ScaleMode, dequantize, expand, linear, linear_prepacked, prepack, quantize, unprepack
 from .modules import MXFP4Linear
 from .warmup import warmup
 
@@ -39,6 +39,8 @@ __all__ = [
     "backends",
     "cpu_backend",
     "dequantize",
+    "expand",
+    "expand_",
     "linear",
     "linear_prepacked",
     "load_model",

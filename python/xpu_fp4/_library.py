@@ -72,6 +72,27 @@ def _fake_linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
+@torch.library.register_fake("xpu_fp4::mxfp4_expand")
+def _fake_expand(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    _on_one_device(weight, weight_scale=weight_scale)
+    # The layout is the device's; a graph that expands is to keep the result whatever its size.
+    context = torch.library.get_ctx()
+    return weight.new_empty([context.new_dynamic_size(), context.new_dynamic_size()], dtype=torch.uint8)
+
+
+@torch.library.register_fake("xpu_fp4::mxfp4_linear_expanded")
+def _fake_linear_expanded(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    expanded: Tensor,
+    bias: Tensor | None = None,
+    scale_mode: str = "even",
+) -> Tensor:
+    _on_one_device(x, weight=weight, weight_scale=weight_scale, expanded=expanded, bias=bias)
+    return x.new_empty([*x.shape[:-1], weight.shape[0]])
+
+
 STRIP, QUAD = 16, 128  # csrc/format/strips.h: columns and elements of a prepacked record
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizes a model in place."""
+"""Quantizes a model in place; expands its weights for GPUs."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -59,4 +59,18 @@ def quantize_(
             replacement[linear] = MXFP4Linear.from_linear(linear, mode=mode, scale_mode=scale_mode)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, replacement[linear])
+    return model
+
+
+def expand_(model: Model) -> Model:
+    """Calls `expand_` of every MXFP4Linear of mode `w4a4`, and returns the model.
+
+    On a GPU that is faster prefill for three times the memory of weights.
+
+    Raises:
+        RuntimeError: a weight's device has no expanded form.
+    """
+    for module in model.modules():
+        if isinstance(module, MXFP4Linear) and module.mode == "w4a4":
+            module.expand_()
     return model

@@ -45,17 +45,40 @@ def linear(
     *,
     mode: Mode = "w4a4",
     scale_mode: ScaleMode = "even",
+    expanded: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] @ weight [N, K]^T + bias [N] -> [..., N] of x's dtype; weight as codes [N, K/2] and scales [N, K/32].
 
     `w4a4` quantizes x with scale_mode, and its result is defined to the bit; `w4a16` takes x as it is and sums in float32.
+    expanded: what `expand` gave for this weight, for mode `w4a4`; the result is the same bits.
+
+    Raises:
+        ValueError: mode is neither, or `w4a16` with an expanded weight.
+        RuntimeError: an argument does not fit; the message names it.
     """
     check_mode(mode)
     out: Tensor
-    if mode == "w4a4":
+    if expanded is not None:
+        if mode != "w4a4":
+            raise ValueError(f'an expanded weight is for mode "w4a4", got mode {mode!r}')
+        out = ops.mxfp4_linear_expanded(x, weight, weight_scale, expanded, bias, scale_mode)
+    elif mode == "w4a4":
         out = ops.mxfp4_linear(x, weight, weight_scale, bias, scale_mode)
     else:
         out = ops.mxfp4_linear_w4a16(x, weight, weight_scale, bias)
+    return out
+
+
+def expand(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Codes [N, K/2] and scales [N, K/32] -> the form in which W4A4 products for many rows read a weight on a GPU.
+
+    It is uint8 and opaque; without it they make that form anew in each call. It takes 1.03 bytes an element (N rounded up to a
+    multiple of 32, K to one of 128) beside the 0.53 of codes and scales, which products for few rows go on reading.
+
+    Raises:
+        RuntimeError: the kernels have no such form: native CPU kernels (see `prepack`), devices without a matrix unit.
+    """
+    out: Tensor = ops.mxfp4_expand(weight, weight_scale)
     return out
 
 

@@ -12,7 +12,7 @@ from vllm.model_executor.kernels.linear import MxFp4LinearLayerConfig, XPUMxFp4L
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kMxfp4Dynamic
 from vllm.platforms import PlatformEnum, current_platform
 from vllm.plugins import load_general_plugins
-from xpu_fp4 import Backend, reference
+from xpu_fp4 import Backend, cpu_backend, reference
 from xpu_fp4.integrations.vllm import kernel, register
 from xpu_fp4.integrations.vllm.kernel import XpuFp4LinearKernel
 
@@ -135,6 +135,23 @@ def test_the_sycl_backend_serves_the_checkpoints_own_layout_with_the_same_bits(
     served.process_weights_after_loading(unpacked)
     assert unpacked.weight.shape == weight.shape
     assert torch.equal(served.apply_weights(unpacked, x), served.apply_weights(layer, x))
+
+
+@pytest.mark.parametrize(("key", "expands"), [(kMxfp4Dynamic, True), (None, False)])
+def test_a_gpu_expands_the_weights_of_w4a4_where_it_is_asked_to(
+    key: object, expands: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, _, _ = random_layer()
+    served, x = init_mxfp4_linear_kernel(key), torch.randn(40, K)
+    monkeypatch.setattr(kernel, "cpu_backend_name", lambda: "sycl")
+    monkeypatch.setenv("XPU_FP4_SYCL_VARIANT", "bmg:large")
+    with cpu_backend("sycl"):
+        served.process_weights_after_loading(layer)
+        without = served.apply_weights(layer, x)
+        monkeypatch.setenv("XPU_FP4_EXPAND_WEIGHTS", "1")
+        served.process_weights_after_loading(layer)
+        assert (layer.xpu_fp4_expanded is not None) == expands
+        assert torch.equal(served.apply_weights(layer, x), without)
 
 
 def test_a_slice_of_wider_activations_is_served() -> None:

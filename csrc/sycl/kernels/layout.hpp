@@ -36,6 +36,9 @@ enum class Arrangement : int {
   column_fragments  // [group][quad][block][dword][lane]: B
 };
 
+/// Columns are padded to whole tiles of every device, so that a weight can be expanded once for all products.
+constexpr int kColumnPadding = 32;
+
 struct ExpandedLayout {
   int64_t rows, padded_rows, quads;
   int lanes;
