@@ -97,7 +97,7 @@ gemm(const uint8_t* a, const uint8_t* a_scale, const uint8_t* w, const uint8_t* 
      int64_t m, int64_t n, int64_t k) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const Tile tile = {{m, n, k},
-                     static_cast<int64_t>(item.get_group(0)) * kSubGroup,
+                     static_cast<int64_t>(item.get_global_id(0)) * kSubGroup,
                      static_cast<int64_t>(item.get_global_id(1)) / kSubGroup * kSubGroup,
                      static_cast<int>(this_sub_group().get_local_linear_id())};
   if (tile.first_column >= n) return;
