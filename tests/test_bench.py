@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from xpu_fp4 import reference
 from xpu_fp4.bench import cases, ggml, measure, report, runner, targets
 from xpu_fp4.bench.cases import Case
-from xpu_fp4.bench.contenders import OURS, TORCH, Contender, Emulation, Kind
+from xpu_fp4.bench.contenders import OURS, TORCH, Contender, Emulation, Kind, Unavailable
 from xpu_fp4.bench.limits import limits
 from xpu_fp4.bench.measure import Job, Stopwatch, Timing, speedup
 from xpu_fp4.bench.operands import Problem, Weights
@@ -160,7 +161,8 @@ def run_once(contender: Contender, operands: Problem) -> Tensor:
     return y
 
 
-PRODUCTS = [c for c in (*OURS, *TORCH) if c.name not in (*cases.CONVERSIONS, "torch-int8") and "prepacked" not in c.name]
+OWN_FORMS = ("-prepacked", "-expanded")
+PRODUCTS = [c for c in (*OURS, *TORCH) if c.name not in (*cases.CONVERSIONS, "torch-int8") and not c.name.endswith(OWN_FORMS)]
 
 
 @pytest.mark.parametrize("contender", PRODUCTS, ids=lambda c: c.name)
@@ -174,6 +176,28 @@ def test_every_contender_multiplies_the_same_matrices(contender: Contender) -> N
     y = run_once(contender, operands).double()
     assert y.shape == expected.shape
     assert (y - expected).norm() < 0.01 * expected.norm()
+
+
+def test_every_contender_on_a_gpu_runs_on_the_sycl_kernels(requires_sycl: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their ops are there, the expanded weight among them, and give the bits of the checkpoint's."""
+    monkeypatch.setenv("XPU_FP4_SYCL_VARIANT", "bmg:large")
+    taking_part = {c.name: c for c in runner.contenders("xpu") if c.takes_part(CASE, "xpu")}
+    assert not any(name.endswith("-prepacked") for name in taking_part)
+    with xpu_fp4.cpu_backend("sycl"):
+        results = {name: run_once(contender, problem()) for name, contender in taking_part.items()}
+    assert torch.equal(results["w4a4-linear-expanded"], results["w4a4-linear"])
+
+
+def test_an_expanded_weight_is_absent_where_the_kernels_have_no_such_form() -> None:
+    by_name = {c.name: c for c in OURS}
+    with pytest.raises(Unavailable, match="only the SYCL kernels for GPUs"):
+        by_name["w4a4-linear-expanded"].setup(problem())
+
+
+def test_copies_of_a_weight_fill_the_gpus_cache_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(last_level_cache_size=18 << 20, total_memory=12 << 30)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda: properties)
+    assert runner.working_set("xpu") == 36 << 20
 
 
 def test_prepacked_contenders_compute_the_same_bits_or_say_why_not() -> None:
@@ -425,7 +449,7 @@ def test_two_threads_are_compared_with_one() -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.LAYERS, "smollm2", ((64, 96), (32, 64)))
-    monkeypatch.setattr(runner, "working_set", lambda: 1)
+    monkeypatch.setattr(runner, "working_set", lambda device: 1)
     monkeypatch.setattr(measure, "MIN_SAMPLE", 0.0)
 
 

@@ -90,7 +90,7 @@ const std::vector<Architecture>& architectures() {
       {"pvc", 16, true, {8, 2}, {4, 2}, {16, 1}, {}, {8, 2.0, 125, 4.7}},       // Ponte Vecchio
       {"lnl-m", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.04, 120, 3.5}},    // Xe2: Lunar Lake
       {"bmg", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.07, 120, 3.5}},      // Xe2: Battlemage
-      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}, {16, 0.70, 120, 3.5}},      // Xe3: Panther Lake
+      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}, {16, 0.64, 120, 3.5}},      // Xe3: Panther Lake
       {"cri", 16, true, {6, 2}, {4, 2}, {8, 2}, {4, 4}, {16, 1.02, 120, 3.5}},  // Xe3P: Crescent Island
   };
   return table;

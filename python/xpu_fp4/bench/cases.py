@@ -45,7 +45,7 @@ LAYERS = {
 # Multiples of the kernels' tiles and their neighbours.
 SMALL_M = (2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64)
 CONVERSIONS = ("quantize", "dequantize", "limit-copy-quantize", "limit-copy-dequantize")
-W4A4 = ("w4a4-linear", "w4a4-linear-prepacked", "w4a4-gemm", "w4a4-gemm-prepacked")
+W4A4 = ("w4a4-linear", "w4a4-linear-prepacked", "w4a4-linear-expanded", "w4a4-gemm", "w4a4-gemm-prepacked")
 LIMITS = ("limit-vpdpbusd", "limit-tdpbusd", "limit-vpmaddubsw", "limit-vpdpbusd-256", "limit-read")
 
 

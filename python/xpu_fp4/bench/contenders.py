@@ -34,7 +34,7 @@ class Contender:
     """Operations of one call, two for a multiply-add."""
     bytes: Callable[[Problem], int] = lambda problem: problem.weights.packed_bytes
     """Bytes of one call that have to come from memory: the weight as the contender keeps it; of a conversion, all of them."""
-    device: Literal["any", "cpu"] = "any"
+    device: Literal["any", "cpu", "xpu"] = "any"
 
     def takes_part(self, case: Case, device: str) -> bool:
         if self.device not in ("any", device):
@@ -92,6 +92,17 @@ def _gemm_prepacked(problem: Problem) -> Run:
     return lambda: ops.mxfp4_gemm_prepacked(a, a_scale, *weight(), n, torch.bfloat16, None)
 
 
+def _linear_expanded(problem: Problem) -> Run:
+    weights, x = problem.weights, problem.x
+    codes, scale = weights.codes.to(weights.device), weights.scale.to(weights.device)
+    try:
+        expanded = ops.mxfp4_expand(codes, scale)
+    except RuntimeError as error:
+        raise Unavailable(str(error)) from error
+    weight = weights.tensors_in_turn("expanded", codes, scale, expanded)
+    return lambda: ops.mxfp4_linear_expanded(x, *weight())
+
+
 def quantize_bytes(problem: Problem) -> tuple[int, int]:
     """Bytes of x [m, k] in bfloat16, and of its codes and scales."""
     elements = problem.case.m * problem.case.k
@@ -113,13 +124,24 @@ def _conversion(name: str, about: str, setup: Callable[[Problem], Run]) -> Conte
     return Contender(name, "ours", about, setup, ops=lambda _: 0, bytes=lambda problem: sum(quantize_bytes(problem)))
 
 
+def _prepacked_contender(name: str, about: str, setup: Callable[[Problem], Run]) -> Contender:
+    return Contender(f"{name}-prepacked", "ours", about, setup, device="cpu")
+
+
 OURS = (
     Contender("w4a4-linear", "ours", "mxfp4_linear: quantizes x, weight as in a checkpoint", _linear_op(ops.mxfp4_linear)),
-    Contender("w4a4-linear-prepacked", "ours", "mxfp4_linear_prepacked: quantizes x, weight repacked", _linear_prepacked),
+    _prepacked_contender("w4a4-linear", "mxfp4_linear_prepacked: quantizes x, weight repacked", _linear_prepacked),
+    Contender(
+        "w4a4-linear-expanded",
+        "ours",
+        "mxfp4_linear_expanded: quantizes x, weight kept expanded",
+        _linear_expanded,
+        device="xpu",
+    ),
     Contender("w4a4-gemm", "ours", "mxfp4_gemm: x quantized before, weight as fp4_gemm gets it", _gemm),
-    Contender("w4a4-gemm-prepacked", "ours", "mxfp4_gemm_prepacked: x quantized before, weight repacked", _gemm_prepacked),
+    _prepacked_contender("w4a4-gemm", "mxfp4_gemm_prepacked: x quantized before, weight repacked", _gemm_prepacked),
     Contender("w4a16-linear", "ours", "mxfp4_linear_w4a16, weight as in a checkpoint", _linear_op(ops.mxfp4_linear_w4a16)),
-    Contender("w4a16-linear-prepacked", "ours", "mxfp4_linear_w4a16_prepacked, weight repacked", _linear_w4a16_prepacked),
+    _prepacked_contender("w4a16-linear", "mxfp4_linear_w4a16_prepacked, weight repacked", _linear_w4a16_prepacked),
     _conversion("quantize", "mxfp4_quantize of x [M, K] bfloat16, even", _quantize),
     _conversion("dequantize", "mxfp4_dequantize to [M, K] bfloat16", _dequantize),
 )

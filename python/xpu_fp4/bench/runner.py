@@ -96,13 +96,19 @@ class Record:
 
 
 def contenders(device: str) -> tuple[Contender, ...]:
-    return (*OURS, *TORCH, *PEERS, *(limits() if device == "cpu" else ()))
+    """Who can be timed on the device."""
+    everybody = (*OURS, *TORCH, *PEERS, *(limits() if device == "cpu" else ()))
+    return tuple(contender for contender in everybody if contender.device in ("any", device))
 
 
-def working_set() -> int:
-    """Bytes of all copies of a weight: twice the last-level cache, at most 1 GiB and a sixteenth of the memory."""
-    last_level = max(machine.caches().values(), default=64 << 20)
-    return min(2 * last_level, GIB, machine.memory() // 16)
+def working_set(device: str) -> int:
+    """Bytes of all copies of a weight: twice the device's last-level cache, at most 1 GiB and a sixteenth of its memory."""
+    if device == "xpu":
+        properties = torch.xpu.get_device_properties()
+        last_level, memory = properties.last_level_cache_size, properties.total_memory
+    else:
+        last_level, memory = max(machine.caches().values(), default=64 << 20), machine.memory()
+    return min(2 * last_level, GIB, memory // 16)
 
 
 def run(
@@ -116,7 +122,7 @@ def run(
     progress: Callable[[Case], object] = lambda case: None,
 ) -> Record:
     """Times `who` in every case, `seconds` each. Leaves torch's thread count as it was."""
-    copies_bytes = working_set() if copies_bytes is None else copies_bytes
+    copies_bytes = working_set(device) if copies_bytes is None else copies_bytes
     settings = {"seconds per case": seconds, "device": device, "bytes of weight copies": copies_bytes}
     record = Record(machine.describe(device), settings, {contender.name: contender.about for contender in who})
     watch = watch or Stopwatch(synchronize=torch.xpu.synchronize if device == "xpu" else lambda: None)
