@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds and loads the stand-in for PyTorch's XPU device.
 
-It makes the process one with XPU tensors: `make test` runs these tests in a process of their own, and other runs collect none of
+It makes the process one with XPU tensors: `make test` runs these tests in a process of their own, other runs collect none of
 them.
 """
 
@@ -41,8 +41,8 @@ def device() -> Any:  # noqa: ANN401, torch's namespace of ops
             *("-isystem", f"{prefix}/include", "-isystem", f"{prefix}/include/sycl"),
             # The CPU build of torch lacks the generated xpu_cmake_macros.h, which holds nothing that Linux needs.
             "-DC10_USING_CUSTOM_GENERATED_MACROS",
-            f'-DXPU_FP4_SYCL_LIB_DIR=\'"{prefix}/lib"\'',
-            f'-DXPU_FP4_SYCL_BACKEND_FILE=\'"{BACKEND}"\'',
+            f"-DXPU_FP4_SYCL_LIB_DIR='\"{prefix}/lib\"'",
+            f"-DXPU_FP4_SYCL_BACKEND_FILE='\"{BACKEND}\"'",
         ],
         extra_ldflags=[f"-L{prefix}/lib", "-lsycl", f"-Wl,-rpath,{prefix}/lib"],
         build_directory=str(FOLDER),

@@ -135,9 +135,7 @@ Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::option
                                            dtype.value_or(at::kFloat));
 }
 
-sycl::queue& current_queue(DeviceIndex device) {
-  return queue_of(device, streams_now.at(static_cast<size_t>(device)));
-}
+sycl::queue& current_queue(DeviceIndex device) { return queue_of(device, streams_now.at(static_cast<size_t>(device))); }
 
 // The same memory as a CPU tensor.
 Tensor on_cpu(const Tensor& tensor) {
@@ -250,9 +248,7 @@ TORCH_LIBRARY(xpu_stand_in, library) {
 
 namespace c10::xpu {
 
-XPUStream getCurrentXPUStream(DeviceIndex device) {
-  return XPUStream(stream_of(device == -1 ? device_now : device));
-}
+XPUStream getCurrentXPUStream(DeviceIndex device) { return XPUStream(stream_of(device == -1 ? device_now : device)); }
 
 sycl::queue& XPUStream::queue() const { return queue_of(device_index(), static_cast<int>(id())); }
 

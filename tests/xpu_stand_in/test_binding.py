@@ -168,7 +168,8 @@ def test_memory_is_the_allocators_and_a_warm_call_takes_none_that_is_fresh(devic
     before = device.allocations()
     own.mxfp4_linear(*on_device)
     after = device.allocations()
-    assert after[0] > before[0]
+    # The result, and codes and scales, or A and W expanded: few rows read W as it is.
+    assert after[0] - before[0] == (2 if variant == "bmg:small" else 3)
     assert after[1] == before[1]
 
 
