@@ -139,6 +139,13 @@ std::vector<std::string> build_options(const Variant& variant) {
 #endif
   };
   for (const auto& [name, value] : variant.macros) options.push_back("-DXPU_FP4_" + name + "=" + std::to_string(value));
+#if __LIBSYCL_MAJOR_VERSION < 9
+  // 2025.3 drops the kernels' property grf_size (XPU_FP4_GRF); this is the option that 2026.1 makes of it.
+  const auto has = [&](const char* name, int value) {
+    return std::count(variant.macros.begin(), variant.macros.end(), Macros::value_type(name, value)) != 0;
+  };
+  if (has("MATRIX_UNIT", 1) && has("REGISTERS", 256)) options.insert(options.end(), {"-Xs", "-ze-opt-large-register-file"});
+#endif
   return options;
 }
 

@@ -42,10 +42,12 @@ constexpr int kSubGroup = XPU_FP4_SUB_GROUP;
 constexpr DType kDType = static_cast<DType>(XPU_FP4_DTYPE);
 #endif
 
-// SYCL offers kernel properties only through this macro.
-#define XPU_FP4_KERNEL(dimensions)                                                     \
-  extern "C" SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((syclexp::nd_range_kernel<dimensions>)) \
-      SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((syclexp::sub_group_size<XPU_FP4_SUB_GROUP>)) XPU_FP4_GRF void
+// SYCL offers kernel properties only through this macro. The sub-group's size is asked for by the attribute: the runtime
+// compiler of SYCL 2025.3 drops the property `sub_group_size<N>` of such a function (its SPIR-V has no SubgroupSize), so that
+// the device chooses, Intel's CPU device with AVX-512 sixteen lanes.
+#define XPU_FP4_KERNEL(dimensions)                                                                 \
+  extern "C" SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((syclexp::nd_range_kernel<dimensions>)) XPU_FP4_GRF \
+      [[sycl::reqd_sub_group_size(XPU_FP4_SUB_GROUP)]] void
 
 using int8 = xpu_fp4_int8;
 using RowFragment = xpu_fp4_row_fragment;
