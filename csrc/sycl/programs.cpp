@@ -119,6 +119,18 @@ class ProgramCache {
   std::unordered_map<Place, std::map<Key, std::shared_future<Program>>, Hash> per_device_;
 };
 
+// Kernels exchange between lanes: with another number of them they would give wrong numbers, and a compiler that drops the
+// request does not say so.
+void check_sub_group(const sycl::kernel& kernel, const sycl::device& device, const Variant& variant, const std::string& name) {
+  const auto asked =
+      std::find_if(variant.macros.begin(), variant.macros.end(), [](const auto& macro) { return macro.first == "SUB_GROUP"; });
+  const size_t got = kernel.get_info<sycl::info::kernel_device_specific::compile_sub_group_size>(device);
+  if (asked != variant.macros.end() && got != static_cast<size_t>(asked->second)) {
+    throw std::runtime_error("xpu_fp4: SYCL compiled " + name + " for sub-groups of " + std::to_string(got) + " lanes on " +
+                             device.get_info<sycl::info::device::name>() + ", asked for " + std::to_string(asked->second));
+  }
+}
+
 Target query_target(const sycl::device& device) {
   if (!device.is_gpu() || !device.has(sycl::aspect::ext_intel_matrix)) return {stand_in_sub_group(), false};
   // The width of the matrix unit is the N of the int8 products that the device lists.
@@ -160,7 +172,9 @@ Target target_of(const sycl::device& device) {
 sycl::kernel get_kernel(const sycl::queue& queue, const Variant& variant, const std::string& name) {
   // Not destroyed: at exit the SYCL runtime may be gone before a static of ours.
   static ProgramCache& cache = *new ProgramCache;
-  return cache.get(queue, variant).ext_oneapi_get_kernel(name);
+  sycl::kernel kernel = cache.get(queue, variant).ext_oneapi_get_kernel(name);
+  check_sub_group(kernel, queue.get_device(), variant, name);
+  return kernel;
 }
 
 }  // namespace xpu_fp4::syclrt

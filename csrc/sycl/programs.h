@@ -30,7 +30,8 @@ Target target_of(const sycl::device& device);
 std::vector<std::string> build_options(const Variant& variant);
 
 /// The kernel of that name, compiled if need be. Thread-safe: several threads may build different variants at once, and one
-/// variant is built once. Throws std::runtime_error with the compiler's log.
+/// variant is built once. Throws std::runtime_error with the compiler's log, or if the kernel has another sub-group size than
+/// the variant's SUB_GROUP.
 sycl::kernel get_kernel(const sycl::queue& queue, const Variant& variant, const std::string& name);
 
 }  // namespace xpu_fp4::syclrt
