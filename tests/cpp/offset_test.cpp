@@ -90,9 +90,11 @@ class Offsets : public testing::Test {
   };
 
   /// Expands the rows from `first` on.
-  void expand(const Tall& in, Arrangement arrangement, int64_t first, const Expanded& out) {
+  void expand(const Tall& in, Arrangement arrangement, int64_t first, const Expanded& out,
+              ElementOrder order = ElementOrder::apart) {
     const int64_t blocks = in.k / kBlock;
-    launch("expand.cpp", {{"ARRANGEMENT", static_cast<int>(arrangement)}, {"ALIGNMENT", 16}}, "expand",
+    launch("expand.cpp",
+           {{"ARRANGEMENT", static_cast<int>(arrangement)}, {"ORDER", static_cast<int>(order)}, {"ALIGNMENT", 16}}, "expand",
            range({out.layout.quads, out.layout.padded_rows - first}, {1, kLanes}, {0, first}), in.codes.as<uint8_t>(),
            in.scale.as<uint8_t>(), blocks, int64_t{1}, out.codes.as<uint8_t>(), out.exponents.as<uint32_t>(),
            out.levels.as<uint8_t>(), out.layout.rows, out.layout.padded_rows, in.k);
@@ -134,19 +136,21 @@ TEST_F(Offsets, ManyRowsOfALargeProduct) { check_large((int64_t{1} << 25) + 37, 
 TEST_F(Offsets, ManyColumnsOfALargeProduct) { check_large(73, (int64_t{1} << 25) + 21); }
 
 TEST_F(Offsets, ManyColumnsOfASmallProduct) {
-  const int64_t m = 8, n = (int64_t{1} << 28) + 5, k = 160, split = 8, first_column = (n - 1) / kLanes * kLanes;
-  const Operands in(m, n - first_column, k, 100, 140, 6);
-  const Tall a(m, k, in.a, in.a_scale), w(n, k, in.w, in.w_scale);
-  const Expanded left(m, kLanes, k);
-  const Sparse y(m * n * 4);
-  if (!a.valid() || !w.valid() || !left.valid() || !y.valid()) GTEST_SKIP() << "no such address space";
-  ASSERT_GT(m * n, kBeyond);
-  expand(a, Arrangement::rows, 0, left);
-  launch("gemm_small.cpp", {{"ALIGNMENT", 16}, {"DTYPE", 0}, {"ROWS", 8}}, "gemm_small",
-         range({1, kLanes * split}, {1, kLanes * split}, {0, first_column * split}), left.codes.as<uint8_t>(),
-         left.exponents.as<uint32_t>(), left.levels.as<uint8_t>(), w.codes.as<uint8_t>(), w.scale.as<uint8_t>(), k / kBlock,
-         int64_t{1}, static_cast<float*>(nullptr), int64_t{0}, int64_t{0}, y.as<float>(), m, n, k, kMagicBits);
-  EXPECT_TRUE(same_bits(corner(y, in, m, n), native(in)));
+  for (const auto& [k, weights] : {std::pair{160, Weights::any}, std::pair{128, Weights::scales_together}}) {
+    const int64_t m = 8, n = (int64_t{1} << 28) + 5, split = 8, first_column = (n - 1) / kLanes * kLanes;
+    const Operands in(m, n - first_column, k, 100, 140, 6);
+    const Tall a(m, k, in.a, in.a_scale), w(n, k, in.w, in.w_scale);
+    const Expanded left(m, kLanes, k);
+    const Sparse y(m * n * 4);
+    if (!a.valid() || !w.valid() || !left.valid() || !y.valid()) GTEST_SKIP() << "no such address space";
+    ASSERT_GT(m * n, kBeyond);
+    expand(a, Arrangement::rows, 0, left, ElementOrder::packed);
+    launch("gemm_small.cpp", {{"ALIGNMENT", 16}, {"DTYPE", 0}, {"ROWS", 8}, {"WEIGHTS", static_cast<int>(weights)}},
+           "gemm_small", range({1, kLanes * split}, {1, kLanes * split}, {0, first_column * split}), left.codes.as<uint8_t>(),
+           left.exponents.as<uint32_t>(), w.codes.as<uint8_t>(), w.scale.as<uint8_t>(), int64_t{k / kBlock}, int64_t{1},
+           static_cast<float*>(nullptr), int64_t{0}, int64_t{0}, y.as<float>(), m, n, int64_t{k}, kMagicBits);
+    EXPECT_TRUE(same_bits(corner(y, in, m, n), native(in)));
+  }
 }
 
 }  // namespace
