@@ -146,7 +146,8 @@ def test_small_products_multiply_all_codes(force: pytest.MonkeyPatch, variant: s
     for place in range(8):
         codes = torch.zeros(16, 64, dtype=torch.uint8)
         codes[:, 20 + place // 2] = torch.arange(16, dtype=torch.uint8) << 4 * (place % 2)
-        assert_native_bits((codes, one, codes, one), torch.float32)
+        for repeats in (1, 2):  # 32 rows have a decoding of their own
+            assert_native_bits((codes.repeat(repeats, 1), one.repeat(repeats, 1), codes, one), torch.float32)
 
 
 @pytest.mark.parametrize("variant", SMALL)
