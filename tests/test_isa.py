@@ -94,6 +94,43 @@ def test_a_missing_path_is_refused() -> None:
     assert any("3 paths" in failure for failure in failures(listing(GOOD[:3])))
 
 
+def small_listing(block: int = 100, general: int = 200, matrix: int = 16, skipped: int = 50, goto: bool = False) -> Listing:
+    """gemm_small's loop: a way around the quad, an exponent that decides between two levels, an addition that some skip."""
+    conditional = "(f0.0)  goto (16|M0)   {0}   {0}" if goto else "(W&f0.0) jmpi   {0}"
+    always = "goto (16|M0)   _0_join   {0}" if goto else "(W) jmpi   {0}"
+    lines = ["//.kernel __sycl_kernel_gemm_small", "//.thread_config numGRF=128", "_main:"]
+    lines += ["_0_head:", INT, conditional.format("_0_quad"), *[INT] * 10, always.format("_0_barrier")]
+    lines += ["_0_quad:", INT, conditional.format("_0_block")]
+    lines += [*[MATRIX] * matrix, *[WIDE_FLOAT] * general, always.format("_0_barrier")]
+    lines += ["_0_block:", *[MATRIX] * matrix, *[WIDE_FLOAT] * block, "_0_join:"]
+    lines += ["_0_barrier:", INT, conditional.format("_0_end"), *[INT] * skipped, "_0_end:", "(W&f1.0) jmpi   _0_head", INT]
+    return Listing("\n".join(lines), native=16)
+
+
+SMALL = next(item for item in programs(BMG) if item.label == "1 rows")
+
+
+@pytest.mark.parametrize("goto", [False, True])
+def test_a_small_product_is_counted_along_its_longest_way_inside_of_the_window(goto: bool) -> None:
+    found = small_listing(goto=goto)
+    block, general = found.runs(least=4)
+    assert found.longest_pass(block) == 2 + 2 + 16 + 100 + 2 + 50 + 1
+    assert found.longest_pass(general) == 2 + 2 + 16 + 200 + 1 + 2 + 50 + 1
+    assert failures(found, SMALL) == []
+
+
+def test_a_small_product_that_memory_outruns_is_refused() -> None:
+    assert failures(small_listing(block=950), SMALL) == [
+        "bmg gemm_small (1 rows): instructions per 256 bytes of weights is 255.75, at most 239.832"
+    ]
+    assert failures(small_listing(matrix=61), SMALL) == [
+        "bmg gemm_small (1 rows): matrix clocks per quad is 976.00, at most 959.326"
+    ]
+    assert failures(small_listing(matrix=3), SMALL) == [
+        "bmg gemm_small (1 rows): 0 runs with 4 matrix instructions in the loop, expected 2"
+    ]
+
+
 def test_a_missing_kernel_is_refused() -> None:
     assert failures(None) == ["bmg gemm_large (64x32 bf16): no machine code"]
     assert failures(listing(kernel="gemm_huge")) == ["bmg gemm_large (64x32 bf16): no machine code"]

@@ -71,6 +71,16 @@ def assert_native_bits(operands: Operands, dtype: torch.dtype, bias: Tensor | No
         assert_same_bits(gemm(*operands, dtype, bias), expected)
 
 
+def assert_native_bits_with_scales_together(operands: Operands) -> None:
+    """A row's scales side by side, as mxfp4_linear passes them; its x are A's values."""
+    a, a_scale, w, w_scale = operands
+    x = reference.values(a, a_scale).float()
+    with xpu_fp4.cpu_backend("native"):
+        expected = linear_w4a4(x, w, w_scale)
+    with xpu_fp4.cpu_backend("sycl"):
+        assert_same_bits(linear_w4a4(x, w, w_scale), expected)
+
+
 def assert_every_spread(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> None:
     for spread in SPREADS:
         for centre in CENTRES:
@@ -105,6 +115,48 @@ def test_small_products_give_the_native_bits(force: pytest.MonkeyPatch, variant:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     for k in (32, 352, 1088):
         assert_every_spread(m, 35, k, torch.float32)
+
+
+@pytest.mark.parametrize(("variant", "m"), [(variant, m) for variant, rows in SMALL.items() for m in rows])
+def test_small_products_of_whole_quads(force: pytest.MonkeyPatch, variant: str, m: int) -> None:
+    """K a multiple of 128 has kernels of its own: with a row's scale bytes side by side, or a column of them."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    for k in (128, 1152):
+        for spread, centre in (("mixed", "ordinary"), ("unaligned", "subnormal"), ("mixed", "largest")):
+            operands = spread_operands(spread, centre, m, 35, k)
+            assert_native_bits(operands, torch.float32)
+            assert_native_bits_with_scales_together(operands)
+        assert_native_bits_with_scales_together(with_special_blocks(operands))
+
+
+@pytest.mark.parametrize("variant", SMALL)
+def test_small_products_multiply_all_codes(force: pytest.MonkeyPatch, variant: str) -> None:
+    """Every pair of codes at every place in a dword, alone in its row and column."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    one = torch.full((16, 4), 127, dtype=torch.uint8)
+    for place in range(8):
+        codes = torch.zeros(16, 64, dtype=torch.uint8)
+        codes[:, 20 + place // 2] = torch.arange(16, dtype=torch.uint8) << 4 * (place % 2)
+        for repeats in (1, 2):  # 32 rows have a decoding of their own
+            assert_native_bits((codes.repeat(repeats, 1), one.repeat(repeats, 1), codes, one), torch.float32)
+
+
+@pytest.mark.parametrize("variant", SMALL)
+@pytest.mark.parametrize("k", [128, 160])
+def test_one_exponent_outside_of_the_window_suffices(force: pytest.MonkeyPatch, variant: str, k: int) -> None:
+    """In any place of a row's, or of a column's, quad: the cheap sum would give other bits."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    for block in range(k // 32):
+        for place in ((5, 0), (20, 34)):  # in the first or the second group of rows; of A or of W
+            for byte, other in ((0xFF, 127), (0, 110), (254, 140)):
+                a, a_scale, w, w_scale = spread_operands("equal", "ordinary", 21, 35, k)
+                a_scale[:], w_scale[:] = other, other
+                if byte != 0xFF:  # nothing else may hide what becomes of this block
+                    elsewhere = torch.arange(k // 2) // 16 != block
+                    a[:, elsewhere] &= 0x88
+                (a_scale if place[1] == 0 else w_scale)[place[0], block] = byte
+                assert_native_bits((a, a_scale, w, w_scale), torch.float32)
+                assert_native_bits_with_scales_together((a, a_scale, w, w_scale))
 
 
 @pytest.mark.parametrize("variant", SHAPES)

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc/sycl/kernels"
 DTYPES = {"f32": 0, "f16": 1, "bf16": 2}
 ROW_BUFFER, ROW_FRAGMENTS, COLUMN_FRAGMENTS = range(3)  # Arrangement in kernels/layout.hpp
+APART, PACKED = range(2)  # ElementOrder there
+ANY_WEIGHTS, WHOLE_QUADS, SCALES_TOGETHER = range(3)  # Weights there
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ def gemm_large(architecture: Architecture, tile: tuple[int, int], dtype: str) ->
     return program("gemm_large.cpp", architecture, *tiled(architecture, tile, dtype), budgeted=tile == architecture.large)
 
 
+def gemm_small(architecture: Architecture, rows: int, weights: int) -> Program:
+    label = f"{rows} rows" + ("", ", any K", ", scales apart")[(SCALES_TOGETHER, ANY_WEIGHTS, WHOLE_QUADS).index(weights)]
+    return program("gemm_small.cpp", architecture, label, {"DTYPE": DTYPES["bf16"], "ROWS": rows, "WEIGHTS": weights})
+
+
 def gemm_native(architecture: Architecture, tile: tuple[int, int]) -> Program:
     return program("gemm_native.cpp", architecture, *tiled(architecture, tile, "bf16"))
 
@@ -114,7 +121,10 @@ def products(architecture: Architecture) -> Iterator[Program]:
         yield gemm_large(architecture, architecture.large, dtype)
     yield gemm_large(architecture, architecture.medium, "bf16")
     for rows in (1, 4, 8, 16, 32):
-        yield program("gemm_small.cpp", architecture, f"{rows} rows", {"DTYPE": DTYPES["bf16"], "ROWS": rows})
+        yield gemm_small(architecture, rows, SCALES_TOGETHER)
+        yield gemm_small(architecture, rows, WHOLE_QUADS)
+    for rows in (8, 32):
+        yield gemm_small(architecture, rows, ANY_WEIGHTS)
     for dtype in ("bf16", "f16"):
         yield gemm_w4a16(architecture, architecture.w4a16, dtype, split=1)
     for row_units in (1, 2, 4):
@@ -125,12 +135,14 @@ def products(architecture: Architecture) -> Iterator[Program]:
 
 def streams(architecture: Architecture) -> Iterator[Program]:
     """Kernels that stream through memory differ little among devices: every dtype for one with each sub-group."""
-    yield program("expand.cpp", architecture, "W", {"ARRANGEMENT": COLUMN_FRAGMENTS})
+    yield program("expand.cpp", architecture, "W", {"ARRANGEMENT": COLUMN_FRAGMENTS, "ORDER": APART})
     arrangement = ROW_BUFFER if architecture.block_2d else ROW_FRAGMENTS
     for name in DTYPES if architecture.name in ("bmg", "dg2") else ("bf16",):
         dtype = {"DTYPE": DTYPES[name]}
         both = ("expand", "quantize_expand")
-        yield program("expand.cpp", architecture, f"A, {name}", dtype | {"ARRANGEMENT": arrangement}, both)
+        for order, use in ((APART, ""), (PACKED, " for few rows")):
+            macros = dtype | {"ARRANGEMENT": arrangement, "ORDER": order}
+            yield program("expand.cpp", architecture, f"A{use}, {name}", macros, both)
         yield program("quantize.cpp", architecture, name, dtype, ("quantize", "group_quantize"))
         yield program("dequantize.cpp", architecture, name, dtype)
 

@@ -4,8 +4,9 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
+from math import inf
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,47 @@ class Listing:
         innermost = [a for a in holding if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in holding)]
         return max(innermost, key=lambda loop: self.segment(*loop).matrix, default=None)
 
-    def paths(self, least: int) -> list[Segment]:
+    def runs(self, least: int) -> list[tuple[int, int]]:
         """Straight runs of the loop with at least so many matrix instructions, in ascending order of their float work."""
         if self.loop is None:
             return []
         first, last = self.loop
         cuts = sorted({first, last, *(at for at in self.code[1].values() if first < at < last)})
-        runs = [self.segment(a, b) for a, b in pairwise(cuts)]
-        return sorted((run for run in runs if run.matrix >= least), key=lambda run: run.per_matrix("float"))
+        found = [run for run in pairwise(cuts) if self.segment(*run).matrix >= least]
+        return sorted(found, key=lambda run: self.segment(*run).per_matrix("float"))
+
+    def paths(self, least: int) -> list[Segment]:
+        return [self.segment(*run) for run in self.runs(least)]
+
+    def blocks(self) -> dict[int, tuple[int, list[int]]]:
+        """The loop's basic blocks: beginning -> end, and where it may go on."""
+        first, last = self.loop or (0, 0)
+        instructions, labels = self.code
+        jumps = [at for at in range(first, last) if instructions[at].opcode.startswith(("jmpi", "goto", "while"))]
+        inside = {at for at in labels.values() if first <= at < last} | {at + 1 for at in jumps}
+        found = {}
+        for begin, end in pairwise(sorted({first, last} | inside)):
+            jump = instructions[end - 1]
+            # Where no lanes part, a goto leads to its second label.
+            targets = (
+                [labels[name] for name in re.findall(r"\b_\w+", jump.text) if name in labels][-1:] if end - 1 in jumps else []
+            )
+            falls_through = end - 1 not in jumps or re.match(r"\([^)]*f\d", jump.text) is not None
+            found[begin] = (end, targets + ([end] if falls_through else []))
+        return found
+
+    def longest_pass(self, through: tuple[int, int]) -> int:
+        """The most instructions of any way through the loop, from its beginning to its beginning, that takes this run."""
+        first, last = self.loop or (0, 0)
+        blocks = self.blocks()
+
+        @cache
+        def longest(begin: int, taken: bool) -> float:
+            end, targets = blocks[begin]
+            taken = taken or through[0] <= begin < through[1]
+            ahead = [longest(target, taken) for target in targets if begin < target < last]
+            back = [0.0 if taken else -inf for target in targets if target == first]
+            return end - begin + max(ahead + back, default=-inf)
+
+        most = longest(first, False)
+        return int(most) if most > 0 else 0

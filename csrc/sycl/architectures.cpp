@@ -86,12 +86,12 @@ const char* name_of(IpVersion ip) {
 
 const std::vector<Architecture>& architectures() {
   static const std::vector<Architecture> table = {
-      {"dg2", 8, false, {2, 4}, {2, 2}, {8, 1}, {}, {16, 0.52, 240, 9.3}},      // Alchemist
-      {"pvc", 16, true, {8, 2}, {4, 2}, {16, 1}, {}, {8, 2.0, 125, 4.7}},       // Ponte Vecchio
-      {"lnl-m", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.04, 120, 3.5}},    // Xe2: Lunar Lake
-      {"bmg", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.07, 120, 3.5}},      // Xe2: Battlemage
-      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}, {16, 0.64, 120, 3.5}},      // Xe3: Panther Lake
-      {"cri", 16, true, {6, 2}, {4, 2}, {8, 2}, {4, 4}, {16, 1.02, 120, 3.5}},  // Xe3P: Crescent Island
+      {"dg2", 8, false, {2, 4}, {2, 2}, {8, 1}, {}, {16, 0.52, 160, 7.7}},     // Alchemist
+      {"pvc", 16, true, {8, 2}, {4, 2}, {16, 1}, {}, {8, 2.0, 82, 3.0}},       // Ponte Vecchio
+      {"lnl-m", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.04, 74, 3.0}},    // Xe2: Lunar Lake
+      {"bmg", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.07, 74, 3.0}},      // Xe2: Battlemage
+      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}, {16, 0.64, 74, 3.0}},      // Xe3: Panther Lake
+      {"cri", 16, true, {6, 2}, {4, 2}, {8, 2}, {4, 4}, {16, 1.02, 74, 3.0}},  // Xe3P: Crescent Island
   };
   return table;
 }

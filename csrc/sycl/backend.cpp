@@ -34,6 +34,12 @@ int alignment_of(std::initializer_list<const void*> addresses) {
   return bits % 16 == 0 ? 16 : 1;
 }
 
+Weights weights_of(const Weight& w, int64_t k) {
+  if (k % kQuadElements != 0) return Weights::any;
+  const bool dwords = reinterpret_cast<uintptr_t>(w.scale) % 4 == 0 && w.scale_row_stride % 4 == 0 && w.scale_block_stride == 1;
+  return dwords ? Weights::scales_together : Weights::whole_quads;
+}
+
 bool starts_cache_line(const void* address) { return reinterpret_cast<uintptr_t>(address) % 64 == 0; }
 
 sycl::nd_range<1> linear_range(int64_t lanes) {
@@ -252,7 +258,8 @@ class SyclBackend final : public Backend {
         allocate_expanded({m, round_up(m, rows_of_tile(choice)), ceil_div(k, kQuadElements), architecture.sub_group});
     Macros macros = macros_of(architecture);
     const Arrangement arrangement = architecture.block_2d ? Arrangement::rows : Arrangement::row_fragments;
-    macros.emplace_back("ARRANGEMENT", static_cast<int>(arrangement));
+    const ElementOrder order = choice.plan.kernel == Kernel::small ? ElementOrder::packed : ElementOrder::apart;
+    macros.insert(macros.end(), {{"ARRANGEMENT", static_cast<int>(arrangement)}, {"ORDER", static_cast<int>(order)}});
     launch_into(a, std::move(macros));
     return a;
   }
@@ -267,13 +274,15 @@ class SyclBackend final : public Backend {
                   int64_t k) const {
     const int64_t lanes = choice.architecture->sub_group, m = a.layout.rows;
     Macros macros = macros_of(*choice.architecture);
-    macros.insert(macros.end(),
-                  {{"ALIGNMENT", alignment_of({w.codes})}, {"DTYPE", static_cast<int>(y_dtype)}, {"ROWS", choice.plan.rows}});
+    macros.insert(macros.end(), {{"ALIGNMENT", alignment_of({w.codes})},
+                                 {"DTYPE", static_cast<int>(y_dtype)},
+                                 {"ROWS", choice.plan.rows},
+                                 {"WEIGHTS", static_cast<int>(weights_of(w, k))}});
     const sycl::nd_range<2> range = {
         {static_cast<size_t>(ceil_div(m, choice.plan.rows)), static_cast<size_t>(ceil_div(n, lanes) * lanes * kSmallSplit)},
         {1, static_cast<size_t>(lanes * kSmallSplit)}};
-    launch({"gemm_small.cpp", macros}, "gemm_small", range, a.codes, a.exponents, a.levels, w.codes, w.scale,
-           w.scale_row_stride, w.scale_block_stride, bias.data, bias.row_stride, bias.column_stride, y, m, n, k, kMagicBits);
+    launch({"gemm_small.cpp", macros}, "gemm_small", range, a.codes, a.exponents, w.codes, w.scale, w.scale_row_stride,
+           w.scale_block_stride, bias.data, bias.row_stride, bias.column_stride, y, m, n, k, kMagicBits);
   }
 
   void gemm_large(const Choice& choice, const Expanded& a, const Weight& w, const Bias& bias, void* y, DType y_dtype, int64_t n,
@@ -306,8 +315,9 @@ class SyclBackend final : public Backend {
 
   void expand_weight(const Architecture& architecture, const Weight& w, int64_t k, const Expanded& b) const {
     Macros macros = macros_of(architecture);
-    macros.emplace_back("ARRANGEMENT", static_cast<int>(Arrangement::column_fragments));
-    macros.emplace_back("ALIGNMENT", alignment_of({w.codes}));
+    macros.insert(macros.end(), {{"ARRANGEMENT", static_cast<int>(Arrangement::column_fragments)},
+                                 {"ORDER", static_cast<int>(ElementOrder::apart)},
+                                 {"ALIGNMENT", alignment_of({w.codes})}});
     launch({"expand.cpp", macros}, "expand", expand_range(b), w.codes, w.scale, w.scale_row_stride, w.scale_block_stride,
            b.codes, b.exponents, b.levels, b.layout.rows, b.layout.padded_rows, k);
   }

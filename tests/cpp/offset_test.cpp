@@ -115,9 +115,10 @@ class Offsets : public testing::Test {
   };
 
   /// Expands the rows from `first` on.
-  void expand(const Tall& in, const Tiling& tiling, Arrangement arrangement, int64_t first, const Expanded& out) {
+  void expand(const Tall& in, const Tiling& tiling, Arrangement arrangement, int64_t first, const Expanded& out,
+              ElementOrder order = ElementOrder::apart) {
     const int64_t blocks = in.k / kBlock;
-    launch("expand.cpp", tiling, {{"ARRANGEMENT", static_cast<int>(arrangement)}}, "expand",
+    launch("expand.cpp", tiling, {{"ARRANGEMENT", static_cast<int>(arrangement)}, {"ORDER", static_cast<int>(order)}}, "expand",
            range({out.layout.quads, out.layout.padded_rows - first}, {1, tiling.lanes}, {0, first}), in.codes.as<uint8_t>(),
            in.scale.as<uint8_t>(), blocks, int64_t{1}, out.codes.as<uint8_t>(), out.exponents.as<uint32_t>(),
            out.levels.as<uint8_t>(), out.layout.rows, out.layout.padded_rows, in.k);
@@ -157,8 +158,8 @@ class Offsets : public testing::Test {
     EXPECT_TRUE(same_bits(corner<float>(y, m, n, in.m, in.n), native(in)));
   }
 
-  void check_small(int lanes, bool block_2d, int64_t n) {
-    constexpr int64_t m = 8, k = 160, split = 8;
+  void check_small(int lanes, bool block_2d, int64_t n, int64_t k, Weights weights) {
+    constexpr int64_t m = 8, split = 8;
     const Tiling tiling = {lanes, block_2d, 1, 1};
     const int64_t first_column = (n - 1) / lanes * lanes;
     const Operands in(m, n - first_column, k, 100, 140, 6);
@@ -167,9 +168,9 @@ class Offsets : public testing::Test {
     const Sparse y(m * n * 4);
     if (!a.valid() || !w.valid() || !left.valid() || !y.valid()) GTEST_SKIP() << "no such address space";
     ASSERT_GT(m * n, kBeyond);
-    expand(a, tiling, rows_of(tiling), 0, left);
-    launch("gemm_small.cpp", tiling, {{"DTYPE", 0}, {"ROWS", m}}, "gemm_small", last_tile(tiling, m, n, split),
-           left.codes.as<uint8_t>(), left.exponents.as<uint32_t>(), left.levels.as<uint8_t>(), w.codes.as<uint8_t>(),
+    expand(a, tiling, rows_of(tiling), 0, left, ElementOrder::packed);
+    launch("gemm_small.cpp", tiling, {{"DTYPE", 0}, {"ROWS", m}, {"WEIGHTS", static_cast<int>(weights)}}, "gemm_small",
+           last_tile(tiling, m, n, split), left.codes.as<uint8_t>(), left.exponents.as<uint32_t>(), w.codes.as<uint8_t>(),
            w.scale.as<uint8_t>(), k / kBlock, int64_t{1}, kNoBias, int64_t{0}, int64_t{0}, y.as<float>(), m, n, k, kMagicBits);
     EXPECT_TRUE(same_bits(corner<float>(y, m, n, in.m, in.n), native(in)));
   }
@@ -243,8 +244,11 @@ TEST_F(Offsets, ManyColumnsOfALargeProduct) { check_large(kBmg, 73, kMany + 21);
 TEST_F(Offsets, ManyRowsOfALargeProductOnAlchemist) { check_large(kDg2, kMany + 13, 90); }
 TEST_F(Offsets, ManyColumnsOfALargeProductOnAlchemist) { check_large(kDg2, 73, kMany + 21); }
 
-TEST_F(Offsets, ManyColumnsOfASmallProduct) { check_small(16, true, 8 * kMany + 5); }
-TEST_F(Offsets, ManyColumnsOfASmallProductOnAlchemist) { check_small(8, false, 8 * kMany + 5); }
+TEST_F(Offsets, ManyColumnsOfASmallProduct) {
+  check_small(16, true, 8 * kMany + 5, 160, Weights::any);
+  check_small(16, true, 8 * kMany + 5, 128, Weights::scales_together);
+}
+TEST_F(Offsets, ManyColumnsOfASmallProductOnAlchemist) { check_small(8, false, 8 * kMany + 5, 160, Weights::any); }
 
 TEST_F(Offsets, ManyRowsInSixteenBits) { check_half(kBmgHalf, kMany + 37, 90, 1); }
 TEST_F(Offsets, ManyColumnsInSixteenBits) { check_half(kBmgHalf, 73, kMany + 21, 1); }

@@ -2,7 +2,7 @@
 // Writes the expanded form (layout.hpp) of an operand: `expand` from codes and scales, `quantize_expand` from floats in one go.
 // A lane does one row of one quad; a sub-group, the kLanes rows of a group. Memory traffic per quad and row: 68 bytes in
 // (quantize_expand: the floats), 132 out.
-// Macros: XPU_FP4_ARRANGEMENT; XPU_FP4_DTYPE for quantize_expand.
+// Macros: XPU_FP4_ARRANGEMENT; XPU_FP4_ORDER, of elements; XPU_FP4_DTYPE for quantize_expand.
 #include "convert.hpp"
 #include "layout.hpp"
 
@@ -12,6 +12,7 @@ typedef uint32_t Dwords4 __attribute__((ext_vector_type(4)));
 typedef uint32_t Dwords8 __attribute__((ext_vector_type(8)));
 
 constexpr auto kArrangement = static_cast<Arrangement>(XPU_FP4_ARRANGEMENT);
+constexpr auto kOrder = static_cast<ElementOrder>(XPU_FP4_ORDER);
 constexpr int kLanes = kSubGroup;
 constexpr int kMaxShift = 3;  // 12 << 3 = 96 fits an int8
 
@@ -70,6 +71,14 @@ inline Alignment align(const RowQuad& quad) {
   return result;
 }
 
+/// Codes 4 i .. 4 i + 3 of a block in kOrder, one in each byte.
+inline uint32_t codes4(const uint32_t (&packed)[4], int i) {
+  const uint32_t x = packed[i / 2];
+  if (kOrder == ElementOrder::apart) return x >> 4 * (i % 2) & 0x0F0F0F0Fu;
+  const uint32_t bytes = x >> 16 * (i % 2) & 0xFFFFu, spread = (bytes | bytes << 8) & 0x00FF00FFu;
+  return (spread | spread << 4) & 0x0F0F0F0Fu;
+}
+
 /// Four codes, one in each byte, to four int8: twice the value, shifted left.
 inline uint32_t expand4(uint32_t codes, uint32_t shift) {
   const uint32_t high = (codes >> 2) & 0x01010101u;  // 4 and above: the low bits count twice
@@ -103,7 +112,7 @@ struct Expanded {
       const uint32_t shift = in.scale[b] - e[b] & kMaxShift;
       Dwords8 out;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = expand4(in.codes[b][i / 2] >> 4 * (i % 2) & 0x0F0F0F0Fu, shift);
+      for (int i = 0; i < 8; ++i) out[i] = expand4(codes4(in.codes[b], i), shift);
       store_block(out, row, quad, b);
     }
   }

@@ -5,7 +5,7 @@
 // A work-group computes XPU_FP4_ROWS rows x kLanes columns. Its kSplit sub-groups share K: in a round each decodes its own quad
 // of weights in registers and leaves the quad's sums in local memory; then each adds up, for its share of the rows, the round's
 // quads in ascending order. So the order is that of the definition. Macros: XPU_FP4_ROWS, XPU_FP4_DTYPE (Y's),
-// XPU_FP4_BLOCK_2D.
+// XPU_FP4_BLOCK_2D, XPU_FP4_WEIGHTS (Weights of layout.hpp).
 #include <sycl/ext/oneapi/work_group_static.hpp>
 
 #include "decode.hpp"
@@ -19,101 +19,187 @@ constexpr int kRowUnits = (kRows + kRowUnit - 1) / kRowUnit;
 constexpr int kGroups = (kRows + kLanes - 1) / kLanes;  // of rows, that share a word of exponents per lane
 constexpr int kSplit = 8;
 constexpr int kOwnRows = (kRows + kSplit - 1) / kSplit;
+constexpr int kUnitRows = kRows < kRowUnit ? kRows : kRowUnit;
+using Decoded = DecodedBlock<(kRows > 16 ? 2 : 1)>;  // so that the matrix unit keeps up with memory
 
-using RoundTerms = float[kSplit][kRows][kLanes];
+using RoundTerms = uint32_t[kSplit][kRows][kLanes];
+
+#define XPU_FP4_LOCAL __attribute__((opencl_local))
+using LocalWords = XPU_FP4_LOCAL uint32_t*;
+
+template <int count>
+struct Words {
+  typedef uint32_t type __attribute__((ext_vector_type(count)));
+};
+template <>
+struct Words<1> {
+  using type = uint32_t;
+};
+
+/// Rows of kLanes floats, through one address.
+template <int count>
+XPU_FP4_INLINE void store_rows(LocalWords out, const float* rows) {
+  typename Words<count>::type words;
+  if constexpr (count == 1) {
+    words = __builtin_bit_cast(uint32_t, rows[0]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) words[i] = __builtin_bit_cast(uint32_t, rows[i]);
+  }
+  __spirv_SubgroupBlockWriteINTEL(out, words);
+}
+template <int count>
+XPU_FP4_INLINE void load_rows(LocalWords from, float (&rows)[count]) {
+  const auto words = __spirv_SubgroupBlockReadINTEL<typename Words<count>::type>((XPU_FP4_LOCAL const uint32_t*)from);
+  if constexpr (count == 1) {
+    rows[0] = float_of(words);
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) rows[i] = float_of(words[i]);
+  }
+}
 
 struct Rows {
   RowCodes codes;
   GlobalWords exponents;
-  GlobalBytes levels;
-  uint32_t quads, level_pitch;
+  uint32_t quads;
+
+  /// Of a quad, lane = row.
+  XPU_FP4_INLINE void load_exponents(uint32_t quad, uint32_t (&out)[kGroups]) const {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) out[group] = load_lanes(exponents + (group * quads + quad) * kLanes);
+  }
 };
 
-/// Sums of one quad for all rows, to local memory.
+/// The pair's sum for row r of 8, the lane's column: in units of the pair's first scale, but on the general level.
 template <int level>
-XPU_FP4_STEP void store_terms(const Rows& rows, const DecodedQuad& w, uint32_t quad, const int8& magic,
-                              float (&out)[kRows][kLanes]) {
-  const ColumnScales<level, 2 + kDecodeShift> columns(w.exponents);
+XPU_FP4_INLINE float pair_term(const int8 (&sums)[2], int r, const RowScales<level>& rows, int row,
+                               const ColumnScales<level>& columns, int half) {
+  float u[2];
+#pragma unroll
+  for (int b = 0; b < 2; ++b) {
+    const int block = 2 * half + b;
+    u[b] = sycl::fma(float_of(sums[b][r]), of_lane(rows.scale[block], row), of_lane(rows.offset[block], row));
+    if constexpr (level == kGeneralLevel) u[b] = u[b] * columns.scale[block] * of_lane(rows.rest[block], row);
+  }
+  return level == kGeneralLevel ? u[0] + u[1] : sycl::fma(u[1], columns.scale[2 * half + 1], u[0]);
+}
+
+/// Sums of one quad for all rows, to local memory. One pair of blocks after the other, to hold few of them.
+template <int level>
+XPU_FP4_STEP void store_terms(const Rows& rows, const uint32_t (&exponents)[kGroups], const WeightQuad& w, uint32_t quad,
+                              const int8& magic, LocalWords out) {
+  const ColumnScales<level> columns(w.exponents);
+  const Decoded blocks[kQuad] = {Decoded(w.packed[0]), Decoded(w.packed[1]), Decoded(w.packed[2]), Decoded(w.packed[3])};
 #pragma unroll(kUnroll)
-  for (int group = 0; group < kGroups; ++group) {
-    const RowScales<level> scales(load_lanes(rows.exponents + (group * rows.quads + quad) * kLanes));
+  for (int unit = 0; unit < kRowUnits; ++unit) {
+    const RowScales<level> scales(exponents[unit * kRowUnit / kLanes]);
+    float term[kUnitRows];
 #pragma unroll(kUnroll)
-    for (int unit = group * (kLanes / kRowUnit); unit < sycl::min((group + 1) * (kLanes / kRowUnit), kRowUnits); ++unit) {
-      RowFragment a[kQuad];
-      rows.codes.load(unit, quad, a);
-      const ChainSums<level> sums(a, w.codes, magic);
+    for (int half = 0; half < 2; ++half) {
+      RowFragment a[2];
+      rows.codes.load_pair(unit, quad, half, a);
+      const int8 sums[2] = {matrix_mad(a[0], blocks[2 * half], magic), matrix_mad(a[1], blocks[2 * half + 1], magic)};
 #pragma unroll(kUnroll)
-      for (int r = 0; r < sycl::min(kRowUnit, kRows - unit * kRowUnit); ++r) {
-        const float term = quad_term(sums, r, scales, unit * kRowUnit + r, columns);
-        // Exact inside of the window.
-        out[unit * kRowUnit + r][lane_id()] = level == kGeneralLevel ? term : term * columns.scale[0];
+      for (int r = 0; r < kUnitRows; ++r) {
+        const float pair = pair_term(sums, r, scales, unit * kRowUnit + r, columns, half);
+        if (half == 0) {
+          term[r] = pair;
+        } else if constexpr (level == kGeneralLevel) {
+          term[r] += pair;
+        } else {
+          term[r] = sycl::fma(pair, columns.scale[2], term[r]) * columns.scale[0];  // exact inside of the window
+        }
       }
     }
+    store_rows<kUnitRows>(out + unit * kRowUnit * kLanes, term);
   }
 }
 
-XPU_FP4_INLINE bool any_outside_of_window(const Rows& rows, uint32_t quad, uint32_t column_exponents) {
-  bool outside = false;
+/// Of local memory alone: group_barrier waits for global memory too.
+XPU_FP4_INLINE void barrier() {
+  constexpr uint32_t work_group = 2, acquire_release = 8, local = 256;
+  __spirv_ControlBarrier(work_group, work_group, acquire_release | local);
+}
+
+/// The highest bit of each byte that is an exponent outside of the window; of the other bits nothing is known.
+XPU_FP4_INLINE uint32_t outside_of_window(uint32_t exponents) {
+  constexpr uint32_t each = 0x01010101u;
+  const uint32_t rest = exponents & 0x7F * each;
+  const uint32_t low = rest + (128 - kWindowLow) * each;    // without the bit: below the window, if the exponent is below 128
+  const uint32_t high = rest + (255 - kWindowHigh) * each;  // with it: above, if not
+  return (exponents & high) | ~(exponents | low);
+}
+
+XPU_FP4_INLINE bool any_outside_of_window(const uint32_t (&rows)[kGroups], uint32_t columns) {
+  uint32_t outside = outside_of_window(columns);
 #pragma unroll
-  for (int b = 0; b < kQuad; ++b) outside |= exponent_of(column_exponents, b) - kWindowLow > kWindowHigh - kWindowLow;
-#pragma unroll
-  for (int g = 0; g < kGroups; ++g) outside |= rows.levels[g * rows.level_pitch + quad] == kGeneralLevel;
-  return sycl::any_of_group(this_sub_group(), outside);
+  for (int group = 0; group < kGroups; ++group) outside |= outside_of_window(rows[group]);
+  return sycl::any_of_group(this_sub_group(), (outside & 0x80808080u) != 0);
 }
 
 XPU_FP4_KERNEL(2)
-gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* a_levels, const uint8_t* w, const uint8_t* w_scale,
-           int64_t w_scale_row_stride, int64_t w_scale_block_stride, const float* bias, int64_t bias_row_stride,
-           int64_t bias_column_stride, void* y, int64_t m, int64_t n, int64_t k, uint32_t magic_bits) {
+gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* w, const uint8_t* w_scale, int64_t w_scale_row_stride,
+           int64_t w_scale_block_stride, const float* bias, int64_t bias_row_stride, int64_t bias_column_stride, void* y,
+           int64_t m, int64_t n, int64_t k, uint32_t magic_bits) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   static syclexp::work_group_static<RoundTerms[2]> terms;
-  const uint32_t split = this_sub_group().get_group_linear_id();
-  const int64_t first_row = static_cast<int64_t>(item.get_global_id(0)) * kRows;
+  const uint32_t split = uniform(this_sub_group().get_group_linear_id());
+  const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kRows;
   const int64_t first_column = static_cast<int64_t>(item.get_global_id(1)) / (kLanes * kSplit) * kLanes;
   const auto quads = static_cast<uint32_t>((k + kQuadElements - 1) / kQuadElements);
-  const uint32_t pitch = (quads + kLanes - 1) / kLanes * kLanes;
+  const auto blocks = static_cast<uint32_t>(k / kBlock);
 
   // Rows are padded to groups: a tile may start inside of one only where it is smaller, and then it is the first.
   const uint64_t row_group = first_row / kLanes;
   const auto height = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kRows}));
   const Rows rows = {{(GlobalBytes)a + uint64_t(first_row) * quads * kQuadElements, quads, height},
                      (GlobalWords)a_exponents + row_group * quads * kLanes,
-                     (GlobalBytes)a_levels + row_group * pitch,
-                     quads,
-                     pitch};
-  const WeightColumn column(w, w_scale, w_scale_row_stride, w_scale_block_stride, k,
-                            sycl::min(first_column + lane_id(), n - 1));
+                     quads};
+  WeightColumn column(w, w_scale, w_scale_row_stride, w_scale_block_stride, k, sycl::min(first_column + lane_id(), n - 1),
+                      split);
   const int8 magic = magic_of_lane(magic_bits);
+  const uint32_t first_own = split * kOwnRows;
 
   float acc[kOwnRows] = {};
   uint32_t buffer = 0;
-  int64_t scale_at = split * kQuad * w_scale_block_stride;
 #pragma nounroll
   for (uint32_t first = 0; first < quads; first += kSplit) {
     const uint32_t quad = first + split;
+    const auto all_terms = (LocalWords)&terms[buffer][0][0][0];
+    const LocalWords own_terms = all_terms + split * (kRows * kLanes);
     if (quad < quads) {
-      const DecodedQuad decoded(column, quad, scale_at);
-      if (any_outside_of_window(rows, quad, decoded.exponents)) {
-        store_terms<kGeneralLevel>(rows, decoded, quad, magic, terms[buffer][split]);
+      const WeightQuad weights(column, blocks - quad * kQuad);
+      uint32_t exponents[kGroups];
+      rows.load_exponents(quad, exponents);
+      if (any_outside_of_window(exponents, weights.exponents)) {
+        store_terms<kGeneralLevel>(rows, exponents, weights, quad, magic, own_terms);
       } else {
-        store_terms<kBlockLevel>(rows, decoded, quad, magic, terms[buffer][split]);
+        store_terms<kBlockLevel>(rows, exponents, weights, quad, magic, own_terms);
+      }
+    } else {
+      const float zeros[kUnitRows] = {};  // which change no sum: none is -0
+#pragma unroll
+      for (int unit = 0; unit < kRowUnits; ++unit) store_rows<kUnitRows>(own_terms + unit * kRowUnit * kLanes, zeros);
+    }
+    barrier();
+    if (first_own < kRows) {
+      float own[kSplit][kOwnRows];
+#pragma unroll
+      for (int q = 0; q < kSplit; ++q) load_rows(all_terms + (q * kRows + first_own) * kLanes, own[q]);
+#pragma unroll
+      for (int q = 0; q < kSplit; ++q) {
+#pragma unroll
+        for (int i = 0; i < kOwnRows; ++i) acc[i] += own[q][i];
       }
     }
-    sycl::group_barrier(item.get_group());
-    const uint32_t count = sycl::min(uint32_t{kSplit}, quads - first);
-#pragma unroll
-    for (int i = 0; i < kOwnRows; ++i) {
-      const uint32_t row = split + i * kSplit;
-      if (row >= kRows) break;
-      for (uint32_t q = 0; q < count; ++q) acc[i] += terms[buffer][q][row][lane_id()];
-    }
-    scale_at += kSplit * kQuad * w_scale_block_stride;
+    column.step(kSplit);
     buffer ^= 1;  // the next round writes what the one before has read: one barrier is enough
   }
   const Output output = {bias, bias_row_stride, bias_column_stride, y, m, n};
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) {
-    const uint32_t row = split + i * kSplit;
+    const uint32_t row = first_own + i;
     if (row < height) output.store_row(acc[i], first_row + row, first_column + lane_id());
   }
 }

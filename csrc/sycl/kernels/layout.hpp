@@ -28,8 +28,13 @@ constexpr unsigned kWindowHigh = 127 + 34;
 
 constexpr int kQuadElements = 128;
 
-/// Inside of a block the 32 elements are in the order in which packed dwords come apart: the low nibbles of a dword's four
-/// bytes, then the high ones. Both operands have that order, so no nibble has to move and no dot product changes.
+/// Of the 32 elements inside of a block: any will do that both operands have.
+enum class ElementOrder : int {
+  apart,  // as packed dwords come apart: the low nibbles of a dword's four bytes, then the high ones. No nibble has to move
+  packed  // as in the checkpoint: for products with operands of four bits
+};
+
+/// Of an operand's codes.
 enum class Arrangement : int {
   rows,             // [row][K]: A, for devices with 2D block loads
   row_fragments,    // [8 rows][quad][block][row][32]: A, for the others
@@ -38,6 +43,13 @@ enum class Arrangement : int {
 
 /// Columns are padded to whole tiles of every device, so that a weight can be expanded once for all products.
 constexpr int kColumnPadding = 32;
+
+/// What a kernel that reads W as it is in the checkpoint knows of it.
+enum class Weights : int {
+  any,
+  whole_quads,     // K is a multiple of 128
+  scales_together  // and a quad's four scale bytes are an aligned dword
+};
 
 struct ExpandedLayout {
   int64_t rows, padded_rows, quads;

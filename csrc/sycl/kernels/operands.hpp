@@ -70,23 +70,30 @@ struct RowCodes {
 
   /// Four blocks of 8 rows, from row 8 * unit of the tile.
   XPU_FP4_INLINE void load(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      RowFragment pair[2];
+      load_pair(unit, quad, half, pair);
+#pragma unroll
+      for (int b = 0; b < 2; ++b) out[2 * half + b] = pair[b];
+    }
+  }
+  /// Two of them.
+  XPU_FP4_INLINE void load_pair(uint32_t unit, uint32_t quad, int half, RowFragment (&out)[2]) const {
     if constexpr (!kBlock2D) {
-      load_fragments(codes + (unit * quads + quad) * (kQuad * kRowFragmentBytes), out);
+      load_fragments(codes + (unit * quads + quad) * (kQuad * kRowFragmentBytes) + half * (2 * kRowFragmentBytes), out);
     } else {
-      load_surface(unit, quad, out);
+      load_surface(unit, quad, half, out);
     }
   }
 
 #if XPU_FP4_MATRIX_UNIT && XPU_FP4_BLOCK_2D
-  XPU_FP4_INLINE void load_surface(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad]) const {
+  XPU_FP4_INLINE void load_surface(uint32_t unit, uint32_t quad, int half, RowFragment (&out)[2]) const {
     const int width = static_cast<int>(quads * kQuadElements) - 1;
+    const xpu_fp4_int2 at = {static_cast<int>(quad * kQuadElements) + 2 * kBlock * half, static_cast<int>(unit * kRowUnit)};
+    const auto rows = __builtin_IB_subgroup_block_read_flat_u8_m8k32v2((long)codes, width, height - 1, width, at);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const xpu_fp4_int2 at = {static_cast<int>(quad * kQuadElements) + 2 * kBlock * half, static_cast<int>(unit * kRowUnit)};
-      const auto rows = __builtin_IB_subgroup_block_read_flat_u8_m8k32v2((long)codes, width, height - 1, width, at);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) out[2 * half + i / 8][i % 8] = static_cast<short>(rows[i]);
-    }
+    for (int i = 0; i < 16; ++i) out[i / 8][i % 8] = static_cast<short>(rows[i]);
   }
   /// Eight rows of a quad.
   XPU_FP4_INLINE void prefetch(uint32_t unit, uint32_t quad) const {
@@ -98,11 +105,11 @@ struct RowCodes {
     }
   }
 #else
-  XPU_FP4_INLINE void load_surface(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad]) const {
-    for (int b = 0; b < kQuad; ++b) {
+  XPU_FP4_INLINE void load_surface(uint32_t unit, uint32_t quad, int half, RowFragment (&out)[2]) const {
+    for (int b = 0; b < 2; ++b) {
       for (uint32_t r = 0; r < kRowUnit; ++r) {
         const uint32_t row = unit * kRowUnit + r;
-        const uint64_t at = uint64_t{row} * quads * kQuadElements + quad * kQuadElements + b * kBlock;
+        const uint64_t at = uint64_t{row} * quads * kQuadElements + quad * kQuadElements + (2 * half + b) * kBlock;
         out[b][r] = row < height ? ((GlobalShorts)(codes + at))[lane_id()] : 0;
       }
     }
@@ -111,9 +118,9 @@ struct RowCodes {
 #endif
 
  private:
-  static XPU_FP4_INLINE void load_fragments(GlobalBytes from, RowFragment (&out)[kQuad]) {
+  static XPU_FP4_INLINE void load_fragments(GlobalBytes from, RowFragment (&out)[2]) {
 #pragma unroll
-    for (int b = 0; b < kQuad; ++b) {
+    for (int b = 0; b < 2; ++b) {
 #if XPU_FP4_SUB_GROUP == 16
       out[b] = __builtin_bit_cast(
           RowFragment, __spirv_SubgroupBlockReadINTEL<xpu_fp4_ushort8>((GlobalShorts)(from + b * kRowFragmentBytes)));

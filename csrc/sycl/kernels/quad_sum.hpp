@@ -70,9 +70,8 @@ struct RowScales {
   }
 };
 
-/// Of kLanes columns, lane = column: the first scale over the factor by which the operands are too large, and ratios.
-/// log2_factor: 2, since both operands hold twice their values, plus what the column's are shifted without their exponents.
-template <int level, int log2_factor = 2>
+/// Of kLanes columns, lane = column: the first scale over 4, since both operands hold twice their values, and ratios.
+template <int level>
 struct ColumnScales {
   float scale[kChains<level>];
 
@@ -85,10 +84,10 @@ struct ColumnScales {
       for (int b = 0; b < kQuad; ++b) {
         // e8m0::value() in three instructions: 2^-127 has the bits 0x00400000, and e + 1 reaches 256 for NaN only.
         const float value = float_of(sycl::max(e[b] << 23, 0x00400000u) | (e[b] + 1) >> 8 << 22);
-        scale[b] = value * pow2(-log2_factor);
+        scale[b] = value * 0.25f;
       }
     } else {
-      scale[0] = power(e[0] - log2_factor);
+      scale[0] = power(e[0] - 2);
       if constexpr (level == kPairLevel) scale[1] = power(e[2] - e[0] + 127);
       if constexpr (level == kBlockLevel) {
         scale[1] = power(e[1] - e[0] + 127);
@@ -100,9 +99,9 @@ struct ColumnScales {
 };
 
 /// The quad's sum for row r of 8, the lane's column: in units of columns.scale[0], but on the general level.
-template <int level, int log2_factor>
+template <int level>
 XPU_FP4_INLINE float quad_term(const ChainSums<level>& sums, int r, const RowScales<level>& rows, int row,
-                               const ColumnScales<level, log2_factor>& columns) {
+                               const ColumnScales<level>& columns) {
   const float (&s)[kChains<level>] = columns.scale;
   float u[kChains<level>];
 #pragma unroll
