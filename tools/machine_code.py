@@ -133,10 +133,12 @@ class Listing:
         return max(innermost, key=lambda loop: self.segment(*loop).matrix, default=None)
 
     def paths(self, least: int) -> list[Segment]:
-        """Straight runs of the loop with at least so many matrix instructions, in ascending order of their float work."""
+        """Straight runs of the loop with at least so many matrix instructions, by their float work, then by their loads."""
         if self.loop is None:
             return []
         first, last = self.loop
         cuts = sorted({first, last, *(at for at in self.code[1].values() if first < at < last)})
         runs = [self.segment(a, b) for a, b in pairwise(cuts)]
-        return sorted((run for run in runs if run.matrix >= least), key=lambda run: run.per_matrix("float"))
+        return sorted(
+            (run for run in runs if run.matrix >= least), key=lambda run: (round(run.per_matrix("float")), run.counts["send"])
+        )

@@ -45,7 +45,7 @@ sycl::nd_range<2> grid(int64_t rows, int64_t lanes) {
           {1, static_cast<size_t>(kGroupLanes)}};
 }
 
-constexpr uint32_t kMagicBits = 0x4B400000;  // of 1.5 * 2^23: kernels/quad_sum.hpp
+constexpr uint32_t kMagicBits = 0x4B200000;  // of 1.25 * 2^23: kernels/quad_sum.hpp
 
 // An operand in the expanded form of kernels/layout.hpp; owns its memory.
 struct Expanded {
@@ -53,7 +53,7 @@ struct Expanded {
   ExpandedLayout layout;
   uint8_t* codes;
   uint32_t* exponents;
-  uint8_t* levels;
+  uint32_t* levels;
 };
 
 class SyclBackend final : public Backend {
@@ -206,7 +206,8 @@ class SyclBackend final : public Backend {
     const int64_t exponents = round_up(layout.codes_bytes(), 64), levels = exponents + round_up(layout.exponents_bytes(), 64);
     std::shared_ptr<void> memory = allocate_(levels + layout.levels_bytes());
     auto* base = static_cast<uint8_t*>(memory.get());
-    return {std::move(memory), layout, base, reinterpret_cast<uint32_t*>(base + exponents), base + levels};
+    return {std::move(memory), layout, base, reinterpret_cast<uint32_t*>(base + exponents),
+            reinterpret_cast<uint32_t*>(base + levels)};
   }
 
   static sycl::nd_range<2> expand_range(const Expanded& out) { return grid(out.layout.quads, out.layout.padded_rows); }

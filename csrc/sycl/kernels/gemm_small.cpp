@@ -25,7 +25,7 @@ using RoundTerms = float[kSplit][kRows][kLanes];
 struct Rows {
   RowCodes codes;
   GlobalWords exponents;
-  GlobalBytes levels;
+  GlobalWords levels;
   uint32_t quads, level_pitch;
 };
 
@@ -57,12 +57,12 @@ XPU_FP4_INLINE bool any_outside_of_window(const Rows& rows, uint32_t quad, uint3
 #pragma unroll
   for (int b = 0; b < kQuad; ++b) outside |= exponent_of(column_exponents, b) - kWindowLow > kWindowHigh - kWindowLow;
 #pragma unroll
-  for (int g = 0; g < kGroups; ++g) outside |= rows.levels[g * rows.level_pitch + quad] == kGeneralLevel;
+  for (int g = 0; g < kGroups; ++g) outside |= rows.levels[g * rows.level_pitch + quad] == kOnlyGeneral;
   return sycl::any_of_group(this_sub_group(), outside);
 }
 
 XPU_FP4_KERNEL(2)
-gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* a_levels, const uint8_t* w, const uint8_t* w_scale,
+gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint32_t* a_levels, const uint8_t* w, const uint8_t* w_scale,
            int64_t w_scale_row_stride, int64_t w_scale_block_stride, const float* bias, int64_t bias_row_stride,
            int64_t bias_column_stride, void* y, int64_t m, int64_t n, int64_t k, uint32_t magic_bits) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
@@ -78,7 +78,7 @@ gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* a_level
   const auto height = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kRows}));
   const Rows rows = {{(GlobalBytes)a + uint64_t(first_row) * quads * kQuadElements, quads, height},
                      (GlobalWords)a_exponents + row_group * quads * kLanes,
-                     (GlobalBytes)a_levels + row_group * pitch,
+                     (GlobalWords)a_levels + row_group * pitch,
                      quads,
                      pitch};
   const WeightColumn column(w, w_scale, w_scale_row_stride, w_scale_block_stride, k,
