@@ -135,7 +135,7 @@ def test_outlier_channels_give_the_native_bits(force: pytest.MonkeyPatch, varian
     assert_native_bits(with_special_blocks(operands), torch.float32)
 
 
-@pytest.mark.parametrize("variant", LARGE | SMALL)
+@pytest.mark.parametrize("variant", [*LARGE, *SMALL])
 @pytest.mark.parametrize("high", [33, 34])
 def test_the_largest_sums_of_the_window_stay_finite(force: pytest.MonkeyPatch, variant: str, high: int) -> None:
     """In units of the first block's scale, the least of the window, the others are as large as they get."""
