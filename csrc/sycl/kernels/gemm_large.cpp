@@ -16,7 +16,7 @@ constexpr int kTileRows = kRowUnit * kRowUnits;
 constexpr int kUnitsPerGroup = kLanes / kRowUnit;  // row units that share a word of exponents per lane
 
 struct Tile {
-  RowCodes rows;
+  ManyRowCodes rows;
   GlobalWords row_exponents;  // of the tile's first group
   ColumnCodes<kColumnUnits> columns;
   GlobalWords column_exponents;
@@ -103,7 +103,7 @@ gemm_large(const uint8_t* a, const uint32_t* a_exponents, const uint32_t* a_leve
   Tile tile;
   tile.quads = quads;
   const auto rows = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kTileRows}));
-  tile.rows = {(GlobalBytes)a + uint64_t(first_row) * quads * kQuadElements, quads, rows};
+  tile.rows = ManyRowCodes({(GlobalBytes)a + uint64_t(first_row) * quads * kQuadElements, quads, rows});
   tile.row_exponents = (GlobalWords)a_exponents + row_group * quads * kLanes;
   tile.column_exponents = (GlobalWords)b_exponents + column_group * quads * kLanes;
   tile.columns = {(GlobalBytes)b + column_group * quads * (kQuad * kColumnFragmentBytes), quads};

@@ -16,7 +16,7 @@ typedef float xpu_fp4_float8 __attribute__((ext_vector_type(8)));
 
 #if XPU_FP4_MATRIX_UNIT && XPU_FP4_BLOCK_2D
 // Known to Intel's compiler by name. A surface is its address, width in bytes, height and pitch, each less one. A payload is
-// all that a load says, in one register: for loads of many places it takes one instead of one each.
+// all that a load says, in one register. Left to itself, the compiler keeps one for each place in a surface.
 extern "C" {
 SYCL_EXTERNAL int* __builtin_IB_subgroup_createBlock2DAddressPayload(long surface, int width, int height, int pitch, int x,
                                                                      int y, int block_width, int block_height, int blocks);
@@ -24,6 +24,8 @@ SYCL_EXTERNAL void __builtin_IB_subgroup_setBlock2DAddressPayloadBlockX(int* pay
 SYCL_EXTERNAL void __builtin_IB_subgroup_setBlock2DAddressPayloadBlockY(int* payload, int y);
 SYCL_EXTERNAL xpu_fp4_ushort8 __builtin_IB_subgroup_block_read_ap_u8_m8k32v1(int* payload, int x, int y, int cache);
 SYCL_EXTERNAL xpu_fp4_ushort16 __builtin_IB_subgroup_block_read_ap_u8_m8k32v2(int* payload, int x, int y, int cache);
+SYCL_EXTERNAL xpu_fp4_ushort16 __builtin_IB_subgroup_block_read_flat_u8_m8k32v2(long surface, int width, int height, int pitch,
+                                                                                xpu_fp4_int2 at);
 SYCL_EXTERNAL xpu_fp4_uint8 __builtin_IB_subgroup_block_read_flat_u32_m8k16v1(long surface, int width, int height, int pitch,
                                                                               xpu_fp4_int2 at);
 SYCL_EXTERNAL xpu_fp4_uint32 __builtin_IB_subgroup_block_read_flat_u32_m32k16v1(long surface, int width, int height, int pitch,
@@ -80,62 +82,34 @@ struct RowCodes {
   uint32_t quads, height;
 
 #if XPU_FP4_MATRIX_UNIT && XPU_FP4_BLOCK_2D
-  int *one_block, *two_blocks;  // payloads
-
-  RowCodes() = default;
-  XPU_FP4_INLINE RowCodes(GlobalBytes codes, uint32_t quads, uint32_t height)
-      : codes(codes), quads(quads), height(height), one_block(payload(1)), two_blocks(payload(2)) {}
-
   /// Four blocks of 8 rows, from row 8 * unit of the tile.
   XPU_FP4_INLINE void load(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad]) const {
-    set_row(two_blocks, unit);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      set_block(two_blocks, quad, 2 * half);
-      const auto rows = __builtin_IB_subgroup_block_read_ap_u8_m8k32v2(two_blocks, 0, 0, 0);
+      const auto rows =
+          __builtin_IB_subgroup_block_read_flat_u8_m8k32v2((long)codes, width(), height - 1, width(), place(unit, quad, half));
 #pragma unroll
       for (int i = 0; i < 16; ++i) out[2 * half + i / 8][i % 8] = static_cast<short>(rows[i]);
     }
   }
-  /// In the near level's order.
-  XPU_FP4_INLINE void load(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad], const NearOrder& order) const {
-    set_row(one_block, unit);
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      set_block(one_block, quad, order.block[i]);
-      out[i] = __builtin_bit_cast(RowFragment, __builtin_IB_subgroup_block_read_ap_u8_m8k32v1(one_block, 0, 0, 0));
-    }
-  }
   /// Eight rows of a quad.
   XPU_FP4_INLINE void prefetch(uint32_t unit, uint32_t quad) const {
-    const int width = static_cast<int>(quads * kQuadElements) - 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const xpu_fp4_int2 at = {static_cast<int>(quad * kQuadElements) + 2 * kBlock * half, static_cast<int>(unit * kRowUnit)};
-      __builtin_IB_subgroup_block_read_prefetch_u8_m8k32v2((long)codes, width, height - 1, width, at, kCacheInL1AndL3);
+      __builtin_IB_subgroup_block_read_prefetch_u8_m8k32v2((long)codes, width(), height - 1, width(), place(unit, quad, half),
+                                                           kCacheInL1AndL3);
     }
   }
+  XPU_FP4_INLINE int width() const { return static_cast<int>(quads * kQuadElements) - 1; }
 
  private:
-  XPU_FP4_INLINE int* payload(int blocks) const {
-    const int width = static_cast<int>(quads * kQuadElements) - 1;
-    return __builtin_IB_subgroup_createBlock2DAddressPayload((long)codes, width, height - 1, width, 0, 0, kBlock, kRowUnit,
-                                                             blocks);
-  }
-  static XPU_FP4_INLINE void set_row(int* payload, uint32_t unit) {
-    __builtin_IB_subgroup_setBlock2DAddressPayloadBlockY(payload, static_cast<int>(unit * kRowUnit));
-  }
-  static XPU_FP4_INLINE void set_block(int* payload, uint32_t quad, uint32_t block) {
-    __builtin_IB_subgroup_setBlock2DAddressPayloadBlockX(payload, static_cast<int>(quad * kQuadElements + block * kBlock));
+  static XPU_FP4_INLINE xpu_fp4_int2 place(uint32_t unit, uint32_t quad, int half) {
+    return {static_cast<int>(quad * kQuadElements) + 2 * kBlock * half, static_cast<int>(unit * kRowUnit)};
   }
 #else
   XPU_FP4_INLINE void load(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad]) const {
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) out[b] = load_block(unit, quad, b);
-  }
-  XPU_FP4_INLINE void load(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad], const NearOrder& order) const {
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) out[i] = load_block(unit, quad, order.block[i]);
   }
   XPU_FP4_INLINE RowFragment load_block(uint32_t unit, uint32_t quad, uint32_t block) const {
 #if XPU_FP4_BLOCK_2D
@@ -151,6 +125,56 @@ struct RowCodes {
 #endif
   }
   XPU_FP4_INLINE void prefetch(uint32_t, uint32_t) const {}
+#endif
+};
+
+/// The same for many units, and in the near level's order.
+struct ManyRowCodes : RowCodes {
+  ManyRowCodes() = default;
+
+#if XPU_FP4_MATRIX_UNIT && XPU_FP4_BLOCK_2D
+  XPU_FP4_INLINE explicit ManyRowCodes(const RowCodes& rows) : RowCodes(rows), one_block(payload(1)), two_blocks(payload(2)) {}
+
+  XPU_FP4_INLINE void load(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad]) const {
+    set_row(two_blocks, unit);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      set_block(two_blocks, quad, 2 * half);
+      const auto rows = __builtin_IB_subgroup_block_read_ap_u8_m8k32v2(two_blocks, 0, 0, 0);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) out[2 * half + i / 8][i % 8] = static_cast<short>(rows[i]);
+    }
+  }
+  XPU_FP4_INLINE void load(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad], const NearOrder& order) const {
+    set_row(one_block, unit);
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      set_block(one_block, quad, order.block[i]);
+      out[i] = __builtin_bit_cast(RowFragment, __builtin_IB_subgroup_block_read_ap_u8_m8k32v1(one_block, 0, 0, 0));
+    }
+  }
+
+ private:
+  int *one_block, *two_blocks;  // payloads of loads of 8 rows
+
+  XPU_FP4_INLINE int* payload(int blocks) const {
+    return __builtin_IB_subgroup_createBlock2DAddressPayload((long)codes, width(), height - 1, width(), 0, 0, kBlock, kRowUnit,
+                                                             blocks);
+  }
+  static XPU_FP4_INLINE void set_row(int* payload, uint32_t unit) {
+    __builtin_IB_subgroup_setBlock2DAddressPayloadBlockY(payload, static_cast<int>(unit * kRowUnit));
+  }
+  static XPU_FP4_INLINE void set_block(int* payload, uint32_t quad, uint32_t block) {
+    __builtin_IB_subgroup_setBlock2DAddressPayloadBlockX(payload, static_cast<int>(quad * kQuadElements + block * kBlock));
+  }
+#else
+  XPU_FP4_INLINE explicit ManyRowCodes(const RowCodes& rows) : RowCodes(rows) {}
+
+  using RowCodes::load;
+  XPU_FP4_INLINE void load(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad], const NearOrder& order) const {
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) out[i] = load_block(unit, quad, order.block[i]);
+  }
 #endif
 };
 
