@@ -5,7 +5,7 @@ The architectures here cover every program that is built: `pvc` and `lnl-m` shar
 """
 
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, product
 from typing import get_args
 
 import pytest
@@ -28,6 +28,7 @@ from torch import Tensor
 from xpu_fp4 import Mode, ScaleMode, reference
 
 LARGE = {"bmg:large": (65, 33), "ptl:large": (50, 40), "dg2:large": (17, 40)}
+TILE_ROWS = {"bmg:large": 64, "ptl:large": 48, "dg2:large": 16}
 MEDIUM = {"bmg:medium": (33, 20), "dg2:medium": (9, 20)}
 SMALL = {"bmg:small": (1, 3, 8, 13, 37), "dg2:small": (1, 8, 37)}
 # One shape for each variant: with tails, of its large tile, or of eight rows.
@@ -101,6 +102,49 @@ def test_large_tiles_give_the_native_bits(force: pytest.MonkeyPatch, variant: st
     """Last quads of one block, more quads than lanes; every level, and every level beside every other."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     assert_every_spread(*LARGE[variant], k, torch.float32)
+
+
+@pytest.mark.parametrize("variant", LARGE)
+def test_near_rows_give_the_native_bits(force: pytest.MonkeyPatch, variant: str) -> None:
+    """One quad, whose sum is the output to its last bit. Each tile has scales of its own: each distance up to where the near
+    level ends and beyond, in each order; columns within 2 and 3 powers of two."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    distances = [offsets for offsets in product((0, 1, 4, 5, 8, 12), repeat=4) if min(offsets) == 0 and max(offsets) > 3]
+    generator = seeded(next(seeds))
+    for first in range(0, len(distances), 131):
+        a_scale = 120 + torch.tensor(distances[first : first + 131], dtype=torch.uint8).repeat_interleave(TILE_ROWS[variant], 0)
+        within = torch.tensor((3, 4)).repeat_interleave(32)[:, None]
+        w_scale = 120 + (torch.rand(64, 4, generator=generator) * within).to(torch.uint8)
+        a, w = random_codes(len(a_scale), 128, generator), random_codes(64, 128, generator)
+        assert_native_bits((a, a_scale, w, w_scale), torch.float32)
+
+
+@pytest.mark.parametrize("variant", LARGE)
+@pytest.mark.parametrize("centre", [82, 83, 86, 120, 152, 153, 160, 161])
+def test_outlier_channels_give_the_native_bits(force: pytest.MonkeyPatch, variant: str, centre: int) -> None:
+    """Outliers in some blocks of each quad, the same in all rows, so that most tiles are near; a last quad of one block, zero
+    blocks and rows, NaN scales; exponents up to the ends of the window and beyond."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    generator = seeded(next(seeds))
+    (m, n), k = LARGE[variant], 2080
+    outlier = torch.rand(k // 32, generator=generator) < 0.3
+    distance = torch.rand(m, k // 32, generator=generator)
+    a_scale = (centre + distance * torch.where(outlier, 9, 2)).to(torch.uint8)
+    w_scale = (125 + torch.rand(n, k // 32, generator=generator) * 3).to(torch.uint8)
+    operands = random_codes(m, k, generator), a_scale, random_codes(n, k, generator), w_scale
+    assert_native_bits(operands, torch.float32)
+    assert_native_bits(with_special_blocks(operands), torch.float32)
+
+
+@pytest.mark.parametrize("variant", [*LARGE, *SMALL])
+@pytest.mark.parametrize("high", [33, 34])
+def test_the_largest_sums_of_the_window_stay_finite(force: pytest.MonkeyPatch, variant: str, high: int) -> None:
+    """In units of the first block's scale, the least of the window, the others are as large as they get."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    a, w = torch.full((65, 64), 0x77, dtype=torch.uint8), torch.full((33, 64), 0x77, dtype=torch.uint8)
+    a_scale = torch.full((65, 4), 127 + high, dtype=torch.uint8)
+    w_scale = torch.tensor([127 - 44, *[127 + high] * 3], dtype=torch.uint8).expand(33, 4).contiguous()
+    assert_native_bits((a, a_scale, w, w_scale), torch.float32)
 
 
 @pytest.mark.parametrize("variant", MEDIUM)

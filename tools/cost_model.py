@@ -48,6 +48,10 @@ class Model:
         clocks = path["int clocks"] + path["float clocks"] if apart else max(path["int clocks"], path["float clocks"])
         return max(self.seconds(ceil(sub_groups / self.device["engines"]) * clocks), self.memory(moved))
 
+    def clocks(self, path: dict[str, float], apart: bool) -> float:
+        """Of a matrix instruction in a path of gemm_large."""
+        return max(self.device["matrix_clocks"], path["int"] + path["float"] if apart else max(path["int"], path["float"]))
+
     def large(self, m: int, n: int, k: int, level: str, apart: bool, kept: bool = False) -> float:
         """Quantize and expand A, expand W unless that form is kept, multiply; bfloat16 in and out."""
         quads = ceil(k / 128)
@@ -59,11 +63,10 @@ class Model:
 
     def tiles(self, kernel: dict[str, Any], m: int, n: int, k: int, level: str, apart: bool) -> float:
         rows, columns = map(int, kernel["variant"].split()[0].split("x"))
-        path = kernel["paths"][level]
-        clocks = max(self.device["matrix_clocks"], path["int"] + path["float"] if apart else max(path["int"], path["float"]))
-        loop = sum(row["matrix"] for row in kernel["paths"].values()) * 20  # instructions of the four paths, roughly
+        path = kernel["paths"].get(level) or kernel["paths"]["block"]
+        loop = sum(row["matrix"] for row in kernel["paths"].values()) * 20  # instructions of the paths, roughly
         epilogue = max(kernel["instructions"] - loop, 0)
-        tile = ceil(k / 128) * path["matrix"] * clocks + epilogue
+        tile = ceil(k / 128) * path["matrix"] * self.clocks(path, apart) + epilogue
         count = ceil(m / rows) * ceil(n / columns)
         return max(self.seconds(ceil(count / self.device["engines"]) * tile), self.memory(m * k + n * k + 2 * m * n))
 
@@ -124,11 +127,12 @@ def main(counts: Path, plot: Path) -> None:
     models = load(counts)
     print(
         "4096 x 4096 x 4096, milliseconds (modelled): aligned quads with the weight expanded once; expanded in each call, "
-        "aligned quads, pairs, blocks with int and float apart; bf16 peer"
+        "aligned quads, pairs, near rows (dg2: blocks); with int and float apart near rows, unaligned blocks; bf16 peer"
     )
     for name, model in models.items():
-        cases = (("quad", False, True), ("quad", False, False), ("pair", False, False), ("block", True, False))
-        times = [model.large(4096, 4096, 4096, *case) for case in cases] + [model.peer(4096, 4096, 4096)]
+        once = model.large(4096, 4096, 4096, "quad", False, kept=True)
+        cases = (("quad", False), ("pair", False), ("near", False), ("near", True), ("block", True))
+        times = [once, *(model.large(4096, 4096, 4096, level, apart) for level, apart in cases), model.peer(4096, 4096, 4096)]
         print(f"{name:6}", *(f"{1e3 * time:7.3f}" for time in times))
     draw({name: models[name] for name in ("bmg", "pvc", "dg2")}, plot)
 

@@ -51,21 +51,21 @@ sycl::nd_range<2> grid(int64_t rows, int64_t lanes) {
           {1, static_cast<size_t>(kGroupLanes)}};
 }
 
-constexpr uint32_t kMagicBits = 0x4B400000;  // of 1.5 * 2^23: kernels/quad_sum.hpp
+constexpr uint32_t kMagicBits = 0x4B200000;  // of 1.25 * 2^23: kernels/quad_sum.hpp
 
 // An operand in the expanded form of kernels/layout.hpp. Each array starts on a cache line, as block loads want it.
 struct Expanded {
   ExpandedLayout layout;
   uint8_t* codes;
   uint32_t* exponents;
-  uint8_t* levels;
+  uint32_t* levels;
   std::shared_ptr<void> memory;  // null where it is the caller's
 
   Expanded(const ExpandedLayout& of, uint8_t* at, std::shared_ptr<void> owned = nullptr)
       : layout(of),
         codes(at),
         exponents(reinterpret_cast<uint32_t*>(codes + round_up(layout.codes_bytes(), 64))),
-        levels(reinterpret_cast<uint8_t*>(exponents) + round_up(layout.exponents_bytes(), 64)),
+        levels(exponents + round_up(layout.exponents_bytes(), 64) / 4),
         memory(std::move(owned)) {}
   static int64_t bytes(const ExpandedLayout& layout) {
     return round_up(layout.codes_bytes(), 64) + round_up(layout.exponents_bytes(), 64) + layout.levels_bytes();

@@ -17,7 +17,7 @@ using namespace xpu_fp4;
 namespace {
 
 constexpr int64_t kBeyond = int64_t{1} << 31;
-constexpr uint32_t kMagicBits = 0x4B400000;  // of 1.5 * 2^23
+constexpr uint32_t kMagicBits = 0x4B200000;  // of 1.25 * 2^23
 const float* const kNoBias = nullptr;
 
 /// A tile of gemm_large or gemm_w4a16_matrix: units of 8 rows and of `lanes` columns.
@@ -121,7 +121,7 @@ class Offsets : public testing::Test {
     launch("expand.cpp", tiling, {{"ARRANGEMENT", static_cast<int>(arrangement)}, {"ORDER", static_cast<int>(order)}}, "expand",
            range({out.layout.quads, out.layout.padded_rows - first}, {1, tiling.lanes}, {0, first}), in.codes.as<uint8_t>(),
            in.scale.as<uint8_t>(), blocks, int64_t{1}, out.codes.as<uint8_t>(), out.exponents.as<uint32_t>(),
-           out.levels.as<uint8_t>(), out.layout.rows, out.layout.padded_rows, in.k);
+           out.levels.as<uint32_t>(), out.layout.rows, out.layout.padded_rows, in.k);
   }
 
   static Arrangement rows_of(const Tiling& tiling) { return tiling.block_2d ? Arrangement::rows : Arrangement::row_fragments; }
@@ -152,8 +152,8 @@ class Offsets : public testing::Test {
     expand(a, tiling, rows_of(tiling), first_row, left);
     expand(w, tiling, Arrangement::column_fragments, first_column, right);
     launch("gemm_large.cpp", tiling, {{"DTYPE", 0}}, "gemm_large", last_tile(tiling, m, n), left.codes.as<uint8_t>(),
-           left.exponents.as<uint32_t>(), left.levels.as<uint8_t>(), right.codes.as<uint8_t>(), right.exponents.as<uint32_t>(),
-           right.levels.as<uint8_t>(), kNoBias, int64_t{0}, int64_t{0}, y.as<float>(), m, n,
+           left.exponents.as<uint32_t>(), left.levels.as<uint32_t>(), right.codes.as<uint8_t>(), right.exponents.as<uint32_t>(),
+           right.levels.as<uint32_t>(), kNoBias, int64_t{0}, int64_t{0}, y.as<float>(), m, n,
            static_cast<uint32_t>(left.layout.quads), kMagicBits);
     EXPECT_TRUE(same_bits(corner<float>(y, m, n, in.m, in.n), native(in)));
   }

@@ -25,7 +25,7 @@ struct RowQuad {
 /// How the quad is expanded: every block shifted left by scale - exponent.
 struct Alignment {
   uint32_t exponent[kQuad];
-  uint32_t level;
+  uint32_t levels;  // that it rules out
 };
 
 struct Range {
@@ -35,39 +35,80 @@ struct Range {
     high = sycl::max(high, scale);
   }
   inline bool empty() const { return low > high; }
-  inline bool aligned() const { return empty() || high - low <= kMaxShift; }
+  inline bool aligned() const { return high - low <= kMaxShift; }  // not if empty
 };
 
-/// Blocks of zeros take any exponent: their products are +0 whatever it is.
+/// The near levels that a row of A rules out (quad_sum.hpp says why): `scale`, within 8 from `least` + 3 on, is what blocks'
+/// sums are multiples of; `exponent`, at least `least`, is the unit of their chains.
+inline uint32_t not_near(const uint32_t (&scale)[kQuad], const uint32_t (&exponent)[kQuad], uint32_t least) {
+  uint32_t most[kQuad], unit[kQuad], applies = 0;
+#pragma unroll
+  for (int b = 0; b < kQuad; ++b) {
+    most[b] = 3u << scale[b] - least;
+    unit[b] = 1u << exponent[b] - least;
+  }
+#pragma unroll
+  for (uint32_t level = kNearLevel; level < kBlockLevel; ++level) {
+    const auto [first, second, third, fourth] = NearOrder(level).block;
+    if (first == second) continue;
+    const bool exact = unit[second] + unit[third] <= most[first] && unit[third] <= most[second];
+    if (exact && exponent[third] == exponent[fourth]) applies |= 1u << level;
+  }
+  return kNoNearLevel & ~applies;
+}
+
+/// Blocks of zeros take any exponent: their products are +0 whatever it is. Others take the least that they can, which makes
+/// their sums multiples of the most: that is what the near level needs.
 inline Alignment align(const RowQuad& quad) {
-  Range pair[2], all;
-  bool nan = false;
+  constexpr bool columns = kArrangement == Arrangement::column_fragments;
+  Range all;
+  bool nan = false, zero[kQuad];
 #pragma unroll
   for (int b = 0; b < kQuad; ++b) {
     const uint32_t* codes = quad.codes[b];
     nan |= quad.scale[b] == e8m0::kNan;
-    if (((codes[0] | codes[1] | codes[2] | codes[3]) & 0x77777777u) != 0) {
-      pair[b / 2].add(quad.scale[b]);
-      all.add(quad.scale[b]);
-    }
+    zero[b] = ((codes[0] | codes[1] | codes[2] | codes[3]) & 0x77777777u) == 0;
+    if (!zero[b]) all.add(quad.scale[b]);
   }
+  if (all.empty()) all.add(e8m0::kBias);
   Alignment result;
-  // A row of A that is NaN becomes so on every level (gemm_large.cpp); a column does on the general one.
-  result.level = nan && kArrangement == Arrangement::column_fragments ? kGeneralLevel : kQuadLevel;
+  uint32_t scale[kQuad], (&exponent)[kQuad] = result.exponent;
+  const bool outside = all.low < kWindowLow || all.high > kWindowHigh;
 #pragma unroll
-  for (int b = 0; b < kQuad; ++b) {
-    const Range& own = pair[b / 2];
-    const uint32_t shared = all.aligned() || own.empty() ? all.low : own.low;
-    const uint32_t exponent = all.aligned() || own.aligned() ? shared : quad.scale[b];
-    result.exponent[b] = nan ? uint32_t{e8m0::kNan} : all.empty() ? uint32_t{e8m0::kBias} : exponent;
-  }
-  if (nan || all.aligned()) {
-    if (!nan && !all.empty() && (all.low < kWindowLow || all.low > kWindowHigh)) result.level = kGeneralLevel;
+  for (int b = 0; b < kQuad; ++b) exponent[b] = scale[b] = nan ? uint32_t{e8m0::kNan} : zero[b] ? all.low : quad.scale[b];
+  if (nan || outside) {
+    // A row of A that is NaN becomes so on every level (gemm_large.cpp); a column does on the general one.
+    result.levels = nan && !columns ? 0 : kOnlyGeneral;
     return result;
   }
-  // In a pair that is not aligned both blocks count, so that these are all exponents in use.
-  const bool outside = all.low < kWindowLow || all.high > kWindowHigh;
-  result.level = outside ? kGeneralLevel : pair[0].aligned() && pair[1].aligned() ? kPairLevel : kBlockLevel;
+  // Where not all four can share an exponent, the blocks of a column's pair may. A row of A has low blocks, and high ones with
+  // outliers in the same channels as other rows.
+  Range part[2];
+  bool second[kQuad];
+#pragma unroll
+  for (int b = 0; b < kQuad; ++b) {
+    second[b] = columns ? !all.aligned() && b >= 2 : scale[b] - all.low > kMaxShift;
+    if (!zero[b] && !second[b]) part[0].add(scale[b]);
+    if (!zero[b] && second[b]) part[1].add(scale[b]);
+  }
+#pragma unroll
+  for (int b = 0; b < kQuad; ++b) {
+    const Range own = second[b] ? part[1] : part[0];
+    exponent[b] = (own.aligned() ? own.high : scale[b]) - kMaxShift;
+  }
+  const uint32_t spread = all.high - all.low;
+  result.levels = 0;
+  if (!all.aligned()) {
+    result.levels = 1u << kQuadLevel;
+    if (exponent[0] != exponent[1] || exponent[2] != exponent[3]) result.levels |= 1u << kPairLevel;
+  }
+  // With the near level's addresses gemm_large would not fit in Alchemist's registers; its block level is fast enough.
+  constexpr bool has_near = kArrangement != Arrangement::row_fragments;
+  if (!has_near || spread > (columns ? 2 : 8)) {
+    result.levels |= kNoNearLevel;
+  } else if (!columns && !all.aligned()) {
+    result.levels |= not_near(scale, exponent, all.low - kMaxShift);
+  }
   return result;
 }
 
@@ -92,19 +133,19 @@ inline uint32_t expand4(uint32_t codes, uint32_t shift) {
 struct Expanded {
   uint8_t* codes;
   uint32_t* exponents;
-  uint8_t* levels;
+  uint32_t* levels;
   int64_t rows, padded_rows;
   uint32_t quads;
 
-  /// Whole sub-groups only: the level is that of the group.
+  /// Whole sub-groups only: the levels are those of the group.
   inline void store(const RowQuad& in, int64_t row, uint32_t quad) const {
     const Alignment alignment = align(in);
     const int64_t group = row / kLanes;
     const uint32_t* e = alignment.exponent;
     exponents[(group * quads + quad) * kLanes + row % kLanes] = e[0] | e[1] << 8 | e[2] << 16 | e[3] << 24;
-    const uint32_t level = sycl::reduce_over_group(this_sub_group(), alignment.level, sycl::maximum<uint32_t>());
+    const uint32_t ruled_out = sycl::reduce_over_group(this_sub_group(), alignment.levels, sycl::bit_or<uint32_t>());
     const uint32_t pitch = (quads + kLanes - 1) / kLanes * kLanes;
-    if (row % kLanes == 0) levels[group * pitch + quad] = level;
+    if (row % kLanes == 0) levels[group * pitch + quad] = ruled_out;
     if (kArrangement == Arrangement::rows && row >= rows) return;
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
@@ -142,7 +183,7 @@ inline Place this_place() {
 
 XPU_FP4_KERNEL(2)
 expand(const uint8_t* codes, const uint8_t* scale, int64_t scale_row_stride, int64_t scale_block_stride, uint8_t* out,
-       uint32_t* exponents, uint8_t* levels, int64_t rows, int64_t padded_rows, int64_t k) {
+       uint32_t* exponents, uint32_t* levels, int64_t rows, int64_t padded_rows, int64_t k) {
   const auto [row, quad] = this_place();
   if (row >= padded_rows) return;  // whole sub-groups
   const int64_t blocks = k / kBlock;
@@ -187,7 +228,7 @@ inline uint32_t quantize_block(const uint8_t* x, ScaleMode mode, uint32_t (&code
 }
 
 XPU_FP4_KERNEL(2)
-quantize_expand(const uint8_t* x, int mode, uint8_t* out, uint32_t* exponents, uint8_t* levels, int64_t rows,
+quantize_expand(const uint8_t* x, int mode, uint8_t* out, uint32_t* exponents, uint32_t* levels, int64_t rows,
                 int64_t padded_rows, int64_t k) {
   const auto [row, quad] = this_place();
   if (row >= padded_rows) return;  // whole sub-groups

@@ -4,29 +4,45 @@
 //
 // R rows, padded to whole tiles, in groups of one sub-group (lanes = rows of the group); K in quads of 128. Every array is
 // group-major, so that a tile adds one 64-bit offset and walks K with 32 bits.
-//   codes      int8, twice the value, shifted left by what the scales of the row's pair or quad have in common (at most 3, so
-//              |code| <= 96); K rounded up to whole quads, the tail zero. Arranged as Arrangement says
+//   codes      int8, twice the value, shifted left by up to 3 (so |code| <= 96), such that blocks of a quad share an exponent
+//              where they can; K rounded up to whole quads, the tail zero. Arranged as Arrangement says
 //   exponents  uint32 [group][quad][lane]: the scale bytes of the quad's four blocks, reduced by the shift
-//   levels     uint8 [group][quad, rounded up to lanes]: the most expensive Level of the group's rows
+//   levels     uint32 [group][quad, rounded up to lanes]: bit l is set if Level l does not apply to all of the group's rows
 #pragma once
 #include <cstdint>
 
 namespace xpu_fp4 {
 
-/// How a quad of blocks may be summed; each level gives the same bits where it applies.
-enum Level : uint8_t {
-  kQuadLevel,     // the four blocks share one exponent: one int32 sum
-  kPairLevel,     // blocks 0 and 1 share one, blocks 2 and 3 share one
-  kBlockLevel,    // any exponents inside the window
-  kGeneralLevel,  // an exponent outside of the window, or NaN
+constexpr int kQuadElements = 128;
+
+/// How a quad of blocks may be summed, the cheapest first; each level gives the same bits where it applies. A tile takes the
+/// first that none of its groups rules out.
+enum Level : uint32_t {
+  kQuadLevel,  // the four blocks share one exponent: one int32 sum
+  kPairLevel,  // blocks 0 and 1 share one, blocks 2 and 3 share one
+  kNearLevel,  // a column's blocks share one; two of a row's do, and the others' are not far. 16 numbers: NearOrder
+  kBlockLevel = kNearLevel + 16,  // any exponents inside the window
+  kGeneralLevel,                  // an exponent outside of the window, or NaN
+};
+constexpr uint32_t kOnlyGeneral = (1u << kGeneralLevel) - 1;
+constexpr uint32_t kNoNearLevel = (1u << kBlockLevel) - (1u << kNearLevel);
+
+/// The order in which the near level adds: one block, another, and the two that are left, which share an exponent.
+struct NearOrder {
+  uint32_t block[4];
+
+  constexpr explicit NearOrder(uint32_t level) : block{(level - kNearLevel) / 4, (level - kNearLevel) % 4} {
+    const uint32_t a = block[0], b = block[1];
+    block[2] = a != 0 && b != 0 ? 0 : a + b != 1 ? 1 : 2;
+    block[3] = 6 - a - b - block[2];
+  }
 };
 
-/// Unbiased exponents in [-44, 34] need no care for subnormals or overflow: with L = 44 and H = 34 the least bit of any
-/// intermediate is 2^-(2L + H) >= 2^-126, and the largest is below 2^(2H + L + 13.2) < 2^127.
+/// Unbiased exponents in [-44, 33] need no care for subnormals or overflow. With L = 44 and H = 33 the least bit of any
+/// intermediate is 2^-(2L + H) >= 2^-126. Four blocks, in units of a column's exponent that a shift may have reduced by 3, are
+/// below 2^(14.2 + 2H + L + 3) < 2^128.
 constexpr unsigned kWindowLow = 127 - 44;
-constexpr unsigned kWindowHigh = 127 + 34;
-
-constexpr int kQuadElements = 128;
+constexpr unsigned kWindowHigh = 127 + 33;
 
 /// Of the 32 elements inside of a block: any will do that both operands have.
 enum class ElementOrder : int {
@@ -59,7 +75,7 @@ struct ExpandedLayout {
   constexpr int64_t level_pitch() const { return (quads + lanes - 1) / lanes * lanes; }
   constexpr int64_t codes_bytes() const { return padded_rows * quads * kQuadElements; }
   constexpr int64_t exponents_bytes() const { return padded_rows * quads * 4; }
-  constexpr int64_t levels_bytes() const { return groups() * level_pitch(); }
+  constexpr int64_t levels_bytes() const { return groups() * level_pitch() * 4; }
 };
 
 }  // namespace xpu_fp4

@@ -1,11 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device code: the sum of one quad, with the bits of format/accumulate.h, from the integers of the matrix unit. Beside the
-// matrix-mads, an output and quad cost 2 float instructions where the quad's exponents are aligned, 4 where its pairs are, 8
-// inside of the window, 16 in general (layout.hpp), and no integer instruction:
-//  * A chain of matrix-mads starts from the bits of 1.5 * 2^23. |d| < 2^22, so the int32 result *is* the float 1.5 * 2^23 + d.
-//  * u = fma(that, sa, -1.5 * 2^23 * sa) = d * sa is exact; sa is the row's power of two, a scalar operand.
+// matrix-mads, an output and quad cost 2 float instructions where the quad's exponents are aligned, 4 where its pairs are or
+// the rows' are near, 8 inside of the window, 16 in general (layout.hpp), and no integer instruction:
+//  * A chain of matrix-mads starts from the bits of m = 1.25 * 2^23. |d| < 2^21, so the int32 result *is* the float m + d.
+//  * u = fma(that, sa, -m * sa) = d * sa is exact; sa is the row's power of two, a scalar operand.
 //  * The column's power of two goes into the fma that adds. Sums inside of a quad are kept in units of the first block's; the
 //    others enter as ratios. Scaling by a power of two commutes with rounding inside of the window.
+//
+// Near: a column's scales are within 2 powers of two of each other, a row's within 8. So a quad's four products are multiples
+// of some unit, and their sum is at most 4608 * (3 * 2^10 + 1) < 2^24 of it: the definition rounds none of its three sums, and
+// the order is free. With blocks f, g, and h and i in one chain,
+//   x = fma(m + df, sf, -m (sf + sg + sh)) = df sf - m (sg + sh)
+//   y = fma(m + dg, sg, x)                 = df sf + dg sg - m sh
+//   z = fma(m + dh, sh, y)                 = the sum
+// is exact if x and y are. Let F and G be the scales of f and g, which their shifts have reduced to sf and sg. All codes of a
+// column are shifted by at least 1, so df sf is a multiple of 2F, and at most 8 * 4608 F; what not_near (expand.cpp) demands
+// of a row leaves 24 bits for both:
+//   sg + sh <= 3F,       so |x| <= 1.25 * 2^23 * 3F + 8 * 4608 F              < 2^24 * 2F
+//   sh <= 2F and <= 2G,  so |y| <= 1.25 * 2^23 * 2U + 8 * 4608 * (2^8 + 1) U  < 2^24 * 2U, U the lesser of F and G
 #pragma once
 #include "operands.hpp"
 
@@ -18,7 +30,7 @@ namespace xpu_fp4 {
 #define XPU_FP4_STEP inline
 #endif
 
-constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+constexpr float kMagic = 10485760.0f;  // 1.25 * 2^23
 
 /// The bits of kMagic, from a kernel's argument, and made to look different from lane to lane: a constant, or a uniform value,
 /// would be written to eight registers before every chain.
@@ -29,7 +41,7 @@ constexpr int kChains = level == kQuadLevel   ? 1
                         : level == kPairLevel ? 2
                                               : 4;  // of a quad
 
-XPU_FP4_INLINE uint32_t exponent_of(uint32_t exponents, int block) { return exponents >> (8 * block) & 255u; }
+XPU_FP4_INLINE uint32_t exponent_of(uint32_t exponents, uint32_t block) { return exponents >> (8 * block) & 255u; }
 XPU_FP4_INLINE float power(uint32_t biased) { return float_of(biased << 23); }  // 1 .. 254; 255 gives Inf
 
 /// The sums of a quad's chains for 8 rows, as floats that are kMagic too large.
@@ -70,6 +82,17 @@ struct RowScales {
   }
 };
 
+template <>
+struct RowScales<kNearLevel> {
+  float scale[3], offset;
+
+  XPU_FP4_INLINE RowScales(uint32_t exponents, const NearOrder& order) {
+#pragma unroll
+    for (int c = 0; c < 3; ++c) scale[c] = power(exponent_of(exponents, order.block[c]));
+    offset = (scale[0] + scale[1] + scale[2]) * -kMagic;
+  }
+};
+
 /// Of kLanes columns, lane = column: the first scale over 4, since both operands hold twice their values, and ratios.
 template <int level>
 struct ColumnScales {
@@ -97,6 +120,31 @@ struct ColumnScales {
     }
   }
 };
+
+/// On the near level a column's blocks share their exponent.
+template <>
+struct ColumnScales<kNearLevel> : ColumnScales<kQuadLevel> {
+  using ColumnScales<kQuadLevel>::ColumnScales;
+};
+
+/// The near level's sums for 8 rows, from operands in its order. A chain ends before the next begins, so that one takes
+/// registers.
+XPU_FP4_INLINE float8 near_terms(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& magic,
+                                 const RowScales<kNearLevel>& rows, int first_row) {
+  float8 sum;
+#pragma unroll(kUnroll)
+  for (int r = 0; r < kRowUnit; ++r) sum[r] = of_lane(rows.offset, first_row + r);
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    int8 chain = matrix_mad(a[c], b[c], magic);
+    if (c == 2) chain = matrix_mad(a[3], b[3], chain);
+#pragma unroll(kUnroll)
+    for (int r = 0; r < kRowUnit; ++r) {
+      sum[r] = sycl::fma(float_of(chain[r]), of_lane(rows.scale[c], first_row + r), sum[r]);
+    }
+  }
+  return sum;
+}
 
 /// The quad's sum for row r of 8, the lane's column: in units of columns.scale[0], but on the general level.
 template <int level>
