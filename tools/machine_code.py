@@ -134,21 +134,18 @@ class Listing:
         return max(innermost, key=lambda loop: self.segment(*loop).matrix, default=None)
 
     def runs(self, least: int) -> list[tuple[int, int]]:
-        """Straight runs of the loop with at least so many matrix instructions, by their float work, then by their loads."""
+        """Straight runs of the loop with at least so many matrix instructions, by their float work."""
         if self.loop is None:
             return []
         first, last = self.loop
         cuts = sorted({first, last, *(at for at in self.code[1].values() if first < at < last)})
         found = [run for run in pairwise(cuts) if self.segment(*run).matrix >= least]
-
-        def work(run: tuple[int, int]) -> tuple[int, int]:
-            segment = self.segment(*run)
-            return round(segment.per_matrix("float")), segment.counts["send"]
-
-        return sorted(found, key=work)
+        return sorted(found, key=lambda run: self.segment(*run).per_matrix("float"))
 
     def paths(self, least: int) -> list[Segment]:
-        return [self.segment(*run) for run in self.runs(least)]
+        """The same, counted; of those with as much float work the ones with more loads come later."""
+        segments = [self.segment(*run) for run in self.runs(least)]
+        return sorted(segments, key=lambda segment: (round(segment.per_matrix("float")), segment.counts["send"]))
 
     def blocks(self) -> dict[int, tuple[int, list[int]]]:
         """The loop's basic blocks: beginning -> end, and where it may go on."""
