@@ -64,8 +64,7 @@ class Model:
     def tiles(self, kernel: dict[str, Any], m: int, n: int, k: int, level: str, apart: bool) -> float:
         rows, columns = map(int, kernel["variant"].split()[0].split("x"))
         path = kernel["paths"].get(level) or kernel["paths"]["block"]
-        loop = sum(row["matrix"] for row in kernel["paths"].values()) * 20  # instructions of the paths, roughly
-        epilogue = max(kernel["instructions"] - loop, 0)
+        epilogue = kernel["instructions"] - kernel["in the loop"]
         tile = ceil(k / 128) * path["matrix"] * self.clocks(path, apart) + epilogue
         count = ceil(m / rows) * ceil(n / columns)
         return max(self.seconds(ceil(count / self.device["engines"]) * tile), self.memory(m * k + n * k + 2 * m * n))

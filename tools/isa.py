@@ -231,6 +231,7 @@ def save(results: list[Result], file: Path) -> None:
             "variant": result.program.label,
             "registers": result.listing.registers,
             "instructions": result.listing.size,
+            "in the loop": result.listing.segment(*result.listing.loop).instructions if result.listing.loop else 0,
             "spilled": result.listing.spilled,
             "paths": result.paths,
         }

@@ -20,6 +20,10 @@ inline void store_converted(void* data, int64_t i, float x) {
   if constexpr (T == DType::f16) {
     const auto half = __builtin_bit_cast(uint16_t, static_cast<_Float16>(x));
     static_cast<uint16_t*>(data)[i] = is_nan(x) ? uint16_t{0x7E00} : half;
+  } else if constexpr (T == DType::bf16) {
+    // bf16_from_float() without a branch.
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x), rounded = bits + 0x7FFFu + (bits >> 16 & 1);
+    static_cast<uint16_t*>(data)[i] = sycl::select(rounded, 0x7FC00000u, is_nan(x)) >> 16;
   } else {
     store<T>(data, i, x);
   }

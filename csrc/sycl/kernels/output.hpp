@@ -26,26 +26,32 @@ struct Output {
   XPU_FP4_INLINE void store_tile(const float8 (&acc)[row_units][column_units], int64_t first_row, int64_t first_column) const {
     const auto columns = static_cast<int>(sycl::min(n - first_column, int64_t{kLanes * column_units}));
     const auto rows = static_cast<int>(sycl::min(m - first_row, int64_t{kRowUnit * row_units}));
-    const int lane = static_cast<int>(lane_id());
-    float added[column_units] = {};
+    const auto lane = static_cast<int>(lane_id());
+    bool real[column_units];
+    float added[column_units];
+    auto from = (XPU_FP4_GLOBAL const float*)bias + (first_row * bias_row_stride + (first_column + lane) * bias_column_stride);
 #pragma unroll
     for (int j = 0; j < column_units; ++j) {
-      if (bias != nullptr && kLanes * j + lane < columns) added[j] = bias_of(first_row, first_column + kLanes * j + lane);
+      real[j] = kLanes * j + lane < columns;
+      // Without a bias +0, which changes nothing: a sum that begins with +0 is never -0.
+      added[j] = bias != nullptr && real[j] ? from[j * kLanes * bias_column_stride] : 0.0f;
     }
     int64_t at = first_row * n + first_column + lane;
 #pragma unroll(kUnroll)
     for (int i = 0; i < row_units; ++i) {
 #pragma unroll(kUnroll)
       for (int r = 0; r < kRowUnit; ++r) {
-        if (kRowUnit * i + r < rows) {
+        if (kRowUnit * i + r >= rows) return;
+        if (bias_row_stride != 0 && i + r != 0) {
+          from += bias_row_stride;
 #pragma unroll
           for (int j = 0; j < column_units; ++j) {
-            if (kLanes * j + lane < columns) {
-              if (bias_row_stride != 0) added[j] = bias_of(first_row + kRowUnit * i + r, first_column + kLanes * j + lane);
-              const float value = bias == nullptr ? acc[i][j][r] : acc[i][j][r] + added[j];
-              store_converted<kDType>(y, at + kLanes * j, value);
-            }
+            if (real[j]) added[j] = from[j * kLanes * bias_column_stride];
           }
+        }
+#pragma unroll
+        for (int j = 0; j < column_units; ++j) {
+          if (real[j]) store_converted<kDType>(y, at + kLanes * j, acc[i][j][r] + added[j]);
         }
         at += n;
       }
