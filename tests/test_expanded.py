@@ -2,6 +2,7 @@
 """Weights that are expanded once, for products with many rows on GPUs: the same bits, less work in each call."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -126,8 +127,6 @@ def test_a_module_expands_once_and_gives_the_same_bits() -> None:
     with xpu_fp4.cpu_backend("sycl"):
         assert layer.expand_().is_expanded
         assert not layer.is_prepacked
-        kept = layer._expanded
-        assert layer.expand_()._expanded is kept
         assert_same_bits(layer(x), expected)
         assert_same_bits(copy.deepcopy(layer)(x), expected)
         assert_same_bits(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
@@ -143,7 +142,20 @@ def test_a_changed_weight_is_not_answered_with_the_old_one() -> None:
         assert not layer.is_expanded
         layer.expand_().weight_scale = other.weight_scale
         assert not layer.is_expanded
+        assert not pickle.loads(pickle.dumps(layer.expand_())).is_expanded
+        assert not layer.expand_().prepack_().is_expanded
+        with torch.no_grad():
+            layer.expand_().weight_packed.copy_(module().weight_packed)
+            layer.expand_().weight_packed.copy_(other.weight_packed)
+        layer.expand_()
         assert_same_bits(layer(activations(9, 160)), other(activations(9, 160)))
+
+
+def test_warmup_takes_expanded_weights(variant: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with xpu_fp4.cpu_backend("sycl"):
+        xpu_fp4.warmup([(40, 33, 96)], device="cpu", expanded=True)
+        with pytest.raises(ValueError, match="an expanded weight is for mode"):
+            xpu_fp4.warmup([(40, 33, 96)], mode="w4a16", device="cpu", expanded=True)
 
 
 def test_a_module_of_the_other_mode_refuses() -> None:

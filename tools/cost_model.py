@@ -69,15 +69,17 @@ class Model:
         count = ceil(m / rows) * ceil(n / columns)
         return max(self.seconds(ceil(count / self.device["engines"]) * tile), self.memory(m * k + n * k + 2 * m * n))
 
-    def small(self, m: int, n: int, k: int) -> float:
-        """Packed weights, read once for every 32 rows."""
-        rows = next((rows for rows in (1, 8, 32) if rows >= m), 32)
+    def small(self, m: int, n: int, k: int, apart: bool) -> float:
+        """Quantize and expand A; packed weights, read once for every 32 rows."""
+        rows = next((rows for rows in (1, 4, 8, 16, 32) if rows >= m), 32)
         path = self.find("gemm_small", f"{rows} rows")["paths"]["block"]
         clocks = ceil(m / rows) * n * k / 2 / 256 * path["per 256 bytes"] / self.device["engines"]
-        return max(self.seconds(clocks), self.memory(ceil(m / rows) * n * k * 0.53 + 2 * m * (n + k)))
+        groups = ceil(m / self.lanes) * ceil(k / 128)
+        prepare = self.stream("quantize_expand", "A for few rows, bf16", groups, m * k * (2 + 1.03), apart)
+        return prepare + max(self.seconds(clocks), self.memory(ceil(m / rows) * n * k * 0.53 + 2 * m * (n + k)))
 
     def ours(self, m: int, n: int, k: int, level: str, apart: bool, kept: bool = False) -> float:
-        return min(self.small(m, n, k), self.large(m, n, k, level, apart, kept))
+        return min(self.small(m, n, k, apart), self.large(m, n, k, level, apart, kept))
 
     def peer(self, m: int, n: int, k: int) -> float:
         """Widening to bfloat16 at its best: decoding is free, the bf16 rate and the packed weights' traffic bound it."""

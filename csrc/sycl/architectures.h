@@ -33,9 +33,6 @@ struct Architecture {
   Costs costs;
 };
 
-/// Sub-groups of a work-group of gemm_small.cpp, which share K there.
-constexpr int64_t kSmallSplit = 8;
-
 /// Every architecture with a matrix unit that we compile for.
 const std::vector<Architecture>& architectures();
 

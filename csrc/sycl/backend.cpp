@@ -51,8 +51,6 @@ sycl::nd_range<2> grid(int64_t rows, int64_t lanes) {
           {1, static_cast<size_t>(kGroupLanes)}};
 }
 
-constexpr uint32_t kMagicBits = 0x4B200000;  // of 1.25 * 2^23: kernels/quad_sum.hpp
-
 // An operand in the expanded form of kernels/layout.hpp. Each array starts on a cache line, as block loads want it.
 struct Expanded {
   ExpandedLayout layout;

@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from .backends import cpu_backend_name
-from .functional import linear, linear_prepacked, prepack, unprepack
+from .functional import linear, linear_prepacked, unprepack
 from .modules import _WEIGHTS, MXFP4Linear
 
 BLOCK = 32
@@ -43,20 +43,13 @@ class _ShardedLinear(MXFP4Linear):
         shape[self.placement.dim] //= self.mesh.size()
         return shape[0], shape[1]
 
-    def prepack_(self) -> "_ShardedLinear":
-        if self._prepacked is None:
-            self._prepacked = prepack(*self._local_weight())
-            for name in _WEIGHTS:
-                delattr(self, name)
-        return self
-
     def _unprepacked(self) -> tuple[Tensor, Tensor]:
         assert self._prepacked is not None
         shards = unprepack(self._prepacked, *self.local_features())
         packed, scale = (DTensor.from_local(t, self.mesh, [self.placement], run_check=False) for t in shards)
         return packed, scale
 
-    def _local_weight(self) -> tuple[Tensor, Tensor]:
+    def _stored_weight(self) -> tuple[Tensor, Tensor]:
         packed, scale = (cast(DTensor, getattr(self, name)).to_local() for name in _WEIGHTS)
         return packed, scale
 
@@ -64,10 +57,12 @@ class _ShardedLinear(MXFP4Linear):
         return self.mesh.device_type == "cpu" and cpu_backend_name() == "native"
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self._prepacked is None and not torch.compiler.is_compiling() and self._can_prepack():
+        unpacked = self._prepacked is None and self._expanded is None
+        if unpacked and not torch.compiler.is_compiling() and self._can_prepack():
             self.prepack_()
         if self._prepacked is None:
-            return linear(x, *self._local_weight(), bias, mode=self.mode, scale_mode=self.scale_mode)
+            weight, mode, scale_mode = self._stored_weight(), self.mode, self.scale_mode
+            return linear(x, *weight, bias, mode=mode, scale_mode=scale_mode, expanded=self._expanded)
         n, _ = self.local_features()
         return linear_prepacked(x, self._prepacked, n, bias, mode=self.mode, scale_mode=self.scale_mode)
 

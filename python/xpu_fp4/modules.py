@@ -98,7 +98,8 @@ class MXFP4Linear(nn.Module):
         (RuntimeError). Does nothing the second time.
         """
         if self._prepacked is None:
-            self._prepacked = prepack(self.weight_packed.detach(), self.weight_scale.detach())
+            self._drop_expanded()
+            self._prepacked = prepack(*self._stored_weight())
             for name in _WEIGHTS:
                 delattr(self, name)
         return self
@@ -120,8 +121,9 @@ class MXFP4Linear(nn.Module):
     def expand_(self) -> "MXFP4Linear":
         """Expands the weight once, for products with many rows, which otherwise do so in each forward.
 
-        Results are the same bits. Takes 1.03 bytes an element beside the weight's 0.53. Moving the module, loading a state_dict
-        or setting a weight drops it; a weight that is changed in place needs a new call. Does nothing the second time.
+        Results are the same bits. Takes 1.03 bytes an element beside the weight's 0.53. Moving the module, copying or pickling
+        it, loading a state_dict or setting a weight drops it. A weight that is changed in place needs a new call, which expands
+        it anew.
 
         Raises:
             ValueError: mode is not `w4a4`.
@@ -129,10 +131,12 @@ class MXFP4Linear(nn.Module):
         """
         if self.mode != "w4a4":
             raise ValueError(f"an expanded weight is for mode 'w4a4', got a module of mode {self.mode!r}")
-        if self._expanded is None:
-            self.unprepack_()
-            self._expanded = expand(self.weight_packed.detach(), self.weight_scale.detach())
+        self.unprepack_()
+        self._expanded = expand(*self._stored_weight())
         return self
+
+    def _stored_weight(self) -> tuple[Tensor, Tensor]:
+        return self.weight_packed.detach(), self.weight_scale.detach()
 
     def _unprepacked(self) -> tuple[Tensor, Tensor]:
         assert self._prepacked is not None
@@ -154,6 +158,10 @@ class MXFP4Linear(nn.Module):
     def _drop_expanded(self) -> None:
         if self.__dict__.get("_buffers", {}).get("_expanded") is not None:
             self._expanded = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What another device's kernels could not read does not belong into a file.
+        return self.__dict__ | {"_buffers": self._buffers | {"_expanded": None}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MXFP4Linear":
         # .to(), .cuda(), .share_memory() and the like are for the weight as it is stored.

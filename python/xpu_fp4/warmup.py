@@ -5,8 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ._library import ops
-from .functional import Mode, check_mode
+from .functional import Mode, check_mode, expand, linear
 
 
 def warmup(
@@ -15,6 +14,7 @@ def warmup(
     dtype: torch.dtype = torch.bfloat16,
     mode: Mode = "w4a4",
     device: torch.device | str = "xpu",
+    expanded: bool = False,
 ) -> None:
     """Runs the linear layer of each shape once, on zeros, so that its kernels are compiled and loaded.
 
@@ -25,16 +25,17 @@ def warmup(
         dtype: of x and of the result: float32, float16 or bfloat16.
         mode: "w4a4" or "w4a16".
         device: where the layers will run.
+        expanded: whether their weights will be expanded (`xpu_fp4.expand`), which can mean other kernels.
 
     Raises:
-        ValueError: mode is neither.
+        ValueError: mode is neither, or `w4a16` with expanded weights.
         RuntimeError: a shape that the layer does not take.
     """
     check_mode(mode)
-    layer = ops.mxfp4_linear if mode == "w4a4" else ops.mxfp4_linear_w4a16
     for m, n, k in shapes:
         weight = torch.zeros(n, k // 2, dtype=torch.uint8, device=device)
         scale = torch.full((n, k // 32), 127, dtype=torch.uint8, device=device)
-        layer(torch.zeros(m, k, dtype=dtype, device=device), weight, scale)
+        kept = expand(weight, scale) if expanded else None
+        linear(torch.zeros(m, k, dtype=dtype, device=device), weight, scale, mode=mode, expanded=kept)
     if torch.device(device).type == "xpu":
         torch.xpu.synchronize()

@@ -143,9 +143,11 @@ struct Expanded {
     const int64_t group = row / kLanes;
     const uint32_t* e = alignment.exponent;
     exponents[(group * quads + quad) * kLanes + row % kLanes] = e[0] | e[1] << 8 | e[2] << 16 | e[3] << 24;
-    const uint32_t ruled_out = sycl::reduce_over_group(this_sub_group(), alignment.levels, sycl::bit_or<uint32_t>());
-    const uint32_t pitch = (quads + kLanes - 1) / kLanes * kLanes;
-    if (row % kLanes == 0) levels[group * pitch + quad] = ruled_out;
+    if constexpr (kOrder == ElementOrder::apart) {  // products for few rows read no levels
+      const uint32_t ruled_out = sycl::reduce_over_group(this_sub_group(), alignment.levels, sycl::bit_or<uint32_t>());
+      const uint32_t pitch = (quads + kLanes - 1) / kLanes * kLanes;
+      if (row % kLanes == 0) levels[group * pitch + quad] = ruled_out;
+    }
     if (kArrangement == Arrangement::rows && row >= rows) return;
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {

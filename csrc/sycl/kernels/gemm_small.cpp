@@ -17,7 +17,7 @@ using namespace xpu_fp4;
 constexpr int kRows = XPU_FP4_ROWS;
 constexpr int kRowUnits = (kRows + kRowUnit - 1) / kRowUnit;
 constexpr int kGroups = (kRows + kLanes - 1) / kLanes;  // of rows, that share a word of exponents per lane
-constexpr int kSplit = 8;
+constexpr int kSplit = kSmallSplit;
 constexpr int kOwnRows = (kRows + kSplit - 1) / kSplit;
 constexpr int kUnitRows = kRows < kRowUnit ? kRows : kRowUnit;
 using Decoded = DecodedBlock<(kRows > 16 ? 2 : 1)>;  // so that the matrix unit keeps up with memory

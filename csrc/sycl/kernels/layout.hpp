@@ -15,6 +15,12 @@ namespace xpu_fp4 {
 
 constexpr int kQuadElements = 128;
 
+/// The bits of 1.25 * 2^23, from which sums start (quad_sum.hpp).
+constexpr uint32_t kMagicBits = 0x4B200000;
+
+/// Sub-groups of a work-group of gemm_small.cpp, which share K there.
+constexpr int kSmallSplit = 8;
+
 /// How a quad of blocks may be summed, the cheapest first; each level gives the same bits where it applies. A tile takes the
 /// first that none of its groups rules out.
 enum Level : uint32_t {

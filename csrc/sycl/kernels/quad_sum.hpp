@@ -30,9 +30,9 @@ namespace xpu_fp4 {
 #define XPU_FP4_STEP inline
 #endif
 
-constexpr float kMagic = 10485760.0f;  // 1.25 * 2^23
+constexpr float kMagic = float_of(kMagicBits);
 
-/// The bits of kMagic, from a kernel's argument, and made to look different from lane to lane: a constant, or a uniform value,
+/// Its bits, from a kernel's argument, and made to look different from lane to lane: a constant, or a uniform value,
 /// would be written to eight registers before every chain.
 XPU_FP4_INLINE int8 magic_of_lane(uint32_t magic) { return static_cast<int>(magic + lane_id() * (magic & 1)); }
 
@@ -47,6 +47,7 @@ XPU_FP4_INLINE float power(uint32_t biased) { return float_of(biased << 23); }  
 /// The sums of a quad's chains for 8 rows, as floats that are kMagic too large.
 template <int level>
 struct ChainSums {
+  static_assert(level != kNearLevel, "near_terms() has chains of its own");
   int8 sum[kChains<level>];
 
   XPU_FP4_INLINE ChainSums(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& magic) {
