@@ -2,6 +2,7 @@
 // Which kernel a product gets: by M, N, K and the number of vector engines, from the table of csrc/sycl/architectures.cpp.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <string>
 
 #include "sycl/architectures.h"
@@ -40,6 +41,23 @@ TEST(Plan, FewRowsReadPackedWeightsAndManyExpandThem) {
       EXPECT_TRUE(same(many.tile, architecture.large)) << architecture.name;
     }
   }
+}
+
+// The table of docs/GPU.md.
+TEST(Plan, TheLargeKernelBeginsWhereTheDocumentationSays) {
+  const auto begins = [](const char* name, int64_t units, std::array<int64_t, 4> rows) {
+    const Architecture& architecture = named(name);
+    EXPECT_EQ(first_large(architecture, units, 4096, 4096), rows[0]) << name;
+    EXPECT_EQ(first_large(architecture, units, 4096, 4096, true), rows[1]) << name;
+    EXPECT_EQ(first_large(architecture, units, 28672, 4096), rows[2]) << name;
+    EXPECT_EQ(first_large(architecture, units, 28672, 4096, true), rows[3]) << name;
+  };
+  begins("dg2", 512, {129, 33, 129, 33});
+  begins("pvc", 1024, {161, 97, 97, 33});
+  begins("lnl-m", 64, {129, 33, 129, 33});
+  begins("bmg", 160, {129, 33, 129, 33});
+  begins("ptl", 96, {129, 33, 129, 33});
+  begins("cri", 256, {129, 33, 129, 33});
 }
 
 TEST(Plan, BeyondTheFirstLargeProductAllAreLarge) {
