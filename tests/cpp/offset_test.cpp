@@ -164,13 +164,24 @@ class Offsets : public testing::Test {
     const Operands in(m, n - first_column, k, 100, 140, 6);
     const Tall a(m, k, in.a, in.a_scale), w(n, k, in.w, in.w_scale);
     const Expanded left(m, lanes, k, lanes);
-    const Sparse y(m * n * 4);
-    if (!a.valid() || !w.valid() || !left.valid() || !y.valid()) GTEST_SKIP() << "no such address space";
+    const Sparse y(m * n * 4), columns_of_scales(n * k / kBlock);
+    if (!a.valid() || !w.valid() || !left.valid() || !y.valid() || !columns_of_scales.valid())
+      GTEST_SKIP() << "no such address space";
     ASSERT_GT(m * n, kBeyond);
+    // [K/32, N], as fp4_gemm passes them, except where a row's are to lie together.
+    const bool together = weights == Weights::scales_together;
+    for (int64_t column = 0; column < in.n; ++column) {
+      for (int64_t block = 0; block < k / kBlock; ++block) {
+        const auto from = static_cast<size_t>(column * (k / kBlock) + block);
+        columns_of_scales.as<uint8_t>()[block * n + first_column + column] = in.w_scale[from];
+      }
+    }
+    const uint8_t* scale = together ? w.scale.as<uint8_t>() : columns_of_scales.as<uint8_t>();
+    const int64_t row_stride = together ? k / kBlock : 1, block_stride = together ? 1 : n;
     expand(a, tiling, rows_of(tiling), 0, left, ElementOrder::packed);
     launch("gemm_small.cpp", tiling, {{"DTYPE", 0}, {"ROWS", m}, {"WEIGHTS", static_cast<int>(weights)}}, "gemm_small",
            last_tile(tiling, m, n, split), left.codes.as<uint8_t>(), left.exponents.as<uint32_t>(), w.codes.as<uint8_t>(),
-           w.scale.as<uint8_t>(), k / kBlock, int64_t{1}, kNoBias, int64_t{0}, int64_t{0}, y.as<float>(), m, n, k, kMagicBits);
+           scale, row_stride, block_stride, kNoBias, int64_t{0}, int64_t{0}, y.as<float>(), m, n, k, kMagicBits);
     EXPECT_TRUE(same_bits(corner<float>(y, m, n, in.m, in.n), native(in)));
   }
 
@@ -221,6 +232,19 @@ class Offsets : public testing::Test {
     });
   }
 
+  /// gemm_w4a16.cpp, in which a sub-group computes one row.
+  void check_portable_half(int lanes, int64_t m, int64_t n) {
+    constexpr int64_t k = 160;
+    const Tiling tiling = {lanes, false, 1, 1};
+    check_own_bits(tiling, m, n, k,
+                   [&](const Tall&, const Tall& w, const uint16_t* x, uint16_t* y, int64_t rows, int64_t columns) {
+      const int64_t first_row = (rows - 1) / tiling.rows() * tiling.rows(), first_column = (columns - 1) / lanes * lanes;
+      launch("gemm_w4a16.cpp", tiling, {{"DTYPE", 2}}, "gemm_w4a16",
+             range({rows - first_row, lanes}, {1, lanes}, {first_row, first_column}), x, w.codes.as<uint8_t>(),
+             w.scale.as<uint8_t>(), k / kBlock, int64_t{1}, kNoBias, int64_t{0}, int64_t{0}, y, rows, columns, k);
+    });
+  }
+
   /// gemm.cpp, in which a sub-group computes as many rows as it has lanes.
   void check_portable(int lanes, int64_t m, int64_t n) {
     constexpr int64_t k = 160;
@@ -246,9 +270,13 @@ TEST_F(Offsets, ManyColumnsOfALargeProductOnAlchemist) { check_large(kDg2, 73, k
 
 TEST_F(Offsets, ManyColumnsOfASmallProduct) {
   check_small(16, true, 8 * kMany + 5, 160, Weights::any);
+  check_small(16, true, 8 * kMany + 5, 128, Weights::whole_quads);
   check_small(16, true, 8 * kMany + 5, 128, Weights::scales_together);
 }
-TEST_F(Offsets, ManyColumnsOfASmallProductOnAlchemist) { check_small(8, false, 8 * kMany + 5, 160, Weights::any); }
+TEST_F(Offsets, ManyColumnsOfASmallProductOnAlchemist) {
+  check_small(8, false, 8 * kMany + 5, 160, Weights::any);
+  check_small(8, false, 8 * kMany + 5, 128, Weights::scales_together);
+}
 
 TEST_F(Offsets, ManyRowsInSixteenBits) { check_half(kBmgHalf, kMany + 37, 90, 1); }
 TEST_F(Offsets, ManyColumnsInSixteenBits) { check_half(kBmgHalf, 73, kMany + 21, 1); }
@@ -263,5 +291,7 @@ TEST_F(Offsets, ManyColumnsOfTheNativeInstruction) { check_native(73, kMany + 21
 
 TEST_F(Offsets, ManyRowsWithoutAMatrixUnit) { check_portable(16, kMany + 5, 90); }
 TEST_F(Offsets, ManyColumnsWithoutAMatrixUnit) { check_portable(8, 73, kMany + 5); }
+TEST_F(Offsets, ManyRowsInSixteenBitsWithoutAMatrixUnit) { check_portable_half(16, kMany + 5, 90); }
+TEST_F(Offsets, ManyColumnsInSixteenBitsWithoutAMatrixUnit) { check_portable_half(8, 73, kMany + 5); }
 
 }  // namespace
