@@ -13,7 +13,7 @@ namespace {
 
 namespace syclexp = sycl::ext::oneapi::experimental;
 
-// Rows up to which W4A16 splits K.
+// Most rows of a work-group that splits K: of gemm_small.cpp, and of W4A16.
 constexpr int kSmallRows = 32;
 // Rows for which gemm_small.cpp is compiled.
 constexpr int kSmallTiles[] = {1, 4, 8, 16, kSmallRows};

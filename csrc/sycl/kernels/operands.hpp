@@ -68,9 +68,8 @@ XPU_FP4_INLINE T uniform(T x) {
   return sycl::group_broadcast(this_sub_group(), x, 0);
 }
 
-/// Lane i gets word, or byte, i: loaded through one address instead of one per lane.
+/// Lane i gets word i: loaded through one address instead of one per lane.
 XPU_FP4_INLINE uint32_t load_lanes(GlobalWords words) { return __spirv_SubgroupBlockReadINTEL<uint32_t>(words); }
-XPU_FP4_INLINE uint32_t load_lanes(GlobalBytes bytes) { return __spirv_SubgroupBlockReadINTEL<uint8_t>(bytes); }
 /// Lane i gets words i, i + kLanes, ...
 XPU_FP4_INLINE int8 load_lanes8(GlobalWords words) {
   return __builtin_bit_cast(int8, __spirv_SubgroupBlockReadINTEL<xpu_fp4_uint8>(words));
