@@ -214,7 +214,7 @@ ERRORS: list[tuple[Any, Callable[[], dict[str, Any]], Change, str]] = [
         own.mxfp4_gemm,
         gemm_arguments,
         swap(a=torch.ones(M, K // 2)),
-        "mxfp4_gemm: a must be float4_e2m1fn_x2 or uint8, got Float",
+        r"mxfp4_gemm: a must be float4_e2m1fn_x2 or uint8 \(MXFP4\) or int8 \(MXINT8\), got Float",
     ),
     (own.mxfp4_gemm, gemm_arguments, swap(a=codes(M, 24)), "mxfp4_gemm: a has 48 elements in its last dimension"),
     (

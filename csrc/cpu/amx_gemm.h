@@ -7,7 +7,7 @@
 #include "avx512_epilogue.h"
 #include "avx512_quantize.h"
 #include "avx512_tile.h"
-#include "product.h"
+#include "loop_nest.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -28,8 +28,8 @@ struct alignas(64) TileConfig {
 
 struct Amx {
   static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2, kPanelQuads = 8, kDirectRows = 0, kBlockRows = 256;
-  using Activations = ActivationQuad<kGroupRows, 64>;
-  using Weights = WeightQuad;
+  using GroupQuad = ActivationQuad<kGroupRows, 64>;
+  using StripQuad = WeightQuad;
 
   // Tiles are configured while a product runs.
   struct Session {
@@ -39,14 +39,14 @@ struct Amx {
     Session& operator=(const Session&) = delete;
   };
 
-  static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
+  static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
     with_codes<quantize>(source, block, blocks, [&](const uint8_t* packed, const uint8_t* scale) {
       expand_row(packed, scale, {0, kFactorExponent}, out, row);
     });
   }
 
   // Rows that are missing from a tile are zero.
-  static void pad(Activations& a, int rows) {
+  static void pad(GroupQuad& a, int rows) {
     const int end = (rows + kTile - 1) / kTile * kTile;
     for (int row = rows; row < end; ++row) {
       for (auto& run : a.codes) std::memset(run[row], 0, sizeof(run[row]));
@@ -55,11 +55,11 @@ struct Amx {
     }
   }
 
-  static Level fill(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, Weights& out) {
-    return fill_quad<0, true>(w, n, k, strip, quad, out);
+  static Level fill(const Weight& w, int64_t strip, int64_t quad, StripQuad& out) {
+    return fill_quad<0, true>(w, strip, quad, out);
   }
 
-  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int panel_strips, const Level* levels,
+  static void add_quads(const GroupQuad* a, int64_t, int rows, const StripQuad* w, int panel_strips, const Level* levels,
                         int depth, float* acc) {
     if (rows > kTile) {
       panel_strips > 1 ? add_quads<2, 2>(a, w, levels, depth, acc) : add_quads<2, 1>(a, w, levels, depth, acc);
@@ -81,7 +81,7 @@ struct Amx {
   };
 
   template <int kGroups, int kStrips>
-  static void add_quads(const Activations* a, const Weights* w, const Level* levels, int depth, float* acc) {
+  static void add_quads(const GroupQuad* a, const StripQuad* w, const Level* levels, int depth, float* acc) {
     using Sums = Sums<kGroups, kStrips>;
     Sums sums[2][kQuad];
     const auto level = [&](int q) { return std::max(levels[q], a[q].level); };
@@ -104,7 +104,7 @@ struct Amx {
   }
 
   template <int kGroups, int kStrips>
-  static void multiply_quad(const Activations& a, const Weights* w, Level level, Sums<kGroups, kStrips> (&out)[kQuad]) {
+  static void multiply_quad(const GroupQuad& a, const StripQuad* w, Level level, Sums<kGroups, kStrips> (&out)[kQuad]) {
     const auto nothing = [](auto) {};
     if (level == Level::quad) return multiply<64, 2>(a, w, 0, out[0], nothing);
     if (level == Level::pair) {
@@ -119,7 +119,7 @@ struct Amx {
   // The sums over kParts parts of kDepth elements each, from a position on. After each tile product `between` is called with
   // its number.
   template <int kDepth, int kParts, int kGroups, int kStrips, class Between>
-  [[gnu::always_inline]] static void multiply(const Activations& a, const Weights* w, int position, Sums<kGroups, kStrips>& out,
+  [[gnu::always_inline]] static void multiply(const GroupQuad& a, const StripQuad* w, int position, Sums<kGroups, kStrips>& out,
                                               const Between& between) {
     constexpr int kRowBytes = 64, kStepBytes = strips::kColumns * 4, kOutBytes = kTile * 4;
     std::atomic_signal_fence(std::memory_order_seq_cst);  // GCC 12 does not know that tile loads read memory
@@ -156,7 +156,7 @@ struct Amx {
   }
 
   template <int kGroups, int kStrips>
-  static void add_sums(const Activations& a, const Weights* w, Level level, const Sums<kGroups, kStrips> (&sums)[kQuad],
+  static void add_sums(const GroupQuad& a, const StripQuad* w, Level level, const Sums<kGroups, kStrips> (&sums)[kQuad],
                        float* acc) {
     switch (level) {
       case Level::quad: return add_sums<Level::quad>(a, w, sums, acc);
@@ -167,7 +167,7 @@ struct Amx {
   }
 
   template <Level kLevel, int kGroups, int kStrips>
-  static void add_sums(const Activations& a, const Weights* w, const Sums<kGroups, kStrips> (&sums)[kQuad], float* acc) {
+  static void add_sums(const GroupQuad& a, const StripQuad* w, const Sums<kGroups, kStrips> (&sums)[kQuad], float* acc) {
     for (int group = 0; group < kGroups; ++group) {
       for (int s = 0; s < kStrips; ++s) add_rows<kLevel, kTile>(a, w, sums, acc, group, s, 0);
     }
@@ -175,7 +175,7 @@ struct Amx {
 
   // kRows rows of a tile, from `first` on. Missing ones are added too.
   template <Level kLevel, int kRows, int kGroups, int kStrips>
-  [[gnu::always_inline]] static void add_rows(const Activations& a, const Weights* w,
+  [[gnu::always_inline]] static void add_rows(const GroupQuad& a, const StripQuad* w,
                                               const Sums<kGroups, kStrips> (&sums)[kQuad], float* acc, int group, int s,
                                               int first) {
     constexpr int kParts = kLevel == Level::quad ? 1 : kLevel == Level::pair ? 2 : 4;

@@ -10,20 +10,20 @@ namespace {
 
 struct Avx2 {
   static constexpr int kGroupRows = 4, kPanelStrips = 1, kPanelQuads = 8, kDirectRows = 0, kBlockRows = 512, kWeightBias = 12;
-  using Activations = ActivationQuad<kGroupRows>;
-  using Weights = WeightQuad;
+  using GroupQuad = ActivationQuad<kGroupRows>;
+  using StripQuad = WeightQuad;
   struct Session {};
 
-  static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
+  static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
     with_codes<quantize>(source, block, blocks, [&](const uint8_t* packed, const uint8_t* scale) {
       expand_scalars(packed, scale, {kWeightBias, 0}, out, row);
     });
   }
-  static void pad(Activations&, int) {}
+  static void pad(GroupQuad&, int) {}
 
-  static Level fill(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, Weights& out) {
+  static Level fill(const Weight& w, int64_t strip, int64_t quad, StripQuad& out) {
     alignas(64) uint8_t buffer[strips::kRecordBytes];
-    const uint8_t* record = record_of(w, n, k, strip, quad, buffer);
+    const uint8_t* record = record_of(w, strip, quad, buffer);
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kBiased.data())));
     for (int d = 0; d < kQuadBytes / 4; ++d) {
@@ -46,7 +46,7 @@ struct Avx2 {
     return level;
   }
 
-  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int, const Level* levels, int depth,
+  static void add_quads(const GroupQuad* a, int64_t, int rows, const StripQuad* w, int, const Level* levels, int depth,
                         float* acc) {
     for (int q = 0; q < depth; ++q) {
       const bool general = std::max(levels[q], a[q].level) == Level::general;
@@ -61,7 +61,7 @@ struct Avx2 {
     return table;
   }();
 
-  using Tile = void (*)(const Activations&, const Weights&, float*, int64_t);
+  using Tile = void (*)(const GroupQuad&, const StripQuad&, float*, int64_t);
 
   // p: the block's product or, in the safe window, where products are exact, its sum with the pair's first.
   template <bool kGeneral>
@@ -77,7 +77,7 @@ struct Avx2 {
   }
 
   template <int R, bool kGeneral>
-  static void tile(const Activations& a, const Weights& w, float* acc, int64_t stride) {
+  static void tile(const GroupQuad& a, const StripQuad& w, float* acc, int64_t stride) {
     __m256 pair[2][R][2];
     for (int b = 0; b < kQuad; ++b) {
       __m256i sum[R][2];

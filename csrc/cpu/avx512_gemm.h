@@ -8,13 +8,13 @@
 #include "avx512_epilogue.h"
 #include "avx512_quantize.h"
 #include "avx512_tile.h"
-#include "product.h"
+#include "loop_nest.h"
 
 namespace xpu_fp4::cpu {
 namespace {
 
 constexpr int kWeightBias = 12 << kMaxShift;
-constexpr WeightForm kBiasedForm = {kWeightBias, kFactorExponent};
+constexpr IntegerForm kBiasedForm = {kWeightBias, kFactorExponent};
 constexpr int kLanes = strips::kColumns;
 
 constexpr int kBlockSteps = kBlock / 4;
@@ -146,24 +146,24 @@ void add_strip_quad(const ActivationQuad<8>& a, const Strip& packed, const Strip
 template <bool kVbmi>
 struct Vnni {
   static constexpr int kGroupRows = 8, kPanelStrips = 3, kPanelQuads = 4, kDirectRows = 4, kBlockRows = 512;
-  using Activations = ActivationQuad<kGroupRows>;
-  using Weights = WeightQuad;
+  using GroupQuad = ActivationQuad<kGroupRows>;
+  using StripQuad = WeightQuad;
   struct Session {};
 
-  static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
+  static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
     with_codes<quantize>(source, block, blocks, [&](const uint8_t* packed, const uint8_t* scale) {
       expand_row(packed, scale, kBiasedForm, out, row);
     });
   }
-  static void pad(Activations&, int) {}
+  static void pad(GroupQuad&, int) {}
 
-  static Level fill(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, WeightQuad& out) {
-    return fill_quad<kWeightBias, kVbmi>(w, n, k, strip, quad, out);
+  static Level fill(const Weight& w, int64_t strip, int64_t quad, WeightQuad& out) {
+    return fill_quad<kWeightBias, kVbmi>(w, strip, quad, out);
   }
 
   // Rows and strips are few, so each size has its own code.
-  static void add_quads(const Activations* a, int64_t quads, int rows, const WeightQuad* w, int panel_strips,
-                        const Level* levels, int depth, float* acc) {
+  static void add_quads(const GroupQuad* a, int64_t quads, int rows, const WeightQuad* w, int panel_strips, const Level* levels,
+                        int depth, float* acc) {
     static constexpr Tile kTiles[kGroupRows][kPanelStrips] = {
         {add_quad_tile<1, 1>, add_quad_tile<1, 2>, add_quad_tile<1, 3>},
         {add_quad_tile<2, 1>, add_quad_tile<2, 2>, add_quad_tile<2, 3>},
@@ -181,20 +181,20 @@ struct Vnni {
   }
 
   // All quads of one strip for up to kDirectRows rows; acc has a row of kPanelStrips strips for each.
-  static void add_strip(const Activations* a, int rows, const Weight& w, int64_t n, int64_t k, int64_t strip, float* acc) {
+  static void add_strip(const GroupQuad* a, int rows, const Weight& w, int64_t strip, float* acc) {
     static constexpr Direct kDirect[kDirectRows] = {add_strip<1>, add_strip<2>, add_strip<3>, add_strip<4>};
-    kDirect[rows - 1](a, w, n, k, strip, acc);
+    kDirect[rows - 1](a, w, strip, acc);
   }
 
  private:
-  using Tile = void (*)(const Activations&, const Activations*, const WeightQuad*, Level, float*, int64_t);
-  using Direct = void (*)(const Activations*, const Weight&, int64_t, int64_t, int64_t, float*);
+  using Tile = void (*)(const GroupQuad&, const GroupQuad*, const WeightQuad*, Level, float*, int64_t);
+  using Direct = void (*)(const GroupQuad*, const Weight&, int64_t, float*);
 
   template <int R>
-  static void add_strip(const Activations* a, const Weight& w, int64_t n, int64_t k, int64_t strip, float* acc) {
+  static void add_strip(const GroupQuad* a, const Weight& w, int64_t strip, float* acc) {
     constexpr int64_t kStride = kPanelStrips * strips::kColumns;
-    for (int64_t quad = 0; quad < strips::quads(k); ++quad) {
-      with_strip(w, n, k, strip, quad, [&](const auto& packed) {
+    for (int64_t quad = 0; quad < strips::quads(w.k); ++quad) {
+      with_strip(w, strip, quad, [&](const auto& packed) {
         const StripAlignment alignment = align_strip(packed);
         const Level level = std::max(alignment.level, a[quad].level);
         if (level == Level::quad) return add_strip_quad<R, kVbmi>(a[quad], packed, alignment, acc, kStride);

@@ -25,7 +25,7 @@ __m512i shift_bytes(__m512i bytes, __m512i counts) {
 }
 
 // The factors of a row whose blocks have one base, a safe one: set_factors() for what is common. Lane b of sums is block b's.
-void set_shared_factors(uint8_t base, __m512i sums, const WeightForm& weight, QuadFactor& quad, BlockFactor (&block)[kQuad]) {
+void set_shared_factors(uint8_t base, __m512i sums, const IntegerForm& weight, QuadFactor& quad, BlockFactor (&block)[kQuad]) {
   const BlockFactor shared = block_factor(base, 0, weight);
   const __m512i start =
       _mm512_sub_epi32(_mm512_set1_epi32(kMagicBits), _mm512_mullo_epi32(_mm512_set1_epi32(weight.bias), sums));
@@ -46,8 +46,8 @@ bool share_safe_scale(const uint8_t* scale, uint8_t& least) {
 }
 
 // One row's quad: 64 packed bytes (zero beyond K) and its scales.
-template <class Activations>
-void expand_row(const uint8_t* packed, const uint8_t* scale, const WeightForm& weight, Activations& out, int row) {
+template <class GroupQuad>
+void expand_row(const uint8_t* packed, const uint8_t* scale, const IntegerForm& weight, GroupQuad& out, int row) {
   const __m512i bytes = _mm512_loadu_si512(packed);
   Alignment alignment;
   uint8_t least;
@@ -176,14 +176,14 @@ __m512i load_scales(const Weight& w, int64_t column, int columns, int64_t block,
   return _mm512_load_si512(words);
 }
 
-TransposedStrip load_rows(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad) {
+TransposedStrip load_rows(const Weight& w, int64_t strip, int64_t quad) {
   TransposedStrip out;
-  const int64_t column = strip * strips::kColumns, stride = k / 2;
-  const int columns = static_cast<int>(std::min<int64_t>(strips::kColumns, n - column));
-  const int blocks = static_cast<int>(std::min<int64_t>(kQuad, k / kBlock - quad * kQuad));
+  const int64_t column = strip * strips::kColumns, stride = w.k / 2;
+  const int columns = static_cast<int>(std::min<int64_t>(strips::kColumns, w.n - column));
+  const int blocks = strips::blocks_of(w.k, quad);
   const uint8_t* codes = w.codes + column * stride + quad * kQuadBytes;
   // The quad that is read soon: of this strip or, past its end, of the next.
-  const int64_t soon = quad + kPrefetchQuads, past = soon - strips::quads(k);
+  const int64_t soon = quad + kPrefetchQuads, past = soon - strips::quads(w.k);
   const uint8_t* next =
       codes + (past < 0 ? kPrefetchQuads : past - quad) * kQuadBytes + (past < 0 ? 0 : strips::kColumns * stride);
 #pragma GCC unroll 16
@@ -361,17 +361,16 @@ void fill_quad(const Strip& packed, const StripAlignment& alignment, WeightQuad&
 
 // Calls function with the quad of a strip, whichever layout it comes from.
 template <class Function>
-[[gnu::always_inline]] inline void with_strip(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad,
-                                              const Function& function) {
-  if (w.strips == nullptr) return function(load_rows(w, n, k, strip, quad));
-  const uint8_t* record = w.strips + strips::record_offset(strip, quad, k);
+[[gnu::always_inline]] inline void with_strip(const Weight& w, int64_t strip, int64_t quad, const Function& function) {
+  if (w.strips() == nullptr) return function(load_rows(w, strip, quad));
+  const uint8_t* record = w.strips() + strips::record_offset(strip, quad, w.k);
   // This strip is read on after the other strips of its panels.
 #pragma GCC unroll 17
   for (int line = 0; line < strips::kRecordBytes; line += 64) {
     _mm_prefetch(record + kPrefetchQuads * strips::kRecordBytes + line, _MM_HINT_T1);
   }
   alignas(64) uint8_t whole[strips::kRecordBytes];
-  if (const int blocks = strips::blocks_of(k, quad); blocks < kQuad) {
+  if (const int blocks = strips::blocks_of(w.k, quad); blocks < kQuad) {
     complete_record(record, blocks, whole);
     record = whole;
   }
@@ -379,9 +378,9 @@ template <class Function>
 }
 
 template <int kBias, bool kVbmi>
-Level fill_quad(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, WeightQuad& out) {
+Level fill_quad(const Weight& w, int64_t strip, int64_t quad, WeightQuad& out) {
   Level level{};
-  with_strip(w, n, k, strip, quad, [&](const auto& packed) {
+  with_strip(w, strip, quad, [&](const auto& packed) {
     const StripAlignment alignment = align_strip(packed);
     fill_quad<kBias, kVbmi>(packed, alignment, out);
     level = alignment.level;

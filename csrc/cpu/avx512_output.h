@@ -56,17 +56,18 @@ __m512 load_bias(const Bias& bias, int64_t row, int64_t column, __mmask16 mask) 
 }
 
 template <DType T>
-void finish_row_as(const ProductArgs& args, int64_t row, int64_t column, int columns, const float* acc) {
+void finish_row_as(const Output& out, int64_t n, int64_t row, int64_t column, int columns, const float* acc) {
   for (int c = 0; c < columns; c += 16) {
     const __mmask16 mask = static_cast<__mmask16>(columns - c >= 16 ? 0xFFFFu : (1u << (columns - c)) - 1u);
     __m512 value = _mm512_load_ps(acc + c);
-    if (args.bias.data != nullptr) value = _mm512_add_ps(value, load_bias(args.bias, row, column + c, mask));
-    store_floats<T>(args.y, row * args.n + column + c, mask, value);
+    if (out.bias.data != nullptr) value = _mm512_add_ps(value, load_bias(out.bias, row, column + c, mask));
+    store_floats<T>(out.y, row * n + column + c, mask, value);
   }
 }
 
-void finish_row(const ProductArgs& args, int64_t row, int64_t column, int columns, const float* acc) {
-  with_dtype(args.y_dtype, [&](auto dtype) { finish_row_as<dtype>(args, row, column, columns, acc); });
+void finish_row(const Product& product, int64_t row, int64_t column, int columns, const float* acc) {
+  with_dtype(product.output.dtype,
+             [&](auto dtype) { finish_row_as<dtype>(product.output, product.weight.n, row, column, columns, acc); });
 }
 
 }  // namespace

@@ -85,7 +85,7 @@ __m512i pack(const __m512i (&codes)[4], __mmask16 mask) {
 // Up to four blocks. Returns whether any may be wrong: one so small that 2^kLeastExponent * scale, or an element beside it, is
 // subnormal, so that its word has no exponent.
 template <DType T>
-[[gnu::always_inline]] inline bool quantize_blocks(const QuantizeArgs& args, __m512i rounding, int64_t first, int blocks) {
+[[gnu::always_inline]] inline bool quantize_blocks(const Quantize& args, __m512i rounding, int64_t first, int blocks) {
   const char* const ahead = static_cast<const char*>(args.x) + first * kBlock * size_of(T) + kPrefetchBytes;
   for (int line = 0; line < 4 * kBlock * size_of(T); line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
   __m512i x[4];
@@ -99,7 +99,7 @@ template <DType T>
       encode(x[0], _mm512_shuffle_i32x4(origin, origin, 0x00)), encode(x[1], _mm512_shuffle_i32x4(origin, origin, 0x55)),
       encode(x[2], _mm512_shuffle_i32x4(origin, origin, 0xAA)), encode(x[3], _mm512_shuffle_i32x4(origin, origin, 0xFF))};
   const __mmask16 present = static_cast<__mmask16>((1u << (4 * blocks)) - 1u);
-  _mm512_mask_storeu_epi32(args.q + first * kBlockBytes, present, pack(codes, finite));
+  _mm512_mask_storeu_epi32(args.codes + first * kBlockBytes, present, pack(codes, finite));
 
   const __m512i scale = _mm512_subs_epu16(exponent, _mm512_set1_epi16(e8m0::kMaxExponent));
   const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_mask_mov_epi32(_mm512_set1_epi32(e8m0::kNan), finite, scale));
@@ -109,17 +109,17 @@ template <DType T>
 }
 
 template <DType T>
-[[gnu::noinline]] void requantize_small(const QuantizeArgs& args, Range blocks) {
+[[gnu::noinline]] void requantize_small(const Quantize& args, Range blocks) {
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
     if (args.scale[block] > e8m0::kMaxExponent - kLeastExponent) continue;
-    store_codes(load_block<T>(args.x, block), args.scale[block], args.q + block * kBlockBytes, quantize_element);
+    store_codes(load_block<T>(args.x, block), args.scale[block], args.codes + block * kBlockBytes, quantize_element);
   }
 }
 
-void quantize(const QuantizeArgs& given, Range blocks) {
-  const QuantizeArgs args = given;  // a copy: the bytes that are stored cannot change it
-  with_dtype(args.x_dtype, [&](auto dtype) __attribute__((flatten)) {
-    const __m512i rounding = _mm512_set1_epi16(static_cast<int16_t>(e8m0::rounding(args.mode) >> 16));
+void quantize(const Quantize& given, Range blocks) {
+  const Quantize args = given;  // a copy: the bytes that are stored cannot change it
+  with_dtype(args.dtype, [&](auto dtype) __attribute__((flatten)) {
+    const __m512i rounding = _mm512_set1_epi16(static_cast<int16_t>(e8m0::rounding(args.to.mode) >> 16));
     int64_t block = blocks.begin;
     bool small = false;
     for (; block + 4 <= blocks.end; block += 4) small |= quantize_blocks<dtype>(args, rounding, block, 4);
@@ -140,9 +140,9 @@ alignas(64) constexpr auto kValues = [] {
 // low bits of its index only: four of a dword, five of a word. So a byte that stands twice in a wider lane, the second time
 // four bits lower, is the indices of its two elements.
 template <DType T>
-void dequantize_block(const DequantizeArgs& args, int64_t block) {
+void dequantize_block(const Dequantize& args, int64_t block) {
   const __m512 values = _mm512_mul_ps(_mm512_load_ps(kValues.data()), _mm512_set1_ps(e8m0::value(args.scale[block])));
-  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(args.q + block * kBlockBytes));
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(args.codes + block * kBlockBytes));
   if constexpr (T == DType::f32) {
     const __m512 table = canonical_nan(values);
     const __m512i low = _mm512_cvtepu8_epi64(packed), high = _mm512_cvtepu8_epi64(_mm_unpackhi_epi64(packed, packed));
@@ -156,9 +156,9 @@ void dequantize_block(const DequantizeArgs& args, int64_t block) {
   }
 }
 
-void dequantize(const DequantizeArgs& given, Range blocks) {
-  const DequantizeArgs args = given;
-  with_dtype(args.out_dtype, [&](auto dtype) {
+void dequantize(const Dequantize& given, Range blocks) {
+  const Dequantize args = given;
+  with_dtype(args.dtype, [&](auto dtype) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) dequantize_block<dtype>(args, block);
   });
 }

@@ -20,27 +20,27 @@ alignas(64) constexpr auto kFloatValues = [] {
 
 struct Avx512Float {
   static constexpr int kGroupRows = 8, kPanelStrips = 3, kPanelQuads = 1, kDirectRows = 4, kBlockRows = 512, kRunLength = 16;
-  using Activations = FloatQuad<kGroupRows>;
+  using GroupQuad = FloatQuad<kGroupRows>;
   struct Session {};
 
   // codes[k][column]; factor is 2^ew.
-  struct alignas(64) Weights {
+  struct alignas(64) StripQuad {
     float codes[kQuadElements][strips::kColumns];
     float factor[kQuad][strips::kColumns];
   };
 
-  static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
-    with_dtype(source.x_dtype, [&](auto dtype) {
+  static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
+    with_dtype(source.dtype, [&](auto dtype) {
       for (int i = 0; i < kQuadElements; i += 16) {
         const __mmask16 present = i < blocks * kBlock ? 0xFFFF : 0;
-        _mm512_store_ps(out.x[row] + i, load_floats<dtype>(source.x, block * kBlock + i, present));
+        _mm512_store_ps(out.x[row] + i, load_floats<dtype>(source.data, block * kBlock + i, present));
       }
     });
   }
-  static void pad(Activations&, int) {}
+  static void pad(GroupQuad&, int) {}
 
-  static Level fill(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, Weights& out) {
-    with_strip(w, n, k, strip, quad, [&](const auto& packed) {
+  static Level fill(const Weight& w, int64_t strip, int64_t quad, StripQuad& out) {
+    with_strip(w, strip, quad, [&](const auto& packed) {
       const StripAlignment scales = as_they_are(packed.scales());
       for (int b = 0; b < kQuad; ++b) _mm512_store_ps(out.factor[b], column_factor(scales, b));
       for (int d = 0; d < kQuadBytes / 4; ++d) {
@@ -51,7 +51,7 @@ struct Avx512Float {
     return Level::quad;
   }
 
-  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int panel_strips, const Level*, int depth,
+  static void add_quads(const GroupQuad* a, int64_t, int rows, const StripQuad* w, int panel_strips, const Level*, int depth,
                         float* acc) {
     static constexpr Tile kTiles[kGroupRows][kPanelStrips] = {
         {add_tile<1, 1>, add_tile<1, 2>, add_tile<1, 3>}, {add_tile<2, 1>, add_tile<2, 2>, add_tile<2, 3>},
@@ -64,14 +64,14 @@ struct Avx512Float {
   }
 
   // All quads of one strip for up to kDirectRows rows; acc has a row of kPanelStrips strips for each.
-  static void add_strip(const Activations* a, int rows, const Weight& w, int64_t n, int64_t k, int64_t strip, float* acc) {
+  static void add_strip(const GroupQuad* a, int rows, const Weight& w, int64_t strip, float* acc) {
     static constexpr Direct kDirect[kDirectRows] = {add_strip<1>, add_strip<2>, add_strip<3>, add_strip<4>};
-    kDirect[rows - 1](a, w, n, k, strip, acc);
+    kDirect[rows - 1](a, w, strip, acc);
   }
 
  private:
-  using Tile = void (*)(const Activations&, const Weights*, float*);
-  using Direct = void (*)(const Activations*, const Weight&, int64_t, int64_t, int64_t, float*);
+  using Tile = void (*)(const GroupQuad&, const StripQuad*, float*);
+  using Direct = void (*)(const GroupQuad*, const Weight&, int64_t, float*);
 
   // Nibble i of each dword as its value; a permutation looks at the low four bits of its index.
   template <int i>
@@ -91,7 +91,7 @@ struct Avx512Float {
   }
 
   template <int R, int C>
-  [[gnu::always_inline]] static void add_run(const Activations& a, const Weights* w, int first, __m512 (&out)[R * C]) {
+  [[gnu::always_inline]] static void add_run(const GroupQuad& a, const StripQuad* w, int first, __m512 (&out)[R * C]) {
     __m512 sum[R * C];
     unroll<R * C>([&](auto i) __attribute__((always_inline)) { sum[i] = _mm512_setzero_ps(); });
 #pragma GCC unroll 2
@@ -110,7 +110,7 @@ struct Avx512Float {
   }
 
   template <int R, int C>
-  static void add_tile(const Activations& a, const Weights* w, float* acc) {
+  static void add_tile(const GroupQuad& a, const StripQuad* w, float* acc) {
     __m512 pair[2][R * C];
     for (int b = 0; b < kQuad; ++b) {
       __m512 first[R * C], second[R * C];
@@ -126,14 +126,14 @@ struct Avx512Float {
   }
 
   template <int R>
-  static void add_strip(const Activations* a, const Weight& w, int64_t n, int64_t k, int64_t strip, float* acc) {
-    for (int64_t quad = 0; quad < strips::quads(k); ++quad) {
-      with_strip(w, n, k, strip, quad, [&](const auto& packed) { add_strip_quad<R>(a[quad], packed, acc); });
+  static void add_strip(const GroupQuad* a, const Weight& w, int64_t strip, float* acc) {
+    for (int64_t quad = 0; quad < strips::quads(w.k); ++quad) {
+      with_strip(w, strip, quad, [&](const auto& packed) { add_strip_quad<R>(a[quad], packed, acc); });
     }
   }
 
   template <int R, class Strip>
-  static void add_strip_quad(const Activations& a, const Strip& packed, float* acc) {
+  static void add_strip_quad(const GroupQuad& a, const Strip& packed, float* acc) {
     const StripAlignment scales = as_they_are(packed.scales());
     __m512 pair[2][R];
     unroll<kQuad>([&](auto b) __attribute__((always_inline)) {

@@ -15,6 +15,7 @@
 #include "../format/block.h"
 #include "float_environment.h"
 #include "panels.h"
+#include "prepack.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -26,6 +27,8 @@ constexpr int64_t kBlocksPerTask = 512;
 constexpr int64_t kChunkRows = 1024;
 // Multiplications that are worth a thread, and blocks of A.
 constexpr int64_t kTaskWork = int64_t{1} << 18, kExpandBlocks = 2048;
+// Records and rows of a weight that are worth a thread where its form changes.
+constexpr int64_t kRecordsPerTask = 16, kRowsPerTask = 64;
 
 // Uninitialised memory on a cache line's boundary.
 class AlignedBuffer {
@@ -46,54 +49,66 @@ class NativeBackend final : public Backend {
   NativeBackend(const KernelTable& kernels, ParallelFor parallel_for)
       : kernels_(kernels), parallel_for_(std::move(parallel_for)) {}
 
-  void quantize(const QuantizeArgs& args) const override { over_blocks(args, kernels_.quantize); }
-  void group_quant(const GroupQuantArgs& args) const override { over_blocks(args, kernels_.group_quant); }
-  void dequantize(const DequantizeArgs& args) const override { over_blocks(args, kernels_.dequantize); }
-  void gemm(const GemmArgs& args) const override {
-    multiply(kernels_.w4a4(args.m), {args.a, args.a_scale, nullptr, DType::f32, ScaleMode::even, args.m, args.k},
-             {args.w, args.bias, args.y, args.y_dtype, args.n, args.k});
-  }
-  bool linear(const LinearArgs& args) const override {
-    multiply(kernels_.w4a4(args.m), {nullptr, nullptr, args.x, args.dtype, args.mode, args.m, args.k},
-             {args.w, args.bias, args.y, args.dtype, args.n, args.k});
-    return true;
-  }
-  bool takes_strips() const override { return true; }
-  void gemm_w4a16(const GemmW4A16Args& args) const override {
-    multiply(kernels_.w4a16, {nullptr, nullptr, args.x, args.dtype, ScaleMode::even, args.m, args.k},
-             {args.w, args.bias, args.y, args.dtype, args.n, args.k});
+  void quantize(const Quantize& args) const override { over_blocks(args, kernels_.quantize); }
+  void dequantize(const Dequantize& args) const override { over_blocks(args, kernels_.dequantize); }
+  void group_quantize(const GroupQuantize& args) const override { over_blocks(args, kernels_.group_quantize); }
+
+  std::optional<std::string> refusal(const Product& product) const override {
+    if (product.weight.form != WeightForm::expanded) return std::nullopt;
+    return kNoExpandedForm;
   }
 
- private:
-  void multiply(const ProductKernels& kernels, const ActivationSource& source, const ProductArgs& args) const {
-    const int64_t quads = strips::quads(args.k), groups = ceil_div(std::min(source.rows, kChunkRows), kernels.group_rows);
+  void multiply(const Product& product) const override {
+    const Activations& a = product.activations;
+    const ProductKernels& kernels = kernels_.product(a.to.format, a.m);
+    const int64_t quads = strips::quads(a.k), groups = ceil_div(std::min(a.m, kChunkRows), kernels.group_rows);
     const size_t group_bytes = static_cast<size_t>(quads) * kernels.group_quad_bytes;
-    const AlignedBuffer activations(static_cast<size_t>(groups) * group_bytes);
-    for (int64_t first = 0; first < source.rows; first += kChunkRows) {
-      const int64_t rows = std::min(kChunkRows, source.rows - first);
-      parallel_for_(ceil_div(rows, kernels.group_rows), ceil_div(kExpandBlocks, kernels.group_rows * (args.k / kBlock) + 1),
+    const AlignedBuffer expanded(static_cast<size_t>(groups) * group_bytes);
+    for (int64_t first = 0; first < a.m; first += kChunkRows) {
+      const int64_t rows = std::min(kChunkRows, a.m - first);
+      parallel_for_(ceil_div(rows, kernels.group_rows), ceil_div(kExpandBlocks, kernels.group_rows * (a.k / kBlock) + 1),
                     [&](int64_t begin, int64_t end) {
         const DefaultFloatEnvironment environment;
         for (int64_t group = begin; group < end; ++group) {
           const int64_t row = group * kernels.group_rows;
-          kernels.expand(source, first + row, static_cast<int>(std::min<int64_t>(kernels.group_rows, rows - row)),
-                         activations.data() + static_cast<size_t>(group) * group_bytes);
+          kernels.expand(a, first + row, static_cast<int>(std::min<int64_t>(kernels.group_rows, rows - row)),
+                         expanded.data() + static_cast<size_t>(group) * group_bytes);
         }
       });
-      multiply_rows(kernels, args, activations.data(), first, rows);
+      multiply_rows(kernels, product, expanded.data(), first, rows);
     }
   }
 
+  PreparedShape prepared_shape(WeightForm, int64_t n, int64_t k) const override {
+    return {strips::count(n), strips::strip_bytes(k)};
+  }
+
+  void prepare(const Weight& weight, WeightForm, uint8_t* out) const override {
+    const int64_t quads = strips::quads(weight.k);
+    parallel_for_(strips::count(weight.n) * quads, kRecordsPerTask, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t strip = i / quads, quad = i % quads;
+        prepack_record(weight, strip, quad, strips::blocks_of(weight.k, quad),
+                       out + strips::record_offset(strip, quad, weight.k));
+      }
+    });
+  }
+
+  void restore(const Weight& weight, uint8_t* codes, uint8_t* scale) const override {
+    parallel_for_(weight.n, kRowsPerTask, [&](int64_t begin, int64_t end) { unpack_rows(weight, {begin, end}, codes, scale); });
+  }
+
+ private:
   static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
   // One chunk of rows with every panel of columns.
-  void multiply_rows(const ProductKernels& kernels, const ProductArgs& args, const void* activations, int64_t first_row,
+  void multiply_rows(const ProductKernels& kernels, const Product& product, const void* activations, int64_t first_row,
                      int64_t rows) const {
-    Rectangles rectangles(rows, ceil_div(args.n, kernels.panel_columns), kernels);
-    const int64_t work = rectangles.rows_each() * kernels.panel_columns * (args.k + 1);
+    Rectangles rectangles(rows, ceil_div(product.weight.n, kernels.panel_columns), kernels);
+    const int64_t work = rectangles.rows_each() * kernels.panel_columns * (product.weight.k + 1);
     parallel_for_(rectangles.count(), ceil_div(kTaskWork, work), [&](int64_t, int64_t) {
       const DefaultFloatEnvironment environment;
-      kernels.multiply(args, activations, first_row, rectangles);
+      kernels.multiply(product, activations, first_row, rectangles);
     });
   }
 

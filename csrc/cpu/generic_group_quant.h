@@ -35,15 +35,15 @@ void store_codes(const BlockInput& in, uint8_t scale, uint8_t* q, const Encode& 
   for (int i = 0; i < kBlockBytes; ++i) q[i] = e2m1::pack(codes[2 * i], codes[2 * i + 1]);
 }
 
-void group_quant(const GroupQuantArgs& args, Range blocks) {
+void group_quantize(const GroupQuantize& args, Range blocks) {
   const int64_t row_blocks = args.k / kBlock;
-  with_dtype(args.x_dtype, [&](auto dtype) {
+  with_dtype(args.dtype, [&](auto dtype) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const BlockInput in = load_block<dtype>(args.x, block);
       const uint8_t scale = group_quant::scale_byte(in.amax_bits, args.scale_floor);
       const int64_t row = block / row_blocks, column = block % row_blocks;
       args.scale[row * args.scale_row_stride + column * args.scale_block_stride] = e8m0::value(scale);
-      store_codes(in, scale, args.q + block * kBlockBytes, group_quant::quantize_element);
+      store_codes(in, scale, args.codes + block * kBlockBytes, group_quant::quantize_element);
     }
   });
 }

@@ -7,11 +7,12 @@ namespace xpu_fp4::cpu {
 namespace {
 
 template <DType T>
-void finish_scalars(const Bias& bias, void* y, int64_t n, int64_t row, Range columns, const float* acc) {
+void finish_scalars(const Output& out, int64_t n, int64_t row, Range columns, const float* acc) {
+  const Bias& bias = out.bias;
   for (int64_t column = columns.begin; column < columns.end; ++column) {
     float value = acc[column - columns.begin];
     if (bias.data != nullptr) value += bias.data[row * bias.row_stride + column * bias.column_stride];
-    store<T>(y, row * n + column, value);
+    store<T>(out.y, row * n + column, value);
   }
 }
 

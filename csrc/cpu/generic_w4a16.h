@@ -3,7 +3,7 @@
 // output's sum is that of format/accumulate.h.
 #pragma once
 #include "generic_output.h"
-#include "product.h"
+#include "loop_nest.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -17,32 +17,32 @@ struct alignas(64) FloatQuad {
 
 // A row's blocks [0, blocks) of a quad, zero beyond.
 template <int kRows>
-void expand_floats(const ActivationSource& source, int64_t block, int blocks, FloatQuad<kRows>& out, int row) {
-  with_dtype(source.x_dtype, [&](auto dtype) {
-    for (int i = 0; i < blocks * kBlock; ++i) out.x[row][i] = load<dtype>(source.x, block * kBlock + i);
+void expand_floats(const Activations& source, int64_t block, int blocks, FloatQuad<kRows>& out, int row) {
+  with_dtype(source.dtype, [&](auto dtype) {
+    for (int i = 0; i < blocks * kBlock; ++i) out.x[row][i] = load<dtype>(source.data, block * kBlock + i);
   });
   std::fill(out.x[row] + blocks * kBlock, out.x[row] + kQuadElements, 0.0f);
 }
 
 struct PortableFloat {
   static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 1, kDirectRows = 0, kBlockRows = 512;
-  using Activations = FloatQuad<kGroupRows>;
+  using GroupQuad = FloatQuad<kGroupRows>;
   struct Session {};
 
   // codes[k][column] is twice the value; factor is 2^(ew - 2).
-  struct Weights {
+  struct StripQuad {
     float codes[kQuadElements][strips::kColumns];
     float factor[kQuad][strips::kColumns];
   };
 
-  static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
+  static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
     expand_floats(source, block, blocks, out, row);
   }
-  static void pad(Activations&, int) {}
+  static void pad(GroupQuad&, int) {}
 
-  static Level fill(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, Weights& out) {
+  static Level fill(const Weight& w, int64_t strip, int64_t quad, StripQuad& out) {
     alignas(64) uint8_t buffer[strips::kRecordBytes];
-    const uint8_t* record = record_of(w, n, k, strip, quad, buffer);
+    const uint8_t* record = record_of(w, strip, quad, buffer);
     for (int c = 0; c < strips::kColumns; ++c) {
       for (int i = 0; i < kQuadElements; ++i) {
         const uint8_t packed = record[strips::code_offset(c, i / 2)];
@@ -53,7 +53,7 @@ struct PortableFloat {
     return Level::quad;
   }
 
-  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int panel_strips, const Level*, int depth,
+  static void add_quads(const GroupQuad* a, int64_t, int rows, const StripQuad* w, int panel_strips, const Level*, int depth,
                         float* acc) {
     for (int q = 0; q < depth; ++q) {
       for (int row = 0; row < rows; ++row) {
@@ -65,7 +65,7 @@ struct PortableFloat {
   }
 
  private:
-  static void add_row_quad(const float* x, const Weights& w, float* acc) {
+  static void add_row_quad(const float* x, const StripQuad& w, float* acc) {
     float p[kQuad][strips::kColumns];
     for (int b = 0; b < kQuad; ++b) {
       dot_block(x + b * kBlock, w.codes + b * kBlock, p[b]);

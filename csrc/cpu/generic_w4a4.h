@@ -4,7 +4,7 @@
 #pragma once
 #include "generic_output.h"
 #include "generic_quantize.h"
-#include "product.h"
+#include "loop_nest.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -17,7 +17,7 @@ constexpr unsigned code_at(const uint8_t* packed, int i) {
 }
 
 template <int kRows>
-void expand_scalars(const uint8_t* packed, const uint8_t* scale, const WeightForm& weight, ActivationQuad<kRows>& out,
+void expand_scalars(const uint8_t* packed, const uint8_t* scale, const IntegerForm& weight, ActivationQuad<kRows>& out,
                     int row) {
   unsigned zero_blocks = (1u << kQuad) - 1u;
   int32_t sums[kQuad] = {};
@@ -32,31 +32,32 @@ void expand_scalars(const uint8_t* packed, const uint8_t* scale, const WeightFor
   out.level = row == 0 ? alignment.level : std::max(out.level, alignment.level);
 }
 
-void finish_row_scalars(const ProductArgs& args, int64_t row, int64_t column, int columns, const float* acc) {
-  with_dtype(args.y_dtype,
-             [&](auto dtype) { finish_scalars<dtype>(args.bias, args.y, args.n, row, {column, column + columns}, acc); });
+void finish_row_scalars(const Product& product, int64_t row, int64_t column, int columns, const float* acc) {
+  with_dtype(product.output.dtype, [&](auto dtype) {
+    finish_scalars<dtype>(product.output, product.weight.n, row, {column, column + columns}, acc);
+  });
 }
 
 struct Portable {
   static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 2, kDirectRows = 0, kBlockRows = 512;
-  using Activations = ActivationQuad<kGroupRows>;
+  using GroupQuad = ActivationQuad<kGroupRows>;
   struct Session {};
 
   // codes[k][column], K in the order of panels.h.
-  struct Weights {
+  struct StripQuad {
     int16_t codes[kQuadElements][strips::kColumns];
     float factor[kQuad][strips::kColumns];
   };
 
-  static void expand(const ActivationSource& source, int64_t block, int blocks, Activations& out, int row) {
+  static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
     with_codes<quantize>(source, block, blocks,
                          [&](const uint8_t* packed, const uint8_t* scale) { expand_scalars(packed, scale, {0, 0}, out, row); });
   }
-  static void pad(Activations&, int) {}
+  static void pad(GroupQuad&, int) {}
 
-  static Level fill(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, Weights& out) {
+  static Level fill(const Weight& w, int64_t strip, int64_t quad, StripQuad& out) {
     alignas(64) uint8_t buffer[strips::kRecordBytes];
-    const uint8_t* record = record_of(w, n, k, strip, quad, buffer);
+    const uint8_t* record = record_of(w, strip, quad, buffer);
     for (int c = 0; c < strips::kColumns; ++c) {
       for (int i = 0; i < kQuadElements; ++i) {
         const uint8_t packed = record[strips::code_offset(c, i / 2)];
@@ -67,7 +68,7 @@ struct Portable {
     return Level::general;
   }
 
-  static void add_quads(const Activations* a, int64_t, int rows, const Weights* w, int panel_strips, const Level*, int depth,
+  static void add_quads(const GroupQuad* a, int64_t, int rows, const StripQuad* w, int panel_strips, const Level*, int depth,
                         float* acc) {
     for (int q = 0; q < depth; ++q) {
       for (int row = 0; row < rows; ++row) {
@@ -80,7 +81,7 @@ struct Portable {
   }
 
  private:
-  static void add_row_quad(const int8_t* a, const BlockFactor* f, const Weights& w, float* acc) {
+  static void add_row_quad(const int8_t* a, const BlockFactor* f, const StripQuad& w, float* acc) {
     float p[kQuad][strips::kColumns];
     for (int b = 0; b < kQuad; ++b) dot_block(a + b * kBlock, w.codes + b * kBlock, f[b], w.factor[b], p[b]);
     for (int c = 0; c < strips::kColumns; ++c) acc[c] = add_quad(acc[c], p[0][c], p[1][c], p[2][c], p[3][c]);

@@ -35,13 +35,14 @@ bool supported() {
 // A tile takes as long for one row as for sixteen.
 constexpr int64_t kLeastRows = 8;
 
-const ProductKernels& w4a4(int64_t m) {
+const ProductKernels& product(Format activations, int64_t m) {
+  if (activations == Format::none) return product_kernels<Avx512Float, finish_row>;
   return m < kLeastRows ? product_kernels<Vnni<true>, finish_row> : product_kernels<Amx, finish_row>;
 }
 
 }  // namespace
 
-const KernelTable kAmx = {"amx", supported, quantize, group_quant, dequantize, w4a4, product_kernels<Avx512Float, finish_row>};
+const KernelTable kAmx = {"amx", supported, quantize, group_quantize, dequantize, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

@@ -11,11 +11,14 @@
 namespace xpu_fp4::cpu {
 namespace {
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+const ProductKernels& product(Format activations, int64_t) {
+  return activations == Format::none ? product_kernels<PortableFloat, finish_row_scalars>
+                                     : product_kernels<Avx2, finish_row_scalars>;
+}
 }  // namespace
 
-const KernelTable kAvx2 = {"avx2", supported, quantize, group_quant, dequantize, [](int64_t) -> const ProductKernels& {
-  return product_kernels<Avx2, finish_row_scalars>;
-}, product_kernels<PortableFloat, finish_row_scalars>};
+const KernelTable kAvx2 = {"avx2", supported, quantize, group_quantize, dequantize, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

@@ -16,12 +16,13 @@ bool supported() {
   return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni");
 }
+
+const ProductKernels& product(Format activations, int64_t) {
+  return activations == Format::none ? product_kernels<Avx512Float, finish_row> : product_kernels<Vnni<false>, finish_row>;
+}
 }  // namespace
 
-const KernelTable kAvx512Vnni = {
-    "avx512_vnni", supported, quantize, group_quant, dequantize, [](int64_t) -> const ProductKernels& {
-  return product_kernels<Vnni<false>, finish_row>;
-}, product_kernels<Avx512Float, finish_row>};
+const KernelTable kAvx512Vnni = {"avx512_vnni", supported, quantize, group_quantize, dequantize, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

@@ -5,9 +5,13 @@
 
 namespace xpu_fp4::cpu {
 
-const KernelTable kPortable = {
-    "portable", [] { return true; }, quantize, group_quant, dequantize, [](int64_t) -> const ProductKernels& {
-  return product_kernels<Portable, finish_row_scalars>;
-}, product_kernels<PortableFloat, finish_row_scalars>};
+namespace {
+const ProductKernels& product(Format activations, int64_t) {
+  return activations == Format::none ? product_kernels<PortableFloat, finish_row_scalars>
+                                     : product_kernels<Portable, finish_row_scalars>;
+}
+}  // namespace
+
+const KernelTable kPortable = {"portable", [] { return true; }, quantize, group_quantize, dequantize, product};
 
 }  // namespace xpu_fp4::cpu

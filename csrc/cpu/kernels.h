@@ -15,8 +15,6 @@ struct Range {
   int64_t begin, end;
 };
 
-struct ActivationSource;
-struct ProductArgs;
 class Rectangles;
 
 /// A product in two steps: groups of rows of A are expanded, then multiplied with panels of columns.
@@ -28,22 +26,21 @@ struct ProductKernels {
   /// Bytes of one group's quad (K = 128).
   size_t group_quad_bytes;
   /// Rows [first_row, first_row + rows) of A, rows <= group_rows, to out: the group's quads one after the other.
-  void (*expand)(const ActivationSource&, int64_t first_row, int rows, void* out);
+  void (*expand)(const Activations&, int64_t first_row, int rows, void* out);
   /// One rectangle of Y after the other, until none is left. Their rows count from the first expanded row, which is first_row
   /// of A and Y.
-  void (*multiply)(const ProductArgs&, const void* activations, int64_t first_row, Rectangles&);
+  void (*multiply)(const Product&, const void* activations, int64_t first_row, Rectangles&);
 };
 
 struct KernelTable {
   const char* isa;
   bool (*supported)();
   /// Blocks [begin, end) of the rows * k / 32 blocks of the input.
-  void (*quantize)(const QuantizeArgs&, Range blocks);
-  void (*group_quant)(const GroupQuantArgs&, Range blocks);
-  void (*dequantize)(const DequantizeArgs&, Range blocks);
-  /// The W4A4 kernels for an A of m rows.
-  const ProductKernels& (*w4a4)(int64_t m);
-  const ProductKernels& w4a16;
+  void (*quantize)(const Quantize&, Range blocks);
+  void (*group_quantize)(const GroupQuantize&, Range blocks);
+  void (*dequantize)(const Dequantize&, Range blocks);
+  /// The kernels for an A of m rows that is multiplied in this format.
+  const ProductKernels& (*product)(Format activations, int64_t m);
 };
 
 /// Any processor.

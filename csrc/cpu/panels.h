@@ -73,7 +73,7 @@ constexpr Alignment align(const uint8_t* scale, unsigned zero_blocks, int max_sh
 }
 
 /// How W is stored: integers so much too large, and factors 2^(ew + factor_exponent), which is at most 2^127.
-struct WeightForm {
+struct IntegerForm {
   int bias, factor_exponent;
 };
 
@@ -108,7 +108,7 @@ struct alignas(64) ActivationQuad {
   const int8_t* at(int row, int position) const { return codes[position / kRun][row] + position % kRun; }
 };
 
-constexpr BlockFactor block_factor(uint8_t base, int32_t start, const WeightForm& weight) {
+constexpr BlockFactor block_factor(uint8_t base, int32_t start, const IntegerForm& weight) {
   if (base == e8m0::kNan) return {float_of(kNanBits), 1.0f, 0.0f, start};
   const int e = e8m0::exponent(base) - 2 - weight.factor_exponent, kept = std::clamp(e, -126, 100);
   const int underflow = -126 - e;
@@ -116,7 +116,7 @@ constexpr BlockFactor block_factor(uint8_t base, int32_t start, const WeightForm
 }
 
 /// Fills a row's factors. sums[b] is the sum of block b's stored integers.
-constexpr void set_factors(const Alignment& row, const int32_t* sums, const WeightForm& weight, QuadFactor& quad,
+constexpr void set_factors(const Alignment& row, const int32_t* sums, const IntegerForm& weight, QuadFactor& quad,
                            BlockFactor* block) {
   for (int b = 0; b < kQuad; ++b) block[b] = block_factor(row.base[b], kMagicBits - weight.bias * sums[b], weight);
   const float scale = block[0].scale * block[0].rest;
@@ -128,24 +128,6 @@ constexpr void set_factors(const Alignment& row, const int32_t* sums, const Weig
 struct alignas(64) WeightQuad {
   uint8_t codes[kQuadElements / 4][strips::kColumns][4];
   float factor[kQuad][strips::kColumns];
-};
-
-/// A, whole: as codes and scales, or as floats still to be quantized (x not null).
-struct ActivationSource {
-  const uint8_t *codes, *scale;
-  const void* x;
-  DType x_dtype;
-  ScaleMode mode;
-  int64_t rows, k;
-};
-
-/// What a product needs besides its expanded activations, whose row 0 is row first_row of A and Y.
-struct ProductArgs {
-  Weight w;
-  Bias bias;
-  void* y;
-  DType y_dtype;
-  int64_t n, k;
 };
 
 /// The rectangles of Y that a product is cut into: rows by panels of columns. Threads take one after the other, so that one

@@ -8,13 +8,13 @@ namespace xpu_fp4::cpu {
 
 using strips::blocks_of;
 
-void prepack_record(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, int blocks, uint8_t* record) {
+void prepack_record(const Weight& w, int64_t strip, int64_t quad, int blocks, uint8_t* record) {
   std::memset(record, 0, static_cast<size_t>(strips::code_bytes(blocks)));
   std::memset(record + strips::code_bytes(blocks), e8m0::kBias, strips::kRecordBytes - strips::kCodeBytes);
-  const int columns = static_cast<int>(std::min<int64_t>(strips::kColumns, n - strip * strips::kColumns));
-  const int present = blocks_of(k, quad);
+  const int columns = static_cast<int>(std::min<int64_t>(strips::kColumns, w.n - strip * strips::kColumns));
+  const int present = blocks_of(w.k, quad);
   for (int c = 0; c < columns; ++c) {
-    const WeightRow row(w, k, strip * strips::kColumns + c, quad);
+    const WeightRow row(w, strip * strips::kColumns + c, quad);
     for (int byte = 0; byte < present * kBlockBytes; ++byte) record[strips::code_offset(c, byte)] = row.packed(byte);
     for (int b = 0; b < kQuad; ++b) record[strips::scale_offset(c, b, blocks)] = row.scale(std::min(b, present - 1));
   }
@@ -27,13 +27,14 @@ void complete_record(const uint8_t* record, int blocks, uint8_t* out) {
   std::memcpy(out + strips::kCodeBytes, record + codes, strips::kRecordBytes - strips::kCodeBytes);
 }
 
-void unpack_rows(const Weight& w, int64_t k, Range rows, uint8_t* codes, uint8_t* scale) {
+void unpack_rows(const Weight& w, Range rows, uint8_t* codes, uint8_t* scale) {
   for (int64_t n = rows.begin; n < rows.end; ++n) {
-    for (int64_t quad = 0; quad < strips::quads(k); ++quad) {
-      const WeightRow row(w, k, n, quad);
-      const int64_t block = n * (k / kBlock) + quad * kQuad;
-      for (int byte = 0; byte < blocks_of(k, quad) * kBlockBytes; ++byte) codes[block * kBlockBytes + byte] = row.packed(byte);
-      for (int b = 0; b < blocks_of(k, quad); ++b) scale[block + b] = row.scale(b);
+    for (int64_t quad = 0; quad < strips::quads(w.k); ++quad) {
+      const WeightRow row(w, n, quad);
+      const int64_t block = n * (w.k / kBlock) + quad * kQuad;
+      for (int byte = 0; byte < blocks_of(w.k, quad) * kBlockBytes; ++byte)
+        codes[block * kBlockBytes + byte] = row.packed(byte);
+      for (int b = 0; b < blocks_of(w.k, quad); ++b) scale[block + b] = row.scale(b);
     }
   }
 }

@@ -12,13 +12,13 @@ namespace xpu_fp4::cpu {
 /// A quad of one row of W in either layout.
 class WeightRow {
  public:
-  WeightRow(const Weight& w, int64_t k, int64_t row, int64_t quad) {
-    if (w.strips != nullptr) {
-      codes_ = w.strips + strips::record_offset(row / strips::kColumns, quad, k);
+  WeightRow(const Weight& w, int64_t row, int64_t quad) {
+    if (w.strips() != nullptr) {
+      codes_ = w.strips() + strips::record_offset(row / strips::kColumns, quad, w.k);
       column_ = static_cast<int>(row % strips::kColumns);
-      scales_ = codes_ + strips::scale_offset(column_, 0, strips::blocks_of(k, quad));
+      scales_ = codes_ + strips::scale_offset(column_, 0, strips::blocks_of(w.k, quad));
     } else {
-      codes_ = w.codes + row * (k / 2) + quad * kQuadBytes;
+      codes_ = w.codes + row * (w.k / 2) + quad * kQuadBytes;
       scales_ = w.scale + row * w.scale_row_stride + quad * kQuad * w.scale_block_stride;
       scale_stride_ = w.scale_block_stride;
     }
@@ -32,14 +32,14 @@ class WeightRow {
   int64_t scale_stride_ = 1;
 };
 
-/// Lays out the quad of a strip of W [n, k], not in strips, as a record with the codes of so many blocks: those that exist, or
+/// Lays out the quad of a strip of W, not in strips, as a record with the codes of so many blocks: those that exist, or
 /// kQuad.
-void prepack_record(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, int blocks, uint8_t* record);
+void prepack_record(const Weight& w, int64_t strip, int64_t quad, int blocks, uint8_t* record);
 
 /// A whole record from one of fewer blocks; the other codes are zero.
 void complete_record(const uint8_t* record, int blocks, uint8_t* out);
 
 /// Rows [begin, end) of W [n, k], in strips, as codes [n, k/2] and scale bytes [n, k/32].
-void unpack_rows(const Weight& w, int64_t k, Range rows, uint8_t* codes, uint8_t* scale);
+void unpack_rows(const Weight& w, Range rows, uint8_t* codes, uint8_t* scale);
 
 }  // namespace xpu_fp4::cpu

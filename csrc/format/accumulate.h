@@ -5,11 +5,14 @@
 #include <cstdint>
 
 #include "block.h"
+#include "formats.h"
 
 namespace xpu_fp4 {
 
-/// Blocks that are summed pairwise before they join the accumulator.
+/// Blocks that are summed pairwise before they join the accumulator: a quad, K = 128.
 constexpr int kQuad = 4;
+constexpr int kQuadElements = kQuad * kBlock;
+constexpr int kQuadBytes = kQuadElements / 2;  // of packed codes
 
 /// Integer dot product of two blocks, sum of (2a)(2w): exact, |d| <= 32 * 12 * 12 = 4608.
 constexpr int block_dot(const uint8_t* a, const uint8_t* w) {
@@ -21,25 +24,38 @@ constexpr int block_dot(const uint8_t* a, const uint8_t* w) {
   return d;
 }
 
-/// What a row of A brings to a block's product: 2^ea = scale * rest, split so that an integer below 2^13 times scale is exact
-/// in float32: no overflow (scale <= 2^100), and no bit below 2^-149 (scale >= 2^-127).
+/// The same for MXINT8 activations, sum of c (2w): |d| <= 32 * 128 * 12 = 49152.
+constexpr int block_dot(const int8_t* a, const uint8_t* w) {
+  int d = 0;
+  for (int i = 0; i < kBlockBytes; ++i) {
+    d += a[2 * i] * e2m1::twice(e2m1::low(w[i]));
+    d += a[2 * i + 1] * e2m1::twice(e2m1::high(w[i]));
+  }
+  return d;
+}
+
+/// What a row of A brings to a block's product: scale * rest = 2^ea for MXFP4 and 2^(ea - 5) for MXINT8, whose integers are
+/// that much finer. It is split so that an integer below 2^16 times scale is exact in float32: no overflow (scale <= 2^100),
+/// and no bit below 2^-149 (scale >= 2^-132).
 struct RowFactor {
   float scale;
   float rest;  // 1 up to 2^100
 };
-constexpr RowFactor row_factor(uint8_t a_scale) {
+constexpr RowFactor row_factor(Format format, uint8_t a_scale) {
   if (a_scale == e8m0::kNan) return {float_of(kNanBits), 1.0f};
-  const int e = e8m0::exponent(a_scale), kept = e < 100 ? e : 100;
+  const int e = e8m0::exponent(a_scale) + integer_exponent(format) - integer_exponent(Format::mxfp4);
+  const int kept = e < 100 ? e : 100;
   return {pow2(kept), pow2(e - kept)};
 }
 
-/// What a row of W brings: 2^(ew - 2), possibly subnormal; the -2 undoes the two factors of two in an integer product.
+/// What a row of W brings: 2^(ew - 2), possibly subnormal; the -2 undoes the two factors of two in an MXFP4 integer product.
 constexpr float weight_factor(uint8_t w_scale) {
   return w_scale == e8m0::kNan ? float_of(kNanBits) : pow2(e8m0::exponent(w_scale) - 2);
 }
 
-/// W4A4: d * 2^(ea + ew - 2) rounded once to float32; NaN if either scale is NaN. The second multiplication is the one that
-/// rounds, underflows or overflows; where rest is not 1 the product before it is at least 2^-29, so the third is exact.
+/// W4A4: d * 2^(ea + ew - 2), W4A8: d * 2^(ea + ew - 7), rounded once to float32; NaN if either scale is NaN. The second
+/// multiplication is the one that rounds, underflows or overflows; where rest is not 1 the product before it is at least 2^-29,
+/// so the third is exact.
 constexpr float block_product(float d, RowFactor a, float w) { return d * a.scale * w * a.rest; }
 
 /// Adds four consecutive blocks (K = 128) to the accumulator; missing blocks of the last quad are +0.

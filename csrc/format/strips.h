@@ -12,9 +12,6 @@
 
 namespace xpu_fp4 {
 
-constexpr int kQuadElements = kQuad * kBlock;
-constexpr int kQuadBytes = kQuadElements / 2;
-
 namespace strips {
 
 constexpr int kColumns = 16;

@@ -34,8 +34,8 @@ int alignment_of(std::initializer_list<const void*> addresses) {
   return bits % 16 == 0 ? 16 : 1;
 }
 
-Weights weights_of(const Weight& w, int64_t k) {
-  if (k % kQuadElements != 0) return Weights::any;
+Weights weights_of(const Weight& w) {
+  if (w.k % kQuadElements != 0) return Weights::any;
   const bool dwords = reinterpret_cast<uintptr_t>(w.scale) % 4 == 0 && w.scale_row_stride % 4 == 0 && w.scale_block_stride == 1;
   return dwords ? Weights::scales_together : Weights::whole_quads;
 }
@@ -79,72 +79,64 @@ class SyclBackend final : public Backend {
   SyclBackend(sycl::queue queue, Allocate allocate, bool wait)
       : queue_(std::move(queue)), allocate_(std::move(allocate)), wait_(wait) {}
 
-  void quantize(const QuantizeArgs& args) const override {
-    const int64_t vectors = args.rows * args.k * size_of(args.x_dtype) / 16;
-    launch(portable("quantize.cpp", args.x_dtype, {args.x}), "quantize", linear_range(vectors), args.x, args.q, args.scale,
-           vectors, static_cast<int>(args.mode));
+  void quantize(const Quantize& args) const override {
+    const int64_t vectors = args.rows * args.k * size_of(args.dtype) / 16;
+    launch(portable("quantize.cpp", args.dtype, {args.x}), "quantize", linear_range(vectors), args.x, args.codes, args.scale,
+           vectors, static_cast<int>(args.to.mode));
   }
 
-  void group_quant(const GroupQuantArgs& args) const override {
-    const int64_t vectors = args.rows * args.k * size_of(args.x_dtype) / 16;
-    launch(portable("quantize.cpp", args.x_dtype, {args.x}), "group_quantize", linear_range(vectors), args.x, args.q,
+  void group_quantize(const GroupQuantize& args) const override {
+    const int64_t vectors = args.rows * args.k * size_of(args.dtype) / 16;
+    launch(portable("quantize.cpp", args.dtype, {args.x}), "group_quantize", linear_range(vectors), args.x, args.codes,
            args.scale, vectors, args.k / kBlock, args.scale_row_stride, args.scale_block_stride, args.scale_floor);
   }
 
-  void dequantize(const DequantizeArgs& args) const override {
+  void dequantize(const Dequantize& args) const override {
     const int64_t lanes = args.rows * args.k / 8;
-    launch(portable("dequantize.cpp", args.out_dtype, {}), "dequantize", linear_range(lanes), args.q, args.scale, args.out,
+    launch(portable("dequantize.cpp", args.dtype, {}), "dequantize", linear_range(lanes), args.codes, args.scale, args.out,
            lanes);
   }
 
-  void gemm(const GemmArgs& args) const override {
+  std::optional<std::string> refusal(const Product& product) const override {
+    switch (product.weight.form) {
+      case WeightForm::stored: return std::nullopt;
+      case WeightForm::strips: return "is prepacked for the native kernels, which this backend's are not";
+      case WeightForm::expanded:
+        if (matrix_architecture(variant_override()) == nullptr) return kNoExpandedForm;
+        return std::nullopt;
+    }
+    return std::nullopt;
+  }
+
+  void multiply(const Product& product) const override {
+    const Activations& a = product.activations;
+    if (a.to.format == Format::none) return multiply_floats(product);
     // What the native kernel cannot load, the exact ones compute.
-    const bool native = args.k >= kQuadElements && starts_cache_line(args.a) && starts_cache_line(args.w.codes);
-    const Choice choice = choose({args.m, args.n, args.k, args.w.expanded != nullptr}, native);
-    if (choice.plan.kernel == Kernel::portable) return gemm_portable(args);
-    if (choice.plan.kernel == Kernel::native) return gemm_native(choice, args);
-    const int64_t blocks = args.k / kBlock;
-    const Expanded a = expand_a(choice, args.m, args.k, [&](const Expanded& out, Macros macros) {
-      macros.emplace_back("ALIGNMENT", alignment_of({args.a}));
-      launch({"expand.cpp", macros}, "expand", expand_range(out), args.a, args.a_scale, blocks, int64_t{1}, out.codes,
-             out.exponents, out.levels, out.layout.rows, out.layout.padded_rows, args.k);
-    });
-    gemm_expanded(choice, a, args.w, args.bias, args.y, args.y_dtype, args.n, args.k);
+    const bool native =
+        !a.are_codes || (a.k >= kQuadElements && starts_cache_line(a.data) && starts_cache_line(product.weight.codes));
+    const Choice choice = choose({a.m, product.weight.n, a.k, product.weight.expanded() != nullptr}, native);
+    const bool reads_codes = choice.plan.kernel == Kernel::portable || choice.plan.kernel == Kernel::native;
+    if (reads_codes && !a.are_codes) return multiply_quantized(product);
+    if (choice.plan.kernel == Kernel::portable) return gemm_portable(product);
+    if (choice.plan.kernel == Kernel::native) return gemm_native(choice, product);
+    const Expanded expanded = expand_activations(choice, a);
+    if (choice.plan.kernel == Kernel::small) return gemm_small(choice, expanded, product);
+    gemm_large(choice, expanded, product);
   }
 
-  bool linear(const LinearArgs& args) const override {
-    const Choice choice = choose({args.m, args.n, args.k, args.w.expanded != nullptr});
-    if (choice.plan.kernel == Kernel::portable || choice.plan.kernel == Kernel::native) return false;
-    const Expanded a = expand_a(choice, args.m, args.k, [&](const Expanded& out, Macros macros) {
-      macros.emplace_back("ALIGNMENT", alignment_of({args.x}));
-      macros.emplace_back("DTYPE", static_cast<int>(args.dtype));
-      launch({"expand.cpp", macros}, "quantize_expand", expand_range(out), args.x, static_cast<int>(args.mode), out.codes,
-             out.exponents, out.levels, out.layout.rows, out.layout.padded_rows, args.k);
-    });
-    gemm_expanded(choice, a, args.w, args.bias, args.y, args.dtype, args.n, args.k);
-    return true;
-  }
-
-  std::optional<ExpandedShape> expanded_shape(int64_t n, int64_t k) const override {
-    const Architecture* architecture = matrix_architecture(variant_override());
-    if (architecture == nullptr) return std::nullopt;
+  PreparedShape prepared_shape(WeightForm, int64_t n, int64_t k) const override {
     // Group-major arrays: the size of a group tells its lanes, so that no device takes another's form.
-    const ExpandedLayout layout = weight_layout(*architecture, n, k);
+    const ExpandedLayout layout = weight_layout(*matrix_architecture(variant_override()), n, k);
     const int64_t groups = layout.groups();
-    return ExpandedShape{groups, groups == 0 ? 0 : Expanded::bytes(layout) / groups};
+    return {groups, groups == 0 ? 0 : Expanded::bytes(layout) / groups};
   }
 
-  void expand(const Weight& w, int64_t n, int64_t k, uint8_t* out) const override {
+  void prepare(const Weight& weight, WeightForm, uint8_t* out) const override {
     const Architecture& architecture = *matrix_architecture(variant_override());
-    expand_weight(architecture, w, k, Expanded(weight_layout(architecture, n, k), out));
+    expand_weight(architecture, weight, Expanded(weight_layout(architecture, weight.n, weight.k), out));
   }
 
-  void gemm_w4a16(const GemmW4A16Args& args) const override {
-    const Choice choice = choose({args.m, args.n, args.k, false});
-    // The matrix unit has no float32.
-    if (choice.architecture == nullptr || args.dtype == DType::f32) return gemm_w4a16_portable(args);
-    gemm_w4a16_matrix(*choice.architecture, plan_w4a16(*choice.architecture, args.m, choice.forced), args);
-  }
+  void restore(const Weight&, uint8_t*, uint8_t*) const override { throw std::logic_error("xpu_fp4: strips were refused"); }
 
  private:
   // A variant of a kernel that runs on every device.
@@ -184,57 +176,75 @@ class SyclBackend final : public Backend {
             {"BLOCK_2D", architecture.block_2d}};
   }
 
-  void gemm_portable(const GemmArgs& args) const {
+  // For kernels that read codes: quantizes to memory first.
+  void multiply_quantized(const Product& product) const {
+    const Activations& a = product.activations;
+    const std::shared_ptr<void> codes = allocate_(a.m * code_bytes(a.to.format, a.k)), scale = allocate_(a.m * a.k / kBlock);
+    auto *codes_at = static_cast<uint8_t*>(codes.get()), *scale_at = static_cast<uint8_t*>(scale.get());
+    quantize({a.data, a.dtype, a.to, a.m, a.k, codes_at, scale_at});
+    multiply({Activations::codes(a.to.format, codes_at, scale_at, a.m, a.k), product.weight, product.output});
+  }
+
+  void gemm_portable(const Product& product) const {
+    const auto& [a, w, out] = product;
     const int64_t sub_group = target_of(queue_.get_device()).sub_group;
-    launch(portable("gemm.cpp", std::nullopt, {args.w.codes}), "gemm", grid(ceil_div(args.m, sub_group), args.n), args.a,
-           args.a_scale, args.w.codes, args.w.scale, args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data,
-           args.bias.row_stride, args.bias.column_stride, args.y, static_cast<int>(args.y_dtype), args.m, args.n, args.k);
+    launch(portable("gemm.cpp", std::nullopt, {w.codes}), "gemm", grid(ceil_div(a.m, sub_group), w.n), a.data, a.scale, w.codes,
+           w.scale, w.scale_row_stride, w.scale_block_stride, out.bias.data, out.bias.row_stride, out.bias.column_stride, out.y,
+           static_cast<int>(out.dtype), a.m, w.n, w.k);
   }
 
-  void gemm_w4a16_portable(const GemmW4A16Args& args) const {
-    launch(portable("gemm_w4a16.cpp", args.dtype, {args.w.codes}), "gemm_w4a16", grid(args.m, args.n), args.x, args.w.codes,
-           args.w.scale, args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data, args.bias.row_stride,
-           args.bias.column_stride, args.y, args.m, args.n, args.k);
+  void multiply_floats(const Product& product) const {
+    const Activations& a = product.activations;
+    const Choice choice = choose({a.m, product.weight.n, a.k, false});
+    // The matrix unit has no float32.
+    if (choice.architecture == nullptr || a.dtype == DType::f32) return gemm_w4a16_portable(product);
+    gemm_w4a16_matrix(*choice.architecture, plan_w4a16(*choice.architecture, a.m, choice.forced), product);
   }
 
-  void gemm_w4a16_matrix(const Architecture& architecture, const GemmPlan& plan, const GemmW4A16Args& args) const {
+  void gemm_w4a16_portable(const Product& product) const {
+    const auto& [a, w, out] = product;
+    launch(portable("gemm_w4a16.cpp", a.dtype, {w.codes}), "gemm_w4a16", grid(a.m, w.n), a.data, w.codes, w.scale,
+           w.scale_row_stride, w.scale_block_stride, out.bias.data, out.bias.row_stride, out.bias.column_stride, out.y, a.m,
+           w.n, w.k);
+  }
+
+  void gemm_w4a16_matrix(const Architecture& architecture, const GemmPlan& plan, const Product& product) const {
+    const auto& [a, w, out] = product;
     const bool split = plan.kernel == Kernel::small;
     const int64_t lanes = architecture.sub_group;
     Macros macros = macros_of(architecture);
-    macros.insert(macros.end(), {{"ALIGNMENT", alignment_of({args.w.codes})},
-                                 {"ALIGNED_ROWS", starts_cache_line(args.x)},
-                                 {"DTYPE", static_cast<int>(args.dtype)},
+    macros.insert(macros.end(), {{"ALIGNMENT", alignment_of({w.codes})},
+                                 {"ALIGNED_ROWS", starts_cache_line(a.data)},
+                                 {"DTYPE", static_cast<int>(a.dtype)},
                                  {"ROW_UNITS", plan.tile.row_units},
                                  {"COLUMN_UNITS", plan.tile.column_units},
                                  {"SPLIT", split ? plan.group_columns : 1},
                                  {"REGISTERS", split ? 128 : 256}});
     // A work-group's sub-groups share one tile's K, or have a tile each.
-    const int64_t tile_columns = ceil_div(args.n, lanes * plan.tile.column_units);
+    const int64_t tile_columns = ceil_div(w.n, lanes * plan.tile.column_units);
     const int64_t sub_groups = split ? tile_columns * plan.group_columns : round_up(tile_columns, plan.group_columns);
     const sycl::nd_range<2> range = {
-        {static_cast<size_t>(ceil_div(args.m, 8 * plan.tile.row_units)), static_cast<size_t>(sub_groups * lanes)},
+        {static_cast<size_t>(ceil_div(a.m, 8 * plan.tile.row_units)), static_cast<size_t>(sub_groups * lanes)},
         {1, static_cast<size_t>(plan.group_columns * lanes)}};
-    launch({"gemm_w4a16_matrix.cpp", macros}, "gemm_w4a16_matrix", range, args.x, args.w.codes, args.w.scale,
-           args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data, args.bias.row_stride, args.bias.column_stride,
-           args.y, args.m, args.n, args.k);
+    launch({"gemm_w4a16_matrix.cpp", macros}, "gemm_w4a16_matrix", range, a.data, w.codes, w.scale, w.scale_row_stride,
+           w.scale_block_stride, out.bias.data, out.bias.row_stride, out.bias.column_stride, out.y, a.m, w.n, w.k);
   }
 
-  void gemm_native(const Choice& choice, const GemmArgs& args) const {
+  void gemm_native(const Choice& choice, const Product& product) const {
+    const auto& [a, w, out] = product;
     const auto& [row_units, column_units] = choice.plan.tile;
     const int64_t lanes = choice.architecture->sub_group;
     Macros macros = macros_of(*choice.architecture);
     macros.insert(macros.end(), {{"ALIGNMENT", 16},
-                                 {"DTYPE", static_cast<int>(args.y_dtype)},
+                                 {"DTYPE", static_cast<int>(out.dtype)},
                                  {"ROW_UNITS", row_units},
                                  {"COLUMN_UNITS", column_units},
                                  {"REGISTERS", 256}});
-    const int64_t columns = round_up(ceil_div(args.n, lanes * column_units), choice.plan.group_columns);
-    const sycl::nd_range<2> range = {
-        {static_cast<size_t>(ceil_div(args.m, 8 * row_units)), static_cast<size_t>(columns * lanes)},
-        {1, static_cast<size_t>(choice.plan.group_columns * lanes)}};
-    launch({"gemm_native.cpp", macros}, "gemm_native", range, args.a, args.a_scale, args.w.codes, args.w.scale,
-           args.w.scale_row_stride, args.w.scale_block_stride, args.bias.data, args.bias.row_stride, args.bias.column_stride,
-           args.y, args.m, args.n, args.k);
+    const int64_t columns = round_up(ceil_div(w.n, lanes * column_units), choice.plan.group_columns);
+    const sycl::nd_range<2> range = {{static_cast<size_t>(ceil_div(a.m, 8 * row_units)), static_cast<size_t>(columns * lanes)},
+                                     {1, static_cast<size_t>(choice.plan.group_columns * lanes)}};
+    launch({"gemm_native.cpp", macros}, "gemm_native", range, a.data, a.scale, w.codes, w.scale, w.scale_row_stride,
+           w.scale_block_stride, out.bias.data, out.bias.row_stride, out.bias.column_stride, out.y, a.m, w.n, w.k);
   }
 
   Expanded allocate_expanded(const ExpandedLayout& layout) const {
@@ -249,75 +259,80 @@ class SyclBackend final : public Backend {
                                                : round_up(choice.plan.rows, choice.architecture->sub_group);
   }
 
-  template <class Launch>
-  Expanded expand_a(const Choice& choice, int64_t m, int64_t k, const Launch& launch_into) const {
+  Expanded expand_activations(const Choice& choice, const Activations& a) const {
     const Architecture& architecture = *choice.architecture;
-    const Expanded a =
-        allocate_expanded({m, round_up(m, rows_of_tile(choice)), ceil_div(k, kQuadElements), architecture.sub_group});
+    const Expanded out =
+        allocate_expanded({a.m, round_up(a.m, rows_of_tile(choice)), ceil_div(a.k, kQuadElements), architecture.sub_group});
     Macros macros = macros_of(architecture);
     const Arrangement arrangement = architecture.block_2d ? Arrangement::rows : Arrangement::row_fragments;
     const ElementOrder order = choice.plan.kernel == Kernel::small ? ElementOrder::packed : ElementOrder::apart;
-    macros.insert(macros.end(), {{"ARRANGEMENT", static_cast<int>(arrangement)}, {"ORDER", static_cast<int>(order)}});
-    launch_into(a, std::move(macros));
-    return a;
+    macros.insert(macros.end(), {{"ARRANGEMENT", static_cast<int>(arrangement)},
+                                 {"ORDER", static_cast<int>(order)},
+                                 {"ALIGNMENT", alignment_of({a.data})}});
+    if (a.are_codes) {
+      launch({"expand.cpp", macros}, "expand", expand_range(out), a.data, a.scale, a.k / kBlock, int64_t{1}, out.codes,
+             out.exponents, out.levels, out.layout.rows, out.layout.padded_rows, a.k);
+    } else {
+      macros.emplace_back("DTYPE", static_cast<int>(a.dtype));
+      launch({"expand.cpp", macros}, "quantize_expand", expand_range(out), a.data, static_cast<int>(a.to.mode), out.codes,
+             out.exponents, out.levels, out.layout.rows, out.layout.padded_rows, a.k);
+    }
+    return out;
   }
 
-  void gemm_expanded(const Choice& choice, const Expanded& a, const Weight& w, const Bias& bias, void* y, DType y_dtype,
-                     int64_t n, int64_t k) const {
-    if (choice.plan.kernel == Kernel::small) return gemm_small(choice, a, w, bias, y, y_dtype, n, k);
-    gemm_large(choice, a, w, bias, y, y_dtype, n, k);
-  }
-
-  void gemm_small(const Choice& choice, const Expanded& a, const Weight& w, const Bias& bias, void* y, DType y_dtype, int64_t n,
-                  int64_t k) const {
+  void gemm_small(const Choice& choice, const Expanded& a, const Product& product) const {
+    const Weight& w = product.weight;
+    const Output& out = product.output;
     const int64_t lanes = choice.architecture->sub_group, m = a.layout.rows;
     Macros macros = macros_of(*choice.architecture);
     macros.insert(macros.end(), {{"ALIGNMENT", alignment_of({w.codes})},
-                                 {"DTYPE", static_cast<int>(y_dtype)},
+                                 {"DTYPE", static_cast<int>(out.dtype)},
                                  {"ROWS", choice.plan.rows},
-                                 {"WEIGHTS", static_cast<int>(weights_of(w, k))}});
+                                 {"WEIGHTS", static_cast<int>(weights_of(w))}});
     const sycl::nd_range<2> range = {
-        {static_cast<size_t>(ceil_div(m, choice.plan.rows)), static_cast<size_t>(ceil_div(n, lanes) * lanes * kSmallSplit)},
+        {static_cast<size_t>(ceil_div(m, choice.plan.rows)), static_cast<size_t>(ceil_div(w.n, lanes) * lanes * kSmallSplit)},
         {1, static_cast<size_t>(lanes * kSmallSplit)}};
     launch({"gemm_small.cpp", macros}, "gemm_small", range, a.codes, a.exponents, w.codes, w.scale, w.scale_row_stride,
-           w.scale_block_stride, bias.data, bias.row_stride, bias.column_stride, y, m, n, k, kMagicBits);
+           w.scale_block_stride, out.bias.data, out.bias.row_stride, out.bias.column_stride, out.y, m, w.n, w.k, kMagicBits);
   }
 
-  void gemm_large(const Choice& choice, const Expanded& a, const Weight& w, const Bias& bias, void* y, DType y_dtype, int64_t n,
-                  int64_t k) const {
+  void gemm_large(const Choice& choice, const Expanded& a, const Product& product) const {
+    const Weight& w = product.weight;
+    const Output& out = product.output;
     const auto& [kernel, tile, group_rows, group_columns, rows] = choice.plan;
     const Architecture& architecture = *choice.architecture;
     const int64_t lanes = architecture.sub_group, m = a.layout.rows;
-    const Expanded b = expanded_weight(architecture, w, n, k);
+    const Expanded b = expanded_weight(architecture, w);
     Macros macros = macros_of(architecture);
     macros.insert(macros.end(), {{"ALIGNMENT", 16},
-                                 {"DTYPE", static_cast<int>(y_dtype)},
+                                 {"DTYPE", static_cast<int>(out.dtype)},
                                  {"ROW_UNITS", tile.row_units},
                                  {"COLUMN_UNITS", tile.column_units},
                                  {"REGISTERS", 256}});
     const auto tile_rows = static_cast<size_t>(round_up(ceil_div(m, 8 * tile.row_units), group_rows));
-    const auto tile_columns = static_cast<size_t>(round_up(ceil_div(n, lanes * tile.column_units), group_columns));
+    const auto tile_columns = static_cast<size_t>(round_up(ceil_div(w.n, lanes * tile.column_units), group_columns));
     const sycl::nd_range<2> range = {{tile_rows, tile_columns * lanes},
                                      {static_cast<size_t>(group_rows), static_cast<size_t>(group_columns * lanes)}};
     launch({"gemm_large.cpp", macros}, "gemm_large", range, a.codes, a.exponents, a.levels, b.codes, b.exponents, b.levels,
-           bias.data, bias.row_stride, bias.column_stride, y, m, n, static_cast<uint32_t>(a.layout.quads), kMagicBits);
+           out.bias.data, out.bias.row_stride, out.bias.column_stride, out.y, m, w.n, static_cast<uint32_t>(a.layout.quads),
+           kMagicBits);
   }
 
-  Expanded expanded_weight(const Architecture& architecture, const Weight& w, int64_t n, int64_t k) const {
-    const ExpandedLayout layout = weight_layout(architecture, n, k);
-    if (w.expanded != nullptr) return {layout, const_cast<uint8_t*>(w.expanded)};  // products only read it
+  Expanded expanded_weight(const Architecture& architecture, const Weight& w) const {
+    const ExpandedLayout layout = weight_layout(architecture, w.n, w.k);
+    if (w.expanded() != nullptr) return {layout, const_cast<uint8_t*>(w.expanded())};  // products only read it
     const Expanded b = allocate_expanded(layout);
-    expand_weight(architecture, w, k, b);
+    expand_weight(architecture, w, b);
     return b;
   }
 
-  void expand_weight(const Architecture& architecture, const Weight& w, int64_t k, const Expanded& b) const {
+  void expand_weight(const Architecture& architecture, const Weight& w, const Expanded& b) const {
     Macros macros = macros_of(architecture);
     macros.insert(macros.end(), {{"ARRANGEMENT", static_cast<int>(Arrangement::column_fragments)},
                                  {"ORDER", static_cast<int>(ElementOrder::apart)},
                                  {"ALIGNMENT", alignment_of({w.codes})}});
     launch({"expand.cpp", macros}, "expand", expand_range(b), w.codes, w.scale, w.scale_row_stride, w.scale_block_stride,
-           b.codes, b.exponents, b.levels, b.layout.rows, b.layout.padded_rows, k);
+           b.codes, b.exponents, b.levels, b.layout.rows, b.layout.padded_rows, w.k);
   }
 
   template <int dimensions, class... Args>

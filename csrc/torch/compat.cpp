@@ -10,30 +10,29 @@
 #include <memory>
 #include <mutex>
 
-#include "schemas.h"
-
 namespace xpu_fp4 {
 namespace {
-
-struct CompatOp {
-  const char* library_namespace;
-  const char* schema;
-  void (*CompatBinding::*bind)(torch::Library&);
-  bool writes;  // to an argument
-  bool ours;    // defined or overridden by us
-
-  std::string name() const { return std::string(library_namespace) + "::" + torch::jit::parseSchema(schema).name(); }
-};
 
 std::vector<CompatBinding>& bindings() {
   static std::vector<CompatBinding> list;
   return list;
 }
 
+struct CompatOp {
+  const char* library_namespace;
+  OpRow (*CompatBinding::*row)();
+  bool writes;  // to an argument
+  bool ours;    // defined or overridden by us
+
+  const char* schema() const { return (bindings().front().*row)().schema; }  // the same on every device
+  std::string plain_name() const { return (bindings().front().*row)().name(); }
+  std::string name() const { return std::string(library_namespace) + "::" + plain_name(); }
+};
+
 std::array<CompatOp, 2>& compat_ops() {
   static std::array<CompatOp, 2> ops = {{
-      {schema::kFp4GemmNamespace, schema::kFp4Gemm, &CompatBinding::bind_fp4_gemm, false, false},
-      {schema::kGroupQuantNamespace, schema::kGroupQuant, &CompatBinding::bind_group_quant, true, false},
+      {kFp4GemmNamespace, &CompatBinding::fp4_gemm, false, false},
+      {kGroupQuantNamespace, &CompatBinding::group_quant, true, false},
   }};
   return ops;
 }
@@ -47,7 +46,8 @@ torch::Library& new_library(torch::Library::Kind kind, const char* library_names
 
 void implement(CompatOp& op) {
   for (const CompatBinding& binding : bindings()) {
-    (binding.*op.bind)(new_library(torch::Library::IMPL, op.library_namespace, binding.key));
+    OpRow row = (binding.*op.row)();
+    new_library(torch::Library::IMPL, op.library_namespace, binding.key).impl(row.name().c_str(), std::move(row.function));
   }
   op.ours = true;
 }
@@ -58,8 +58,8 @@ void define(CompatOp& op) {
   const auto in = [&](c10::DispatchKey key) -> torch::Library& {
     return new_library(torch::Library::IMPL, op.library_namespace, key);
   };
-  const std::string name = torch::jit::parseSchema(op.schema).name();
-  new_library(torch::Library::FRAGMENT, op.library_namespace, std::nullopt).def(op.schema);
+  const std::string name = op.plain_name();
+  new_library(torch::Library::FRAGMENT, op.library_namespace, std::nullopt).def(op.schema());
   // No derivative: backward raises instead of giving no gradient.
   in(c10::DispatchKey::Autograd).impl(name.c_str(), torch::autograd::autogradNotImplementedFallback());
   in(c10::DispatchKey::ADInplaceOrView).impl(name.c_str(), torch::autograd::autogradNotImplementedInplaceOrViewFallback());
@@ -71,8 +71,8 @@ void define(CompatOp& op) {
 
 void check_schema(const CompatOp& op) {
   const auto existing = c10::Dispatcher::singleton().findSchema({op.name(), ""});
-  const auto difference = c10::findSchemaDifferences(existing->schema(), torch::jit::parseSchema(op.schema));
-  TORCH_CHECK(!difference, "xpu_fp4: ", op.name(), " exists with the schema ", existing->schema(), ", expected ", op.schema,
+  const auto difference = c10::findSchemaDifferences(existing->schema(), torch::jit::parseSchema(op.schema()));
+  TORCH_CHECK(!difference, "xpu_fp4: ", op.name(), " exists with the schema ", existing->schema(), ", expected ", op.schema(),
               ": ", *difference);
 }
 

@@ -6,18 +6,19 @@
 //   - override_compat_ops() puts our implementation in place of an existing one, which the dispatcher allows in either order.
 #pragma once
 #include <c10/core/DispatchKey.h>
-#include <torch/library.h>
 
 #include <string>
 #include <vector>
+
+#include "table.h"
 
 namespace xpu_fp4 {
 
 /// A device's implementations of the two ops.
 struct CompatBinding {
   c10::DispatchKey key;
-  void (*bind_fp4_gemm)(torch::Library&);
-  void (*bind_group_quant)(torch::Library&);
+  OpRow (*fp4_gemm)();
+  OpRow (*group_quant)();
 };
 
 /// Adds a device; to be called before the functions below, from a static initialiser.

@@ -43,12 +43,12 @@ const cpu::KernelTable& native_kernels() {
   return kernels;
 }
 
+}  // namespace
+
 const Backend& native_backend() {
   static const auto backend = cpu::make_backend(native_kernels(), torch_parallel_for);
   return *backend;
 }
-
-}  // namespace
 
 const Backend& cpu_backend() { return choice() == CpuBackend::native ? native_backend() : syclrt::load_plugin().cpu(); }
 

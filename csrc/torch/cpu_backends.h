@@ -15,7 +15,10 @@ namespace xpu_fp4 {
 /// reason if the backend cannot run.
 const Backend& cpu_backend();
 
-/// Its name.
+/// The native kernels, whatever is chosen.
+const Backend& native_backend();
+
+/// The name of the current thread's.
 std::string cpu_backend_name();
 
 /// The instruction set of the native kernels in use.

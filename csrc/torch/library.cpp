@@ -6,10 +6,9 @@
 #include <torch/library.h>
 
 #include "../sycl/loader.h"
-#include "bind.h"
 #include "compat.h"
 #include "cpu_backends.h"
-#include "schemas.h"
+#include "table.h"
 
 namespace xpu_fp4 {
 namespace {
@@ -17,9 +16,18 @@ namespace {
 struct GetCpuBackend {
   const Backend* operator()() const { return &cpu_backend(); }
 };
+struct GetNativeBackend {
+  const Backend* operator()() const { return &native_backend(); }
+};
+
+std::vector<OpRow> cpu_ops() {
+  std::vector<OpRow> rows = op_table<GetCpuBackend>();
+  for (OpRow& row : prepacked_op_table<GetCpuBackend, GetNativeBackend>()) rows.push_back(std::move(row));
+  return rows;
+}
 
 const bool cpu_compat_binding = [] {
-  add_compat_binding({c10::DispatchKey::CPU, bind_fp4_gemm<GetCpuBackend>, bind_group_quant<GetCpuBackend>});
+  add_compat_binding({c10::DispatchKey::CPU, fp4_gemm_row<GetCpuBackend>, group_quant_row<GetCpuBackend>});
   return true;
 }();
 
@@ -37,11 +45,7 @@ std::vector<std::string> describe_sycl_devices() {
 
 TORCH_LIBRARY(xpu_fp4, library) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  for (const char* definition : {schema::kQuantize, schema::kDequantize, schema::kGemm, schema::kLinear, schema::kLinearW4A16,
-                                 schema::kExpand, schema::kLinearExpanded, schema::kPrepack, schema::kUnprepack,
-                                 schema::kGemmPrepacked, schema::kLinearPrepacked, schema::kLinearW4A16Prepacked}) {
-    library.def(definition, tags);
-  }
+  for (const OpRow& row : cpu_ops()) library.def(row.schema, tags);
   library.def("_cpu_backend() -> str", cpu_backend_name);
   library.def("_cpu_backend_override() -> str?", cpu_backend_override);
   library.def("_set_cpu_backend(str? name) -> ()", set_cpu_backend);
@@ -55,16 +59,9 @@ TORCH_LIBRARY(xpu_fp4, library) {
 
 // The ops have no derivative: backward through one raises instead of giving no gradient.
 TORCH_LIBRARY_IMPL(xpu_fp4, Autograd, library) {
-  for (const char* op : {"mxfp4_quantize", "mxfp4_dequantize", "mxfp4_gemm", "mxfp4_linear", "mxfp4_linear_w4a16",
-                         "mxfp4_expand", "mxfp4_linear_expanded", "mxfp4_prepack", "mxfp4_unprepack", "mxfp4_gemm_prepacked",
-                         "mxfp4_linear_prepacked", "mxfp4_linear_w4a16_prepacked"}) {
-    library.impl(op, torch::autograd::autogradNotImplementedFallback());
-  }
+  for (const OpRow& row : cpu_ops()) library.impl(row.name().c_str(), torch::autograd::autogradNotImplementedFallback());
 }
 
-TORCH_LIBRARY_IMPL(xpu_fp4, CPU, library) {
-  bind_ops<GetCpuBackend>(library);
-  bind_prepacked_ops<GetCpuBackend>(library);
-}
+TORCH_LIBRARY_IMPL(xpu_fp4, CPU, library) { implement(library, cpu_ops()); }
 
 }  // namespace xpu_fp4

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops over tensors, for any backend: check every argument, allocate, call. An argument that does not fit raises c10::Error
 // (RuntimeError in Python), which names the op and the argument, and says what was given and what is expected, before any
-// memory is touched.
+// memory is touched. A function bears its op's name; table.h gives each its schema.
+//
+// x [..., K]: float32, float16 or bfloat16, any strides, K % 32 == 0. MXFP4 codes [..., K/2] are float4_e2m1fn_x2 and MXINT8
+// codes [..., K] int8; scales [..., K/32] are float8_e8m0fnu. As arguments MXFP4 codes and scales may be viewed as uint8, as
+// checkpoints store them. A weight is [N, K/2] with weight_scale [N, K/32], contiguous, and bias [N].
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -15,60 +19,70 @@ namespace xpu_fp4::ops {
 
 using at::Tensor;
 
-/// x [..., K] float32, float16 or bfloat16, any strides, K % 32 == 0 -> codes [..., K/2] float4_e2m1fn_x2 and scales
-/// [..., K/32] float8_e8m0fnu. A block with a NaN or Inf gets a NaN scale and codes 0.
-std::tuple<Tensor, Tensor> quantize(const Backend& backend, const Tensor& x, std::string_view scale_mode);
+// ---- convert ----
 
-/// Codes [..., K/2] and scales [..., K/32] -> values [..., K] of dtype, each rounded once.
-Tensor dequantize(const Backend& backend, const Tensor& q, const Tensor& scale, at::ScalarType dtype);
+/// x -> codes and scales. A block with a NaN or Inf gets a NaN scale and codes 0.
+std::tuple<Tensor, Tensor> mxfp4_quantize(const Backend& backend, const Tensor& x, std::string_view scale_mode);
+/// The same in MXINT8; each group of 32 or 128 elements of a row (the last may be shorter) has one scale, repeated per block.
+std::tuple<Tensor, Tensor> mxint8_quantize(const Backend& backend, const Tensor& x, int64_t group);
 
-/// How an op calls its arguments, for the messages.
-struct GemmNames {
-  const char *op, *a, *b, *a_scale, *b_scale, *bias;
-};
-
-/// Y [..., N] = a [..., K] x b [K, N] + bias. a: codes [..., K/2] with scales [..., K/32]; b: codes [K/2, N], the .t() view of
-/// a contiguous [N, K/2], with scales [K/32, N], contiguous; bias: broadcastable to [M, N], the last two dimensions of Y,
-/// float32, float16 or bfloat16. out_dtype: float32, float16 (the default) or bfloat16.
-Tensor gemm(const Backend& backend, const GemmNames& names, const Tensor& a, const Tensor& b, const Tensor& a_scale,
-            const Tensor& b_scale, std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
-
-/// Y [..., N] = quantize(x) [..., K] x weight [N, K]^T + bias [N], of x's dtype. weight: codes [N, K/2], contiguous;
-/// weight_scale [N, K/32], contiguous.
-Tensor linear(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-              const std::optional<Tensor>& bias, std::string_view scale_mode);
-
-/// The same with x as it is.
-Tensor linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                    const std::optional<Tensor>& bias);
-
-/// weight [N, K/2] and weight_scale [N, K/32], contiguous -> the form in which W4A4 products for many rows read it, which they
-/// otherwise make anew in each call: uint8 and opaque, about one byte an element. Raises where the device's kernels have none.
-Tensor expand(const Backend& backend, const Tensor& weight, const Tensor& weight_scale);
-
-/// linear with what expand gave for this weight, for products of many rows; those of few read the weight as it is.
-Tensor linear_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                       const Tensor& expanded, const std::optional<Tensor>& bias, std::string_view scale_mode);
-
-/// weight [N, K/2] and weight_scale [N, K/32], on the CPU, contiguous -> the prepacked layout, uint8 [ceil(N/16), bytes]
-/// (format/strips.h).
-Tensor prepack(const Tensor& weight, const Tensor& weight_scale);
-
-/// The way back: codes [N, K/2] and scales [N, K/32], both uint8.
-std::tuple<Tensor, Tensor> unprepack(const Tensor& prepacked, int64_t out_features, int64_t in_features);
-
-/// gemm, linear and linear_w4a16 with a prepacked weight of out_features rows; a's K tells its columns.
-Tensor gemm_prepacked(const Backend& backend, const Tensor& a, const Tensor& a_scale, const Tensor& b, int64_t out_features,
-                      std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
-Tensor linear_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
-                        const std::optional<Tensor>& bias, std::string_view scale_mode);
-Tensor linear_w4a16_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
-                              const std::optional<Tensor>& bias);
+/// Codes and scales -> values [..., K] of dtype, each rounded once.
+Tensor mxfp4_dequantize(const Backend& backend, const Tensor& q, const Tensor& scale, at::ScalarType dtype);
+Tensor mxint8_dequantize(const Backend& backend, const Tensor& q, const Tensor& scale, at::ScalarType dtype);
 
 /// vllm-xpu-kernels' quantizer: input [..., K] contiguous -> output_q uint8 [..., K/2] contiguous and output_s float32
 /// [..., K/32], contiguous or, with two dimensions, row-major or column-major with any stride between. group_size must be 32,
 /// eps positive and finite. The outputs must not share memory with each other or the input.
-void group_quant(const Backend& backend, const Tensor& input, const Tensor& output_q, const Tensor& output_s,
-                 int64_t group_size, double eps);
+void per_token_group_quant_mxfp4(const Backend& backend, const Tensor& input, const Tensor& output_q, const Tensor& output_s,
+                                 int64_t group_size, double eps);
+
+// ---- products of codes: a is MXFP4 (W4A4) or MXINT8 (W4A8) ----
+
+/// Y [..., N] = a x b + bias. b: codes [K/2, N], the .t() view of a contiguous [N, K/2], with scales [K/32, N], contiguous;
+/// bias: broadcastable to [M, N], the last two dimensions of Y, float32, float16 or bfloat16. out_dtype: float32, float16 (the
+/// default) or bfloat16.
+Tensor mxfp4_gemm(const Backend& backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
+                  std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
+/// vLLM's name of it.
+Tensor fp4_gemm(const Backend& backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
+                std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
+/// With a prepacked weight of out_features rows; a's K tells its columns.
+Tensor mxfp4_gemm_prepacked(const Backend& backend, const Tensor& a, const Tensor& a_scale, const Tensor& b,
+                            int64_t out_features, std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
+
+// ---- linear: Y [..., N] = x W^T + bias, of x's dtype, for three kinds of activations and three forms of a weight ----
+
+/// W4A4: x is quantized to MXFP4 on the way.
+Tensor mxfp4_linear(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                    const std::optional<Tensor>& bias, std::string_view scale_mode);
+Tensor mxfp4_linear_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
+                              const std::optional<Tensor>& bias, std::string_view scale_mode);
+Tensor mxfp4_linear_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                             const Tensor& expanded, const std::optional<Tensor>& bias, std::string_view scale_mode);
+
+/// W4A8: x is quantized to MXINT8 on the way, in groups of 32 or 128.
+Tensor mxfp4_linear_w4a8(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                         const std::optional<Tensor>& bias, int64_t group);
+Tensor mxfp4_linear_w4a8_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
+                                   const std::optional<Tensor>& bias, int64_t group);
+Tensor mxfp4_linear_w4a8_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                                  const Tensor& expanded, const std::optional<Tensor>& bias, int64_t group);
+
+/// W4A16: x as it is.
+Tensor mxfp4_linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                          const std::optional<Tensor>& bias);
+Tensor mxfp4_linear_w4a16_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
+                                    const std::optional<Tensor>& bias);
+
+// ---- forms of a weight: opaque, uint8 ----
+
+/// -> the layout of the native kernels (format/strips.h), [ceil(N/16), bytes], on the CPU.
+Tensor mxfp4_prepack(const Backend& native, const Tensor& weight, const Tensor& weight_scale);
+/// The way back: codes [N, K/2] and scales [N, K/32], both uint8.
+std::tuple<Tensor, Tensor> mxfp4_unprepack(const Backend& native, const Tensor& prepacked, int64_t out_features,
+                                           int64_t in_features);
+/// -> the form in which the SYCL products of many rows read it, which they otherwise make anew in each call: about one byte an
+/// element. Raises where the device's kernels have none.
+Tensor mxfp4_expand(const Backend& backend, const Tensor& weight, const Tensor& weight_scale);
 
 }  // namespace xpu_fp4::ops

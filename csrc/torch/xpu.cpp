@@ -5,8 +5,8 @@
 #include <c10/xpu/XPUStream.h>
 
 #include "../sycl/loader.h"
-#include "bind.h"
 #include "compat.h"
+#include "table.h"
 
 namespace xpu_fp4 {
 namespace {
@@ -26,12 +26,12 @@ struct GetXpuBackend {
 
 const bool xpu_binding = [] {
   syclrt::configure_cache();  // torch starts SYCL before our first op
-  add_compat_binding({c10::DispatchKey::XPU, bind_fp4_gemm<GetXpuBackend>, bind_group_quant<GetXpuBackend>});
+  add_compat_binding({c10::DispatchKey::XPU, fp4_gemm_row<GetXpuBackend>, group_quant_row<GetXpuBackend>});
   return true;
 }();
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(xpu_fp4, XPU, library) { bind_ops<GetXpuBackend>(library); }
+TORCH_LIBRARY_IMPL(xpu_fp4, XPU, library) { implement(library, op_table<GetXpuBackend>()); }
 
 }  // namespace xpu_fp4

@@ -51,13 +51,18 @@ struct Operands {
     fill(w_scale, n * k / 32, low, high);
   }
 
-  xpu_fp4::Weight weight() const { return {w.data(), w_scale.data(), k / 32, 1}; }
+  xpu_fp4::Weight weight() const { return {xpu_fp4::WeightForm::stored, n, k, w.data(), w_scale.data(), k / 32, 1}; }
 
-  std::vector<float> gemm(const xpu_fp4::Backend& backend) const {
+  /// Y in float32 with any form of the weight.
+  std::vector<float> gemm(const xpu_fp4::Backend& backend, const xpu_fp4::Weight& of) const {
     std::vector<float> y(static_cast<size_t>(m * n), -1.0f);
-    backend.gemm({a.data(), a_scale.data(), weight(), {nullptr, 0, 0}, y.data(), xpu_fp4::DType::f32, m, n, k});
+    backend.multiply({xpu_fp4::Activations::codes(xpu_fp4::Format::mxfp4, a.data(), a_scale.data(), m, k),
+                      of,
+                      {y.data(), xpu_fp4::DType::f32, {nullptr, 0, 0}}});
     return y;
   }
+
+  std::vector<float> gemm(const xpu_fp4::Backend& backend) const { return gemm(backend, weight()); }
 };
 
 inline void serial_for(int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) { body(0, n); }

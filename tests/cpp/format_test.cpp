@@ -14,7 +14,7 @@ using namespace xpu_fp4;
 static_assert(e2m1::twice(0xF) == -12 && e2m1::value(0x9) == -0.5f);
 static_assert(e2m1::encode_magnitude(2.5f) == 4 && e2m1::encode_magnitude<e2m1::Ties::toward_zero>(0.75f) == 1);
 static_assert(e8m0::from_amax(bits_of(1.75f), ScaleMode::even) == 126 && e8m0::value(127) == 1.0f);
-static_assert(block_product(4608.0f, row_factor(127), weight_factor(127)) == 1152.0f);
+static_assert(block_product(4608.0f, row_factor(Format::mxfp4, 127), weight_factor(127)) == 1152.0f);
 
 TEST(FloatBits, EveryFloat16ConvertsExactlyAndBack) {
   for (unsigned h = 0; h < 0x10000; ++h) {
@@ -113,12 +113,12 @@ TEST(Accumulate, ProductOfEveryPairOfScalesRoundsOnce) {
       for (int w = 0; w < 255; ++w) {
         // Exact in double, then one conversion.
         const auto expected = static_cast<float>(std::ldexp(static_cast<double>(d), a + w - 256));
-        const float got =
-            block_product(static_cast<float>(d), row_factor(static_cast<uint8_t>(a)), weight_factor(static_cast<uint8_t>(w)));
+        const float got = block_product(static_cast<float>(d), row_factor(Format::mxfp4, static_cast<uint8_t>(a)),
+                                        weight_factor(static_cast<uint8_t>(w)));
         ASSERT_EQ(bits_of(got), bits_of(expected)) << d << " " << a << " " << w;
       }
     }
   }
-  EXPECT_TRUE(std::isnan(block_product(0.0f, row_factor(255), weight_factor(127))));
-  EXPECT_TRUE(std::isnan(block_product(0.0f, row_factor(127), weight_factor(255))));
+  EXPECT_TRUE(std::isnan(block_product(0.0f, row_factor(Format::mxfp4, 255), weight_factor(127))));
+  EXPECT_TRUE(std::isnan(block_product(0.0f, row_factor(Format::mxfp4, 127), weight_factor(255))));
 }

@@ -6,7 +6,6 @@
 
 #include "cpu/backend.h"
 #include "cpu/panels.h"
-#include "cpu/prepack.h"
 #include "definition.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -25,15 +24,15 @@ class Native : public testing::TestWithParam<const cpu::KernelTable*> {
 };
 
 std::vector<uint8_t> prepacked(const Operands& in) {
-  const int64_t quads = strips::quads(in.k);
-  std::vector<uint8_t> out(static_cast<size_t>(strips::count(in.n) * strips::strip_bytes(in.k)));
-  for (int64_t strip = 0; strip < strips::count(in.n); ++strip) {
-    for (int64_t quad = 0; quad < quads; ++quad) {
-      cpu::prepack_record(in.weight(), in.n, in.k, strip, quad, strips::blocks_of(in.k, quad),
-                          out.data() + strips::record_offset(strip, quad, in.k));
-    }
-  }
+  const auto backend = cpu::make_backend(cpu::kPortable, serial_for);
+  const PreparedShape shape = backend->prepared_shape(WeightForm::strips, in.n, in.k);
+  std::vector<uint8_t> out(static_cast<size_t>(shape.rows * shape.row_bytes));
+  backend->prepare(in.weight(), WeightForm::strips, out.data());
   return out;
+}
+
+Weight as_strips(const Operands& in, const std::vector<uint8_t>& strips) {
+  return {WeightForm::strips, in.n, in.k, nullptr, nullptr, 0, 0, strips.data()};
 }
 
 // The definition, one output at a time.
@@ -83,7 +82,7 @@ TEST_P(Native, EveryInstructionSetGivesThePortableBits) {
   for (int i = 0; i < 2; ++i) {
     q[i].resize(67 * 736 / 2);
     scale[i].resize(67 * 736 / 32);
-    backends[i]->quantize({x.data(), DType::f32, 67, 736, ScaleMode::even, q[i].data(), scale[i].data()});
+    backends[i]->quantize({x.data(), DType::f32, Quantizer::mxfp4(ScaleMode::even), 67, 736, q[i].data(), scale[i].data()});
   }
   EXPECT_EQ(q[0], q[1]);
   EXPECT_EQ(scale[0], scale[1]);
@@ -118,7 +117,7 @@ TEST_P(Native, QuantizeGivesThePortableBitsForEveryPattern) {
         for (int i = 0; i < 2; ++i) {
           q[i].assign(static_cast<size_t>(k / 2 + 64), 0xA5);  // and what lies behind must stay
           scale[i].assign(static_cast<size_t>(k / 32 + 64), 0xA5);
-          (i == 0 ? portable : own)->quantize({x.data(), dtype, 1, k, mode, q[i].data(), scale[i].data()});
+          (i == 0 ? portable : own)->quantize({x.data(), dtype, Quantizer::mxfp4(mode), 1, k, q[i].data(), scale[i].data()});
         }
         ASSERT_EQ(scale[0], scale[1]) << static_cast<int>(dtype) << " " << exponent + mantissa << " " << static_cast<int>(mode);
         ASSERT_EQ(q[0], q[1]) << static_cast<int>(dtype) << " " << exponent + mantissa << " " << static_cast<int>(mode);
@@ -138,7 +137,7 @@ TEST_P(Native, DequantizeGivesThePortableBitsForEveryScaleAndCode) {
     std::vector<uint8_t> out[2];
     for (int i = 0; i < 2; ++i) {
       out[i].resize(static_cast<size_t>(kBlocks * 32 * size_of(dtype)));
-      (i == 0 ? portable : own)->dequantize({q.data(), scale.data(), 1, kBlocks * 32, out[i].data(), dtype});
+      (i == 0 ? portable : own)->dequantize({Format::mxfp4, q.data(), scale.data(), 1, kBlocks * 32, out[i].data(), dtype});
     }
     ASSERT_EQ(out[0], out[1]) << static_cast<int>(dtype);
   }
@@ -182,11 +181,8 @@ TEST_P(Native, TilesHoldAtTheirEdgesInEveryLevelAndLayout) {
         ASSERT_TRUE(same_bits(in.gemm(*own), expected)) << kind.name << " " << m << "x" << n << "x" << in.k;
 
         const std::vector<uint8_t> strips = prepacked(in);
-        Weight w{};
-        w.strips = strips.data();
-        std::vector<float> y(expected.size());
-        own->gemm({in.a.data(), in.a_scale.data(), w, {nullptr, 0, 0}, y.data(), DType::f32, m, n, in.k});
-        ASSERT_TRUE(same_bits(y, expected)) << kind.name << " strips " << m << "x" << n << "x" << in.k;
+        ASSERT_TRUE(same_bits(in.gemm(*own, as_strips(in, strips)), expected))
+            << kind.name << " strips " << m << "x" << n << "x" << in.k;
       }
     }
   }
@@ -213,11 +209,10 @@ TEST_P(Native, W4A16IsWithinItsBoundAtTileEdges) {
       const Operands in(m, n, 416, 110, 140, static_cast<unsigned>(m * n));
       const std::vector<float> x = random_floats(m * in.k, 3, 6.0f);
       std::vector<float> y(static_cast<size_t>(m * n)), from_strips = y;
-      own->gemm_w4a16({x.data(), DType::f32, in.weight(), {nullptr, 0, 0}, y.data(), m, n, in.k});
+      const Activations floats = Activations::floats(x.data(), DType::f32, {Format::none}, m, in.k);
+      own->multiply({floats, in.weight(), {y.data(), DType::f32, {nullptr, 0, 0}}});
       const std::vector<uint8_t> strips = prepacked(in);
-      Weight w{};
-      w.strips = strips.data();
-      own->gemm_w4a16({x.data(), DType::f32, w, {nullptr, 0, 0}, from_strips.data(), m, n, in.k});
+      own->multiply({floats, as_strips(in, strips), {from_strips.data(), DType::f32, {nullptr, 0, 0}}});
       EXPECT_TRUE(same_bits(from_strips, y));
       for (int64_t row = 0; row < m; ++row) {
         for (int64_t column = 0; column < n; ++column) {

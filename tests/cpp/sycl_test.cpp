@@ -52,8 +52,9 @@ TEST_F(Sycl, QuantizeAndDequantizeGiveTheNativeBits) {
         q[i].resize(static_cast<size_t>(rows * k / 2));
         scale[i].resize(static_cast<size_t>(rows * k / 32));
         back[i].resize(static_cast<size_t>(rows * k));
-        backends[i]->quantize({x.data(), DType::f32, rows, k, static_cast<ScaleMode>(mode), q[i].data(), scale[i].data()});
-        backends[i]->dequantize({q[i].data(), scale[i].data(), rows, k, back[i].data(), DType::f32});
+        backends[i]->quantize(
+            {x.data(), DType::f32, Quantizer::mxfp4(static_cast<ScaleMode>(mode)), rows, k, q[i].data(), scale[i].data()});
+        backends[i]->dequantize({Format::mxfp4, q[i].data(), scale[i].data(), rows, k, back[i].data(), DType::f32});
       }
       ASSERT_EQ(q[0], q[1]) << mode;
       ASSERT_EQ(scale[0], scale[1]) << mode;
@@ -67,17 +68,9 @@ TEST_F(Sycl, UnalignedWeightsGiveTheSameBits) {
   const std::vector<float> expected = in.gemm(*native);
   std::vector<uint8_t> shifted(in.w.size() + 1);
   std::copy(in.w.begin(), in.w.end(), shifted.begin() + 1);
-  std::vector<float> y(expected.size());
-  sycl.gemm({in.a.data(),
-             in.a_scale.data(),
-             {shifted.data() + 1, in.w_scale.data(), in.k / 32, 1},
-             {nullptr, 0, 0},
-             y.data(),
-             DType::f32,
-             in.m,
-             in.n,
-             in.k});
-  EXPECT_TRUE(same_bits(y, expected));
+  Weight weight = in.weight();
+  weight.codes = shifted.data() + 1;
+  EXPECT_TRUE(same_bits(in.gemm(sycl, weight), expected));
 }
 
 TEST_F(Sycl, ManyThreadsMayComputeAtOnce) {

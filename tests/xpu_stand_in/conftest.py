@@ -17,7 +17,15 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build/xpu_stand_in"
 BACKEND = "_sycl_backend.abi3.so"
-SOURCES = ("torch/xpu.cpp", "torch/ops.cpp", "torch/compat.cpp", "sycl/loader.cpp", "cpu/prepack.cpp")
+SOURCES = (
+    "torch/xpu.cpp",
+    "torch/checks.cpp",
+    "torch/operands.cpp",
+    "torch/ops_convert.cpp",
+    "torch/ops_product.cpp",
+    "torch/compat.cpp",
+    "sycl/loader.cpp",
+)
 
 if os.environ.get("XPU_FP4_XPU_STAND_IN") != "1":
     collect_ignore_glob = ["test_*.py"]

@@ -66,7 +66,7 @@ inline Quad load_quad(const Tile& tile, const uint8_t* a_scale, const WeightRows
     const int64_t block = first_block + b;
     quad.weights[b] = column_fragment(load16(w.codes + column * tile.shape.row_bytes() + block * kBlockBytes));
     quad.weight_factors[b] = weight_factor(w.scale[column * w.scale_row_stride + block * w.scale_block_stride]);
-    quad.row_factors[b] = row_factor(a_scale[row * tile.shape.row_blocks() + block]);
+    quad.row_factors[b] = row_factor(Format::mxfp4, a_scale[row * tile.shape.row_blocks() + block]);
   }
   return quad;
 }

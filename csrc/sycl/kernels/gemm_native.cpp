@@ -43,7 +43,7 @@ inline float8 scaled_mad(RowFragment a, int8 b, float8 acc, xpu_fp4_uchar2 a_sca
       int sum = 0;
       for (int j = 4 * half; j < 4 * half + 4; ++j) sum += dot8(row_dword(a, r, j), b[j]);
       const uint8_t row = sycl::select_from_group(this_sub_group(), uint32_t{a_scale[half]}, r);
-      acc[r] += block_product(static_cast<float>(sum), row_factor(row), weight_factor(b_scale[half]));
+      acc[r] += block_product(static_cast<float>(sum), row_factor(Format::mxfp4, row), weight_factor(b_scale[half]));
     }
   }
   return acc;

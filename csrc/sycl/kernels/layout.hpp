@@ -11,9 +11,9 @@
 #pragma once
 #include <cstdint>
 
-namespace xpu_fp4 {
+#include "format/accumulate.h"
 
-constexpr int kQuadElements = 128;
+namespace xpu_fp4 {
 
 /// The bits of 1.25 * 2^23, from which sums start (quad_sum.hpp).
 constexpr uint32_t kMagicBits = 0x4B200000;

@@ -10,15 +10,15 @@
 //   kGroupRows, kPanelStrips, kPanelQuads   the sizes of a group, and of the part of a panel that is unpacked at a time
 //   kBlockRows                              rows that share a pass over W: the accumulators of kPanels panels (panels.h) and
 //                                           the activations of kPanelQuads quads stay in the second-level cache
-//   Activations, Weights                    a group's quad, a strip's quad
+//   GroupQuad, StripQuad                    a group's quad, a strip's quad
 //   Session                                 lives as long as a thread multiplies
 //   expand(source, block, blocks, a, row)   a row's quad, which begins at that block of A
 //   pad(a, rows)                            the group has so many rows
-//   fill(w, n, k, strip, quad, out)         unpacks, and returns the Level
+//   fill(w, strip, quad, out)         unpacks, and returns the Level
 //   add_quads(a, quads, rows, w, strips, levels, depth, acc)   `depth` quads of a group and a panel, whose strips lie side by
 //                                           side; levels are W's; acc has a row of kPanelStrips strips for each row; the next
 //                                           group begins at a + quads
-//   kDirectRows, add_strip(a, rows, w, n, k, strip, acc)   all quads of a strip, for up to so many rows
+//   kDirectRows, add_strip(a, rows, w, strip, acc)   all quads of a strip, for up to so many rows
 #pragma once
 #include "with_dtype.h"
 
@@ -38,8 +38,8 @@ Buffer<T> allocate(int64_t count) {
 }
 
 template <class Isa>
-void expand_group(const ActivationSource& source, int64_t first_row, int rows, void* activations) {
-  auto* out = static_cast<typename Isa::Activations*>(activations);
+void expand_group(const Activations& source, int64_t first_row, int rows, void* activations) {
+  auto* out = static_cast<typename Isa::GroupQuad*>(activations);
   for (int64_t quad = 0; quad < strips::quads(source.k); ++quad, ++out) {
     const int blocks = static_cast<int>(std::min<int64_t>(kQuad, source.k / kBlock - quad * kQuad));
     for (int row = 0; row < rows; ++row) {
@@ -51,32 +51,33 @@ void expand_group(const ActivationSource& source, int64_t first_row, int rows, v
 
 // Calls function(packed, scale) with 64 packed bytes and the four scales of a row's quad, which begins at a block of A and has
 // so many: as they lie, padded with zeros, or quantized on the way.
-template <void (*quantize)(const QuantizeArgs&, Range), class Function>
-void with_codes(const ActivationSource& source, int64_t block, int blocks, const Function& function) {
-  const uint8_t *codes = source.codes + block * kBlockBytes, *scales = source.scale + block;
-  if (source.x == nullptr && blocks == kQuad) return function(codes, scales);
+template <void (*quantize)(const Quantize&, Range), class Function>
+void with_codes(const Activations& source, int64_t block, int blocks, const Function& function) {
+  const auto* codes = static_cast<const uint8_t*>(source.data) + block * kBlockBytes;
+  const uint8_t* scales = source.scale + block;
+  if (source.are_codes && blocks == kQuad) return function(codes, scales);
   alignas(64) uint8_t packed[kQuadBytes] = {}, scale[kQuad] = {e8m0::kBias, e8m0::kBias, e8m0::kBias, e8m0::kBias};
-  if (source.x == nullptr) {
+  if (source.are_codes) {
     std::memcpy(packed, codes, static_cast<size_t>(blocks * kBlockBytes));
     std::memcpy(scale, scales, static_cast<size_t>(blocks));
   } else {
-    const void* x = static_cast<const char*>(source.x) + block * kBlock * size_of(source.x_dtype);
-    quantize({x, source.x_dtype, 1, blocks * kBlock, source.mode, packed, scale}, {0, blocks});
+    const void* x = static_cast<const char*>(source.data) + block * kBlock * size_of(source.dtype);
+    quantize({x, source.dtype, source.to, 1, blocks * kBlock, packed, scale}, {0, blocks});
   }
   function(packed, scale);
 }
 
 template <class Isa>
-class Product {
+class Multiplier {
  public:
-  using Finish = void (*)(const ProductArgs&, int64_t row, int64_t column, int columns, const float* acc);
+  using Finish = void (*)(const Product&, int64_t row, int64_t column, int columns, const float* acc);
 
-  Product(const ProductArgs& args, const void* activations, int64_t first_row, Finish finish, int64_t rows)
+  Multiplier(const Product& product, const void* activations, int64_t first_row, Finish finish, int64_t rows)
       : acc_size_((rows + kGroupRows - 1) / kGroupRows * kGroupRows * kPanelColumns),
-        args_(args),
-        activations_(static_cast<const typename Isa::Activations*>(activations)),
+        product_(product),
+        activations_(static_cast<const typename Isa::GroupQuad*>(activations)),
         first_row_(first_row),
-        quads_(strips::quads(args.k)),
+        quads_(strips::quads(product.weight.k)),
         finish_(finish) {}
 
   void multiply(Range rows, Range panels) {
@@ -111,8 +112,8 @@ class Product {
       for (int64_t panel = panels.begin; panel < panels.end; ++panel, acc += acc_size_) {
         std::fill_n(acc, count * kPanelColumns, 0.0f);
         for (int s = 0; s < strips_of(panel); ++s) {
-          Isa::add_strip(activations_ + rows.begin / kGroupRows * quads_, count, args_.w, args_.n, args_.k,
-                         panel * Isa::kPanelStrips + s, acc + s * strips::kColumns);
+          Isa::add_strip(activations_ + rows.begin / kGroupRows * quads_, count, product_.weight, panel * Isa::kPanelStrips + s,
+                         acc + s * strips::kColumns);
         }
       }
     }
@@ -124,13 +125,14 @@ class Product {
       const float* acc = acc_.get() + (row - rows.begin) * kPanelColumns;
       for (int64_t panel = panels.begin; panel < panels.end; ++panel, acc += acc_size_) {
         const int64_t column = panel * kPanelColumns;
-        finish_(args_, first_row_ + row, column, static_cast<int>(std::min<int64_t>(kPanelColumns, args_.n - column)), acc);
+        finish_(product_, first_row_ + row, column,
+                static_cast<int>(std::min<int64_t>(kPanelColumns, product_.weight.n - column)), acc);
       }
     }
   }
 
   int strips_of(int64_t panel) const {
-    return static_cast<int>(std::min<int64_t>(Isa::kPanelStrips, strips::count(args_.n) - panel * Isa::kPanelStrips));
+    return static_cast<int>(std::min<int64_t>(Isa::kPanelStrips, strips::count(product_.weight.n) - panel * Isa::kPanelStrips));
   }
 
   void fill(int64_t panel, Range depth) {
@@ -140,7 +142,7 @@ class Product {
       level = Level::quad;
       for (int s = 0; s < count; ++s) {
         auto& out = panel_[(quad - depth.begin) * count + s];
-        level = std::max(level, Isa::fill(args_.w, args_.n, args_.k, panel * Isa::kPanelStrips + s, quad, out));
+        level = std::max(level, Isa::fill(product_.weight, panel * Isa::kPanelStrips + s, quad, out));
       }
     }
   }
@@ -155,38 +157,38 @@ class Product {
   }
 
   int64_t acc_size_;  // of one panel of a rectangle
-  const ProductArgs& args_;
-  const typename Isa::Activations* activations_;
+  const Product& product_;
+  const typename Isa::GroupQuad* activations_;
   int64_t first_row_, quads_;
   Finish finish_;
   Level levels_[Isa::kPanelQuads];
-  Buffer<typename Isa::Weights> panel_ = allocate<typename Isa::Weights>(Isa::kPanelQuads * Isa::kPanelStrips);
+  Buffer<typename Isa::StripQuad> panel_ = allocate<typename Isa::StripQuad>(Isa::kPanelQuads * Isa::kPanelStrips);
   Buffer<float> acc_ = allocate<float>(acc_size_ * Rectangles::kPanels);
 };
 
-template <class Isa, typename Product<Isa>::Finish finish>
-void multiply(const ProductArgs& args, const void* activations, int64_t first_row, Rectangles& rectangles) {
+template <class Isa, typename Multiplier<Isa>::Finish finish>
+void multiply(const Product& product, const void* activations, int64_t first_row, Rectangles& rectangles) {
   Range rows{}, panels{};
   if (!rectangles.take(rows, panels)) return;
   [[maybe_unused]] const typename Isa::Session session;
-  Product<Isa> product(args, activations, first_row, finish, rectangles.rows_each());
-  do product.multiply(rows, panels);
+  Multiplier<Isa> multiplier(product, activations, first_row, finish, rectangles.rows_each());
+  do multiplier.multiply(rows, panels);
   while (rectangles.take(rows, panels));
 }
 
-template <class Isa, typename Product<Isa>::Finish finish>
+template <class Isa, typename Multiplier<Isa>::Finish finish>
 constexpr ProductKernels product_kernels = {
-    Isa::kGroupRows,   Isa::kBlockRows,      Isa::kPanelStrips * strips::kColumns, sizeof(typename Isa::Activations),
+    Isa::kGroupRows,   Isa::kBlockRows,      Isa::kPanelStrips * strips::kColumns, sizeof(typename Isa::GroupQuad),
     expand_group<Isa>, multiply<Isa, finish>};
 
 // A whole record: as it lies, or made in the buffer.
-const uint8_t* record_of(const Weight& w, int64_t n, int64_t k, int64_t strip, int64_t quad, uint8_t* buffer) {
-  if (w.strips == nullptr) {
-    prepack_record(w, n, k, strip, quad, kQuad, buffer);
+const uint8_t* record_of(const Weight& w, int64_t strip, int64_t quad, uint8_t* buffer) {
+  if (w.strips() == nullptr) {
+    prepack_record(w, strip, quad, kQuad, buffer);
     return buffer;
   }
-  const uint8_t* record = w.strips + strips::record_offset(strip, quad, k);
-  const int blocks = strips::blocks_of(k, quad);
+  const uint8_t* record = w.strips() + strips::record_offset(strip, quad, w.k);
+  const int blocks = strips::blocks_of(w.k, quad);
   if (blocks == kQuad) return record;
   complete_record(record, blocks, buffer);
   return buffer;

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is computed, without torch: activations, a weight, an output. The torch binding fills these structs, every backend takes
+// them. A new combination is a new value of a field. All matrices are row-major and dense unless strides (in elements) say
+// otherwise.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "format/e8m0.h"
+#include "format/float_bits.h"
+#include "format/formats.h"
+
+namespace xpu_fp4 {
+
+/// How floats become codes and scales of a format: MXFP4 with a rule for its scales (format/e8m0.h), or MXINT8 whose scales are
+/// shared by a group of 32 or 128 elements (format/mxint8.h).
+struct Quantizer {
+  Format format;
+  ScaleMode mode = ScaleMode::even;
+  int group = kDefaultGroup;
+
+  static constexpr Quantizer mxfp4(ScaleMode mode) { return {Format::mxfp4, mode}; }
+  static constexpr Quantizer mxint8(int group) { return {Format::mxint8, ScaleMode::even, group}; }
+};
+
+/// A [m, k], k % 32 == 0. Either codes of the format `to.format`, [m, code_bytes(k)], with scale bytes [m, k/32]; or floats of
+/// `dtype`, which are quantized by `to` on the way or, where to.format is none, multiplied as they are.
+struct Activations {
+  bool are_codes;
+  const void* data;
+  const uint8_t* scale;  // of codes
+  DType dtype;           // of floats
+  Quantizer to;
+  int64_t m, k;
+
+  static constexpr Activations codes(Format format, const uint8_t* data, const uint8_t* scale, int64_t m, int64_t k) {
+    return {true, data, scale, DType::f32, {format}, m, k};
+  }
+  static constexpr Activations floats(const void* data, DType dtype, const Quantizer& to, int64_t m, int64_t k) {
+    return {false, data, nullptr, dtype, to, m, k};
+  }
+};
+
+/// The forms of a weight: as checkpoints store it; as strips (format/strips.h), the native kernels' layout; stored and expanded
+/// beside that, which saves the SYCL kernels for many rows a pre-pass.
+enum class WeightForm : int { stored, strips, expanded };
+
+/// An MXFP4 weight W [n, k]. `codes` are packed, [n, k/2], and `scale` bytes have a stride per row of W and one per block
+/// of 32. `prepared` is what Backend::prepare made of them: strips stand in their place, the expanded form beside them.
+struct Weight {
+  WeightForm form;
+  int64_t n, k;
+  const uint8_t* codes;
+  const uint8_t* scale;
+  int64_t scale_row_stride, scale_block_stride;
+  const uint8_t* prepared = nullptr;
+
+  constexpr const uint8_t* strips() const { return form == WeightForm::strips ? prepared : nullptr; }
+  constexpr const uint8_t* expanded() const { return form == WeightForm::expanded ? prepared : nullptr; }
+};
+
+/// A float32 bias over the output [m, n]; data is null where there is none.
+struct Bias {
+  const float* data;
+  int64_t row_stride, column_stride;
+};
+
+/// Y [m, n] of dtype.
+struct Output {
+  void* y;
+  DType dtype;
+  Bias bias;
+};
+
+/// Y = A x W^T + bias, in the order of format/accumulate.h. activations.k == weight.k.
+struct Product {
+  Activations activations;
+  Weight weight;
+  Output output;
+};
+
+/// x [rows, k] of dtype -> codes [rows, code_bytes(k)] of the quantizer's format and scale bytes [rows, k/32]. k % 32 == 0.
+struct Quantize {
+  const void* x;
+  DType dtype;
+  Quantizer to;
+  int64_t rows, k;
+  uint8_t* codes;
+  uint8_t* scale;
+};
+
+/// The way back: codes of the format and scale bytes -> out [rows, k] of dtype.
+struct Dequantize {
+  Format format;
+  const uint8_t* codes;
+  const uint8_t* scale;
+  int64_t rows, k;
+  void* out;
+  DType dtype;
+};
+
+/// The numbers of vllm-xpu-kernels (format/block.h, group_quant): scales are float32 and may be column-major.
+struct GroupQuantize {
+  const void* x;
+  DType dtype;
+  int64_t rows, k;
+  uint8_t scale_floor;  // the least scale byte
+  uint8_t* codes;
+  float* scale;
+  int64_t scale_row_stride, scale_block_stride;
+};
+
+}  // namespace xpu_fp4

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "checks.h"
+
+#include <utility>
+
+namespace xpu_fp4::ops {
+namespace {
+
+using at::IntArrayRef;
+using at::ScalarType;
+
+bool is_float(ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; }
+
+// The bytes from the first to the last element.
+std::pair<const uint8_t*, const uint8_t*> byte_range(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  const auto* first = static_cast<const uint8_t*>(tensor.const_data_ptr());
+  return {first, first + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+}
+
+}  // namespace
+
+void check_device(const Argument& arg, const at::Device& device) {
+  XPU_FP4_CHECK(arg, arg.tensor.device() == device, "is on ", arg.tensor.device(), ", expected ", device,
+                " like the first argument");
+}
+
+void check_contiguous(const Argument& arg) {
+  XPU_FP4_CHECK(arg, arg.tensor.is_contiguous(), "must be contiguous, got shape ", arg.tensor.sizes(), " with strides ",
+                arg.tensor.strides());
+}
+
+void check_shape(const Argument& arg, IntArrayRef expected, const char* meaning) {
+  XPU_FP4_CHECK(arg, arg.tensor.sizes() == expected, "has shape ", arg.tensor.sizes(), ", expected ", expected, " (", meaning,
+                ")");
+}
+
+void check_bytes(const Argument& arg) {
+  XPU_FP4_CHECK(arg, arg.tensor.scalar_type() == at::kByte, "must be uint8, got ", arg.tensor.scalar_type());
+}
+
+void check_scales(const Argument& arg) {
+  const ScalarType type = arg.tensor.scalar_type();
+  XPU_FP4_CHECK(arg, type == at::kFloat8_e8m0fnu || type == at::kByte, "must be float8_e8m0fnu or uint8, got ", type);
+}
+
+DType check_float(const Argument& arg) {
+  XPU_FP4_CHECK(arg, is_float(arg.tensor.scalar_type()), "must be float32, float16 or bfloat16, got ",
+                arg.tensor.scalar_type());
+  return dtype_of(arg.tensor.scalar_type());
+}
+
+DType check_out_dtype(const char* op, const char* name, ScalarType type) {
+  TORCH_CHECK(is_float(type), op, ": ", name, " must be float32, float16 or bfloat16, got ", type);
+  return dtype_of(type);
+}
+
+void check_weight_codes(const Argument& arg) {
+  const ScalarType type = arg.tensor.scalar_type();
+  XPU_FP4_CHECK(arg, type == at::kFloat4_e2m1fn_x2 || type == at::kByte, "must be float4_e2m1fn_x2 or uint8, got ", type);
+}
+
+Format check_codes(const Argument& arg) {
+  const ScalarType type = arg.tensor.scalar_type();
+  if (type == at::kChar) return Format::mxint8;
+  XPU_FP4_CHECK(arg, type == at::kFloat4_e2m1fn_x2 || type == at::kByte,
+                "must be float4_e2m1fn_x2 or uint8 (MXFP4) or int8 (MXINT8), got ", type);
+  return Format::mxfp4;
+}
+
+int64_t check_k(const Argument& arg, int64_t elements_per_entry) {
+  XPU_FP4_CHECK(arg, arg.tensor.dim() >= 1, "must have at least 1 dimension(s), got shape ", arg.tensor.sizes());
+  const int64_t k = arg.tensor.size(-1) * elements_per_entry;
+  XPU_FP4_CHECK(arg, k % kBlock == 0, "has ", k, " elements in its last dimension, expected a multiple of ", kBlock);
+  return k;
+}
+
+ScaleMode check_scale_mode(const char* op, std::string_view mode) {
+  if (mode == "floor") return ScaleMode::floor;
+  if (mode == "ceil") return ScaleMode::ceil;
+  if (mode == "even") return ScaleMode::even;
+  if (mode == "rceil") return ScaleMode::rceil;
+  TORCH_CHECK(false, op, ": scale_mode is \"", std::string(mode), "\", expected \"floor\", \"ceil\", \"even\" or \"rceil\"");
+}
+
+int check_group(const char* op, int64_t group) {
+  TORCH_CHECK(group == kBlock || group == kDefaultGroup, op, ": group is ", group, ", expected ", kBlock, " or ",
+              kDefaultGroup);
+  return static_cast<int>(group);
+}
+
+void check_no_overlap(const Argument& written, const Argument& other) {
+  if (written.tensor.numel() == 0 || other.tensor.numel() == 0) return;
+  const auto [first, last] = byte_range(written.tensor);
+  const auto [other_first, other_last] = byte_range(other.tensor);
+  XPU_FP4_CHECK(written, last <= other_first || other_last <= first, "shares memory with ", other.name);
+}
+
+DType dtype_of(ScalarType type) { return type == at::kFloat ? DType::f32 : type == at::kHalf ? DType::f16 : DType::bf16; }
+
+std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
+  std::vector<int64_t> shape = tensor.sizes().vec();
+  shape.back() = last;
+  return shape;
+}
+
+// Rows of a matrix whose leading dimensions count as one.
+int64_t rows_of(const Tensor& tensor) {
+  const IntArrayRef sizes = tensor.sizes();
+  return c10::multiply_integers(sizes.begin(), sizes.end() - 1);
+}
+
+const uint8_t* bytes(const Tensor& tensor) { return static_cast<const uint8_t*>(tensor.const_data_ptr()); }
+
+}  // namespace xpu_fp4::ops

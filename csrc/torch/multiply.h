@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the ops of products share, whatever the form of the weight.
+#pragma once
+#include <optional>
+
+#include "operands.h"
+
+namespace xpu_fp4::ops {
+
+constexpr Quantizer kAsTheyAre = {Format::none};
+
+/// How an op of codes calls its arguments, for the messages.
+struct GemmNames {
+  const char *op, *a, *b, *a_scale, *b_scale, *bias;
+};
+
+/// What ops of codes check first of a: its K.
+int64_t k_of_codes(const Argument& arg);
+
+/// What is left to check then, and the product. K is that of the weight.
+Tensor multiply_codes(const Backend& backend, const GemmNames& names, const Tensor& a, const Tensor& a_scale,
+                      const HeldWeight& weight, std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
+
+/// What linear ops check first of x: its K.
+int64_t k_of_floats(const char* op, const Tensor& x);
+
+/// What is left to check then, and the product.
+Tensor linear(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to, const HeldWeight& weight,
+              const std::optional<Tensor>& bias);
+
+}  // namespace xpu_fp4::ops

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every op once: its schema and its function (ops.h), bound to a device. GetBackend is a stateless function object:
+// GetBackend{}() gives something that points to the Backend for the current device and thread.
+#pragma once
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace xpu_fp4 {
+
+struct OpRow {
+  const char* schema;
+  torch::CppFunction function;
+
+  std::string name() const { return std::string(schema).substr(0, std::string_view(schema).find('(')); }
+};
+
+/// A function of ops.h as the dispatcher calls it: without the backend, on the device of its first argument, a tensor.
+template <class GetBackend, auto function>
+struct Bound;
+template <class GetBackend, class R, class... Args, R (*function)(const Backend&, const at::Tensor&, Args...)>
+struct Bound<GetBackend, function> {
+  static R call(const at::Tensor& first, Args... rest) {
+    const c10::DeviceGuard guard(first.device());
+    return function(*GetBackend{}(), first, rest...);
+  }
+};
+
+template <class GetBackend, auto function>
+OpRow op(const char* schema) {
+  return {schema, torch::CppFunction(&Bound<GetBackend, function>::call)};
+}
+
+/// Our own ops on any device, namespace xpu_fp4. `scale_mode` is "floor", "ceil", "even" or "rceil" (format/e8m0.h).
+template <class GetBackend>
+std::vector<OpRow> op_table() {
+  using G = GetBackend;
+  std::vector<OpRow> rows;
+  rows.push_back(op<G, ops::mxfp4_quantize>("mxfp4_quantize(Tensor x, str scale_mode=\"even\") -> (Tensor q, Tensor scale)"));
+  rows.push_back(op<G, ops::mxfp4_dequantize>("mxfp4_dequantize(Tensor q, Tensor scale, ScalarType dtype) -> Tensor"));
+  rows.push_back(op<G, ops::mxfp4_gemm>(
+      "mxfp4_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType? out_dtype=None, Tensor? bias=None) -> "
+      "Tensor"));
+  rows.push_back(op<G, ops::mxfp4_linear>(
+      "mxfp4_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, str scale_mode=\"even\") -> Tensor"));
+  rows.push_back(op<G, ops::mxfp4_linear_w4a16>(
+      "mxfp4_linear_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor"));
+  rows.push_back(op<G, ops::mxfp4_expand>("mxfp4_expand(Tensor weight, Tensor weight_scale) -> Tensor"));
+  rows.push_back(op<G, ops::mxfp4_linear_expanded>(
+      "mxfp4_linear_expanded(Tensor x, Tensor weight, Tensor weight_scale, Tensor expanded, Tensor? bias=None, "
+      "str scale_mode=\"even\") -> Tensor"));
+  return rows;
+}
+
+/// Those for prepacked weights, whose layout is the native kernels': for CPU tensors. GetNative gives the native backend.
+template <class GetBackend, class GetNative>
+std::vector<OpRow> prepacked_op_table() {
+  using G = GetBackend;
+  std::vector<OpRow> rows;
+  rows.push_back(op<GetNative, ops::mxfp4_prepack>("mxfp4_prepack(Tensor weight, Tensor weight_scale) -> Tensor"));
+  rows.push_back(op<GetNative, ops::mxfp4_unprepack>(
+      "mxfp4_unprepack(Tensor prepacked, int out_features, int in_features) -> (Tensor weight, Tensor scale)"));
+  rows.push_back(op<G, ops::mxfp4_gemm_prepacked>(
+      "mxfp4_gemm_prepacked(Tensor a, Tensor a_scale, Tensor b, int out_features, ScalarType? out_dtype=None, "
+      "Tensor? bias=None) -> Tensor"));
+  rows.push_back(op<G, ops::mxfp4_linear_prepacked>(
+      "mxfp4_linear_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None, str scale_mode=\"even\") -> "
+      "Tensor"));
+  rows.push_back(op<G, ops::mxfp4_linear_w4a16_prepacked>(
+      "mxfp4_linear_w4a16_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None) -> Tensor"));
+  return rows;
+}
+
+/// The names that vLLM calls. compat.h says when they are defined.
+constexpr char kFp4GemmNamespace[] = "_xpu_C";
+template <class GetBackend>
+OpRow fp4_gemm_row() {
+  return op<GetBackend, ops::fp4_gemm>(
+      "fp4_gemm(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, ScalarType? out_dtype, Tensor? bias_) -> Tensor");
+}
+constexpr char kGroupQuantNamespace[] = "_C";
+template <class GetBackend>
+OpRow group_quant_row() {
+  return op<GetBackend, ops::per_token_group_quant_mxfp4>(
+      "per_token_group_quant_mxfp4(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps) -> ()");
+}
+
+/// Implements rows for a dispatch key.
+inline void implement(torch::Library& library, std::vector<OpRow> rows) {
+  for (OpRow& row : rows) library.impl(row.name().c_str(), std::move(row.function));
+}
+
+}  // namespace xpu_fp4
