@@ -54,6 +54,7 @@ class NativeBackend final : public Backend {
   void group_quantize(const GroupQuantize& args) const override { over_blocks(args, kernels_.group_quantize); }
 
   std::optional<std::string> refusal(const Product& product) const override {
+    if (product.activations.to.format == Format::mxint8) return "cannot be multiplied with MXINT8 activations yet";
     if (product.weight.form != WeightForm::expanded) return std::nullopt;
     return kNoExpandedForm;
   }
