@@ -54,5 +54,5 @@ class PackedWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None = None, *, mode: Mode = "w4a4", scale_mode: ScaleMode = "even") -> Tensor:
         """x [..., k] -> [..., n]: `xpu_fp4.linear`, with the same bits in every form."""
-        operands = (*self.tensors, self.n) if self.form == "prepacked" else self.tensors
+        operands: tuple[Tensor | int, ...] = (*self.tensors, self.n) if self.form == "prepacked" else self.tensors
         return multiply(self.form, operands, x, bias, mode, scale_mode=scale_mode)
