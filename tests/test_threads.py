@@ -136,17 +136,17 @@ def test_expanding_meanwhile(requires_sycl: None, monkeypatch: pytest.MonkeyPatc
     module = MXFP4Linear.from_linear(source)
     state = {key: tensor.clone() for key, tensor in module.state_dict().items()}
 
-    def on_sycl(work: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
+    def at_once_on_sycl(*works: Callable[[], object]) -> None:
+        def run(work: Callable[[], object]) -> None:
             with xpu_fp4.cpu_backend("sycl"):  # a thread's own choice
                 work()
 
-        return run
+        at_once(*[partial(run, work) for work in works])
 
     forward = partial(assert_gives, module, x, want)
-    at_once(*map(on_sycl, (forward, forward, module.expand_, module.prepack_)))
-    at_once(*map(on_sycl, (forward, forward, module.expand_, lambda: set_weight(module, state))))
-    at_once(*map(on_sycl, (forward, module.expand_, lambda: assert_state_is(copy.deepcopy(module), state), module.unprepack_)))
+    at_once_on_sycl(forward, forward, module.expand_, module.prepack_)
+    at_once_on_sycl(forward, forward, module.expand_, lambda: set_weight(module, state))
+    at_once_on_sycl(forward, module.expand_, lambda: assert_state_is(copy.deepcopy(module), state), module.unprepack_)
 
 
 def test_a_packed_weight_stays_what_it_is(source: nn.Linear) -> None:
