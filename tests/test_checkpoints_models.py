@@ -2,8 +2,10 @@
 """Checkpoints in models: ours read by compressed-tensors and Transformers, theirs by us, with the same bits."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from checkpoint_files import (
     tensors_of,
     write_checkpoint,
 )
+from click.testing import CliRunner
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.quantization import (
     QuantizationConfig,
@@ -34,6 +37,13 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.transform import (
+    TransformArgs,
+    TransformConfig,
+    TransformLocation,
+    TransformScheme,
+    apply_transform_config,
+)
 from helpers import MODES, assert_same_bits
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, LlamaForCausalLM, Mxfp4Config
@@ -41,10 +51,12 @@ from xpu_fp4 import Mode, MXFP4Linear, ScaleMode, reference
 from xpu_fp4.checkpoints import (
     CheckpointError,
     MXFP4Experts,
+    models,
     open_checkpoint,
     plan_quantization,
     quantize_checkpoint,
 )
+from xpu_fp4.cli import main
 
 COMPRESSOR = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
 PRESETS = {"w4a4": "MXFP4", "w4a16": "MXFP4A16"}
@@ -157,6 +169,49 @@ def test_a_checkpoint_that_compressed_tensors_compressed_loads(tmp_path: Path, m
         q, scale = reference.quantize(llama().get_submodule(name).weight.detach(), "even")
         assert_same_bits(module.weight_scale.data, scale)
         assert_same_bits(module.weight_packed.data, q)
+
+
+def rotate(model: Any, *locations: TransformLocation, name: str = "v") -> Any:
+    """Has compressed-tensors transform the linear layers by a Hadamard matrix in blocks of 32 at the locations."""
+    apply = [
+        TransformArgs(targets=["Linear"], ignore=["lm_head"], location=location, inverse=location.value.startswith("weight"))
+        for location in locations
+    ]
+    scheme = TransformScheme(type="hadamard", head_dim=32, apply=apply)
+    apply_transform_config(model, TransformConfig(config_groups={name: scheme}))
+    return model
+
+
+def test_a_rotated_checkpoint_is_refused_by_name_everywhere(tmp_path: Path) -> None:
+    model = rotate(llama(), TransformLocation.INPUT, TransformLocation.WEIGHT_INPUT)
+    compress(model, "w4a4", tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2")
+    message = (
+        f"{tmp_path}/config.json: quantization_config.transform_config.config_groups.v applies a hadamard transform "
+        "(a rotation) at every input of ['Linear'], which xpu_fp4 cannot do, and the model would compute noise without it: "
+        "use a checkpoint without it, for example one that `xpu-fp4 quantize` makes from the original model"
+    )
+    ways: list[Callable[[], object]] = [
+        lambda: open_checkpoint(tmp_path),
+        lambda: xpu_fp4.load_model(tmp_path),
+        lambda: xpu_fp4.apply_checkpoint(llama(), tmp_path),
+        lambda: xpu_fp4.transformers_config(tmp_path),
+    ]
+    for way in ways:
+        with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+            way()
+    for command in (["inspect"], ["eval", "--text", str(text)], ["generate", "--prompt", "w1"]):
+        result = CliRunner().invoke(main, [*command, str(tmp_path)])
+        assert (result.exit_code, result.output) == (1, f"Error: {message}\n")
+
+
+def test_a_transform_that_is_in_the_weights_loads(tmp_path: Path) -> None:
+    model = rotate(llama(), TransformLocation.WEIGHT_INPUT)
+    theirs = compress(model, "w4a16", tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["transform_config"]["config_groups"]
+    for name, module in layers(xpu_fp4.load_model(tmp_path)).items():
+        assert_same_bits(module.dequantized_weight(torch.bfloat16), theirs[name])
 
 
 def expected_llama(mode: Mode) -> Any:
@@ -374,3 +429,26 @@ def test_the_checkpoint_may_go_away_after_loading(tmp_path: Path) -> None:
     assert_same_model(model, expected)
     with pytest.raises(CheckpointError):
         open_checkpoint(folder)
+
+
+# ---- versions of transformers ----
+
+
+def test_the_extra_asks_for_the_versions_that_load() -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (major, oldest), (same_major, newest) = models.OLDEST_TRANSFORMERS, models.NEWEST_TRANSFORMERS
+    assert major == same_major
+    assert f'transformers = ["transformers>={major}.{oldest},<{major}.{newest + 1}"]' in project
+    pinned = {int(minor) for minor in re.findall(rf'"transformers=={major}\.(\d+)\.', project)}
+    assert (min(pinned), max(pinned)) == (oldest, newest), "which `make test-transformers` runs"
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.7.0", "5.25.0.dev0", "6.0.0"])
+def test_another_version_is_refused_in_one_line(source: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    folder = quantize_checkpoint(plan_quantization(source), source.with_name("out"))
+    monkeypatch.setattr(models.require_transformers(), "__version__", version)
+    message = rf"^transformers {version} is not supported, .* tested with 5.8 to 5.24: pip install 'transformers~=5.24.0'$"
+    for load in (xpu_fp4.load_model, xpu_fp4.transformers_config):
+        with pytest.raises(ImportError, match=message):
+            load(folder)
+    assert xpu_fp4.apply_checkpoint(llama(), folder), "which needs no transformers"
