@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from ._library import BLOCK
 from .functional import Mode, ScaleMode
 from .modules import MXFP4Linear
 
@@ -43,9 +44,9 @@ def quantize_(
     linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear]
     chosen = [(name, linear) for name, linear in linears if filter_fn(linear, name)]
     for name, linear in chosen:
-        if linear.in_features % 32 != 0:
+        if linear.in_features % BLOCK != 0:
             raise ValueError(
-                f"{name} has in_features {linear.in_features}, expected a multiple of 32: leave it out by filter_fn"
+                f"{name} has in_features {linear.in_features}, expected a multiple of {BLOCK}: leave it out by filter_fn"
             )
     if progress:
         from rich.progress import track

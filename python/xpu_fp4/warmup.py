@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 import torch
 
-from .functional import Mode, check_mode, expand, linear
+from ._library import BLOCK
+from .functional import Mode, check_mode
+from .weight import PackedWeight
 
 
 def warmup(
@@ -33,9 +35,11 @@ def warmup(
     """
     check_mode(mode)
     for m, n, k in shapes:
-        weight = torch.zeros(n, k // 2, dtype=torch.uint8, device=device)
-        scale = torch.full((n, k // 32), 127, dtype=torch.uint8, device=device)
-        kept = expand(weight, scale) if expanded else None
-        linear(torch.zeros(m, k, dtype=dtype, device=device), weight, scale, mode=mode, expanded=kept)
+        codes = torch.zeros(n, k // 2, dtype=torch.uint8, device=device)
+        scale = torch.full((n, k // BLOCK), 127, dtype=torch.uint8, device=device)
+        weight = PackedWeight.stored(codes, scale)
+        if expanded:
+            weight = weight.expanded()
+        weight.linear(torch.zeros(m, k, dtype=dtype, device=device), mode=mode)
     if torch.device(device).type == "xpu":
         torch.xpu.synchronize()

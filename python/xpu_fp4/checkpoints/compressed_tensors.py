@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from .._library import BLOCK
 from ..functional import Mode, ScaleMode
-from .description import BLOCK, Layer, Scheme, describe_layer, get_scale_mode
+from .description import Layer, Scheme, describe_layer, get_scale_mode
 from .errors import CheckpointError
 from .tensor_files import TensorFiles
 

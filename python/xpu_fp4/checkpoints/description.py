@@ -8,11 +8,10 @@ from typing import Any, cast, get_args
 
 from torch import Tensor
 
+from .._library import BLOCK
 from ..functional import Mode, ScaleMode
 from .errors import CheckpointError
 from .tensor_files import TensorFiles, TensorInfo
-
-BLOCK = 32
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .._library import BLOCK
 from ..functional import linear
-from .description import BLOCK, Scheme
+from .description import Scheme
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 

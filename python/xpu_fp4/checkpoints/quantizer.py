@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._library import BLOCK
 from ..functional import Mode, ScaleMode, quantize
 from . import compressed_tensors
-from .description import BLOCK
 from .errors import CheckpointError
 from .models import skeleton
 from .placement import names_in_model

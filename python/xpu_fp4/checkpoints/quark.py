@@ -8,7 +8,8 @@ classes. A scheme with `input_tensors` is W4A4, without W4A16.
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .description import BLOCK, Layer, Scheme, describe_layer, get_scale_mode
+from .._library import BLOCK
+from .description import Layer, Scheme, describe_layer, get_scale_mode
 from .errors import CheckpointError
 from .tensor_files import TensorFiles
 

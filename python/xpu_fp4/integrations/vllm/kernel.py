@@ -3,6 +3,7 @@
 
 import functools
 import os
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ from vllm.platforms import current_platform
 
 from ..._library import BLOCK
 from ...backends import Backend, backend, cpu_backend_name
-from ...functional import Mode, expand, linear, linear_prepacked, prepack
+from ...functional import Mode, modes_of
+from ...weight import PackedWeight
+
+_TENSORS = ("weight", "weight_scale", "xpu_fp4_expanded")
+"""Where a layer has the tensors of its PackedWeight, in that order; those that its form lacks are None."""
 
 
 @functools.cache
@@ -56,23 +61,23 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Prepacks the weight where the backend can. Raises ValueError if its blocks and scales do not match."""
-        weight, scale = layer.weight.data, layer.weight_scale.data
-        _check_blocks(getattr(layer, "prefix", type(layer).__name__), weight, scale)
-        if current_platform.is_cpu() and cpu_backend_name() == "native":
-            layer.xpu_fp4_out_features = len(weight)
-            replace_parameter(layer, "weight", prepack(weight, scale))
-            layer.weight_scale = None  # it is in the prepacked weight
-        else:
-            replace_parameter(layer, "weight", weight)
-            replace_parameter(layer, "weight_scale", scale)
-            expands = self._mode == "w4a4" and os.environ.get("XPU_FP4_EXPAND_WEIGHTS") == "1"
-            layer.xpu_fp4_expanded = expand(weight, scale) if expands else None
+        codes, scale = layer.weight.data, layer.weight_scale.data
+        _check_blocks(getattr(layer, "prefix", type(layer).__name__), codes, scale)
+        weight = PackedWeight.stored(codes, scale).best()
+        if weight.form == "stored" and self._mode in modes_of("expanded") and os.environ.get("XPU_FP4_EXPAND_WEIGHTS") == "1":
+            weight = weight.expanded()
+        layer.xpu_fp4_form = (weight.form, weight.n, weight.k)
+        for name, tensor in zip_longest(_TENSORS, weight.tensors):
+            if tensor is not None and name in layer._parameters:
+                replace_parameter(layer, name, tensor)
+            else:
+                setattr(layer, name, tensor)
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N] of x's dtype."""
-        if layer.weight_scale is None:
-            return linear_prepacked(x, layer.weight, layer.xpu_fp4_out_features, bias, mode=self._mode)
-        return linear(x, layer.weight, layer.weight_scale, bias, mode=self._mode, expanded=layer.xpu_fp4_expanded)
+        tensors = [getattr(layer, name) for name in _TENSORS]
+        weight = PackedWeight(*layer.xpu_fp4_form, tuple(tensor for tensor in tensors if tensor is not None))
+        return weight.linear(x, bias, mode=self._mode)
 
     @property
     def _mode(self) -> Mode:
