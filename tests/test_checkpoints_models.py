@@ -2,6 +2,7 @@
 """Checkpoints in models: ours read by compressed-tensors and Transformers, theirs by us, with the same bits."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ from xpu_fp4 import Mode, MXFP4Linear, ScaleMode, reference
 from xpu_fp4.checkpoints import (
     CheckpointError,
     MXFP4Experts,
+    models,
     open_checkpoint,
     plan_quantization,
     quantize_checkpoint,
@@ -374,3 +376,26 @@ def test_the_checkpoint_may_go_away_after_loading(tmp_path: Path) -> None:
     assert_same_model(model, expected)
     with pytest.raises(CheckpointError):
         open_checkpoint(folder)
+
+
+# ---- versions of transformers ----
+
+
+def test_the_extra_asks_for_the_versions_that_load() -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (major, oldest), (same_major, newest) = models.OLDEST_TRANSFORMERS, models.NEWEST_TRANSFORMERS
+    assert major == same_major
+    assert f'transformers = ["transformers>={major}.{oldest},<{major}.{newest + 1}"]' in project
+    pinned = {int(minor) for minor in re.findall(rf'"transformers=={major}\.(\d+)\.', project)}
+    assert (min(pinned), max(pinned)) == (oldest, newest), "which `make test-transformers` runs"
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.7.0", "5.25.0.dev0", "6.0.0"])
+def test_another_version_is_refused_in_one_line(source: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    folder = quantize_checkpoint(plan_quantization(source), source.with_name("out"))
+    monkeypatch.setattr(models.require_transformers(), "__version__", version)
+    message = rf"^transformers {version} is not supported, .* tested with 5.8 to 5.24: pip install 'transformers~=5.24.0'$"
+    for load in (xpu_fp4.load_model, xpu_fp4.transformers_config):
+        with pytest.raises(ImportError, match=message):
+            load(folder)
+    assert xpu_fp4.apply_checkpoint(llama(), folder), "which needs no transformers"

@@ -54,8 +54,14 @@ class MXFP4Experts(nn.Module):
                 parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
                 self.register_parameter(f"{name}_{part}", parameter)
 
+    def flatten_blocks(self) -> None:
+        """Gives codes the shape [E, N, K/2], in which those of single experts are stacked, until `fold_blocks`."""
+        for name in (f"{GATE_UP}_blocks", f"{DOWN}_blocks"):
+            blocks = self.get_parameter(name)
+            blocks.data = blocks.data.flatten(2)
+
     def fold_blocks(self) -> None:
-        """Gives codes that were set as [E, N, K/2] their shape [E, N, K/32, 16]."""
+        """Gives codes their shape [E, N, K/32, 16] back, if they have another."""
         for name in (f"{GATE_UP}_blocks", f"{DOWN}_blocks"):
             blocks = self.get_parameter(name)
             blocks.data = blocks.data.view(*blocks.shape[:2], -1, BLOCK // 2)

@@ -19,6 +19,10 @@ from .tensor_files import read_json
 
 Model = TypeVar("Model", bound=nn.Module)
 
+# The versions of Transformers that `make test-transformers` ran with, as the extra in pyproject.toml has them. 5.8 is the first
+# that lets a quantizer say how the weights of single experts are stacked.
+OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 8), (5, 24)
+
 
 def load_model(folder: str | PathLike[str], **kwargs: Any) -> Any:
     """A Transformers model out of an MXFP4 model directory, its quantized layers as MXFP4Linear.
@@ -28,7 +32,7 @@ def load_model(folder: str | PathLike[str], **kwargs: Any) -> Any:
 
     Raises:
         CheckpointError: the directory is damaged, not MXFP4, or does not fit the model.
-        ImportError: transformers is missing.
+        ImportError: transformers is missing, or of a version that is not tested.
     """
     folder = Path(folder)
     open_checkpoint(folder)  # before Transformers builds anything
@@ -46,9 +50,10 @@ def transformers_config(folder: str | PathLike[str]) -> Any:
     Registers our quantizer with Transformers. Needed because a checkpoint names the quantizer that wrote it, and Transformers
     lets nobody else register under that name.
     """
+    auto_config = require_transformers().AutoConfig
     from .transformers_quantizer import METHOD
 
-    config = require_transformers().AutoConfig.from_pretrained(folder)
+    config = auto_config.from_pretrained(folder)
     text_config = config.get_text_config()
     if text_config is not config and hasattr(text_config, "quantization_config"):
         del text_config.quantization_config
@@ -105,10 +110,19 @@ def model_class(folder: Path) -> Any:
 
 
 def require_transformers() -> Any:
+    """The package transformers. Raises ImportError, with the remedy, if it is missing or of a version that is not tested."""
     try:
-        return importlib.import_module("transformers")
+        transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError(f"transformers is needed for this: pip install 'xpu_fp4[transformers]' ({error})") from error
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    if not OLDEST_TRANSFORMERS <= (major, minor) <= NEWEST_TRANSFORMERS:
+        oldest, newest = (".".join(map(str, version)) for version in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
+        raise ImportError(
+            f"transformers {transformers.__version__} is not supported, xpu_fp4 is tested with {oldest} to {newest}: "
+            f"pip install 'transformers~={newest}.0'"
+        )
+    return transformers
 
 
 def _load_layer(model: nn.Module, checkpoint: Checkpoint, name: str, place: Place) -> None:

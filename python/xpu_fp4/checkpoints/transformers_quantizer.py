@@ -8,7 +8,7 @@ configuration: `from_pretrained(folder, config=xpu_fp4.transformers_config(folde
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -43,7 +43,9 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
         if not files:
             raise CheckpointError("an MXFP4 model is loaded from a directory, expected one in from_pretrained")
         self.checkpoint = open_checkpoint(Path(files[0]).parent)
-        replace_layers(model, self.checkpoint)
+        places = replace_layers(model, self.checkpoint)
+        for name in {place.module for place in places.values() if place.expert is not None}:
+            cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()
 
     def get_weight_conversions(self) -> list[Any]:
         if self.checkpoint.format != quark.METHOD:
@@ -51,10 +53,11 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
         names = "|".join(map(re.escape, self.checkpoint.layers))
         return [WeightRenaming(rf"^({names})\.{quark.PACKED}$", rf"\1.{compressed_tensors.PACKED}")]
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Where Transformers stacks the weights of single experts, their codes and scales are stacked in the same way.
 
-        First in the list: the first pattern that is found in a name counts, and theirs is found in ours.
+        Transformers 5.21 and later pass the model too, which this does without. Ours come first in the list: the first pattern
+        that is found in a name counts, and theirs is found in ours.
         """
         stacked = [
             WeightConverter(
