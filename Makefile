@@ -31,7 +31,7 @@ TRANSFORMERS = build/transformers-oldest build/transformers-newest
 test-transformers: $(addsuffix /.installed,$(TRANSFORMERS))  ## the checkpoint tests on the oldest and on the newest Transformers
 	for layer in $(TRANSFORMERS); do \
 	  $$layer/bin/pip list 2> /dev/null | grep -E '^(transformers|compressed-tensors) '; \
-	  $$layer/bin/python -m pytest tests/test_checkpoints_*.py tests/test_cli_models.py; \
+	  $$layer/bin/python -m pytest -m "not large" tests/test_checkpoints_*.py tests/test_cli_models.py; \
 	done
 
 # All suites, tables and plots; BENCH=docs/performance/NAME and PAGE=docs/PERFORMANCE.md publish them.

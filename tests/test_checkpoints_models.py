@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from checkpoint_files import (
     tensors_of,
     write_checkpoint,
 )
+from click.testing import CliRunner
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.quantization import (
     QuantizationConfig,
@@ -35,6 +37,13 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.transform import (
+    TransformArgs,
+    TransformConfig,
+    TransformLocation,
+    TransformScheme,
+    apply_transform_config,
+)
 from helpers import MODES, assert_same_bits
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, LlamaForCausalLM, Mxfp4Config
@@ -47,6 +56,7 @@ from xpu_fp4.checkpoints import (
     plan_quantization,
     quantize_checkpoint,
 )
+from xpu_fp4.cli import main
 
 COMPRESSOR = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
 PRESETS = {"w4a4": "MXFP4", "w4a16": "MXFP4A16"}
@@ -159,6 +169,49 @@ def test_a_checkpoint_that_compressed_tensors_compressed_loads(tmp_path: Path, m
         q, scale = reference.quantize(llama().get_submodule(name).weight.detach(), "even")
         assert_same_bits(module.weight_scale.data, scale)
         assert_same_bits(module.weight_packed.data, q)
+
+
+def rotate(model: Any, *locations: TransformLocation, name: str = "v") -> Any:
+    """Has compressed-tensors transform the linear layers by a Hadamard matrix in blocks of 32 at the locations."""
+    apply = [
+        TransformArgs(targets=["Linear"], ignore=["lm_head"], location=location, inverse=location.value.startswith("weight"))
+        for location in locations
+    ]
+    scheme = TransformScheme(type="hadamard", head_dim=32, apply=apply)
+    apply_transform_config(model, TransformConfig(config_groups={name: scheme}))
+    return model
+
+
+def test_a_rotated_checkpoint_is_refused_by_name_everywhere(tmp_path: Path) -> None:
+    model = rotate(llama(), TransformLocation.INPUT, TransformLocation.WEIGHT_INPUT)
+    compress(model, "w4a4", tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2")
+    message = (
+        f"{tmp_path}/config.json: quantization_config.transform_config.config_groups.v applies a hadamard transform "
+        "(a rotation) at every input of ['Linear'], which xpu_fp4 cannot do, and the model would compute noise without it: "
+        "use a checkpoint without it, for example one that `xpu-fp4 quantize` makes from the original model"
+    )
+    ways: list[Callable[[], object]] = [
+        lambda: open_checkpoint(tmp_path),
+        lambda: xpu_fp4.load_model(tmp_path),
+        lambda: xpu_fp4.apply_checkpoint(llama(), tmp_path),
+        lambda: xpu_fp4.transformers_config(tmp_path),
+    ]
+    for way in ways:
+        with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+            way()
+    for command in (["inspect"], ["eval", "--text", str(text)], ["generate", "--prompt", "w1"]):
+        result = CliRunner().invoke(main, [*command, str(tmp_path)])
+        assert (result.exit_code, result.output) == (1, f"Error: {message}\n")
+
+
+def test_a_transform_that_is_in_the_weights_loads(tmp_path: Path) -> None:
+    model = rotate(llama(), TransformLocation.WEIGHT_INPUT)
+    theirs = compress(model, "w4a16", tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["transform_config"]["config_groups"]
+    for name, module in layers(xpu_fp4.load_model(tmp_path)).items():
+        assert_same_bits(module.dequantized_weight(torch.bfloat16), theirs[name])
 
 
 def expected_llama(mode: Mode) -> Any:

@@ -28,7 +28,7 @@ from helpers import assert_same_bits
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-from xpu_fp4 import dequantize, reference
+from xpu_fp4 import dequantize, load_model, reference
 from xpu_fp4.checkpoints import Checkpoint, CheckpointError, Scheme, open_checkpoint
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -282,6 +282,50 @@ UNKNOWN_SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
         quark_config(layer_quant_config={"*q_proj": {"weight": None, "input_tensors": None}}),
         "has no weight scheme for",
     ),
+    "fp_quant": (
+        {"quant_method": "fp_quant", "forward_dtype": "mxfp4"},
+        "config.json: quant_method 'fp_quant' rotates the inputs of layers before they are quantized, which xpu_fp4 cannot do",
+    ),
+    "transform of a kind that nobody knows": (
+        compressed_tensors_config(transform_config={"config_groups": {"R9": {"type": "hadamard", "apply": [{}]}}}),
+        "config.json: quantization_config.transform_config.config_groups.R9 applies a hadamard transform",
+    ),
+    "transform of another type": (
+        compressed_tensors_config(transform_config={"config_groups": ["R9"]}),
+        "quantization_config.transform_config.config_groups is ['R9'], expected an object",
+    ),
+    "sparse": (compressed_tensors_config(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config stores sparse"),
+    "pruned experts": (
+        compressed_tensors_config(moe_sparsity_config={"method": "novice", "num_experts": [2]}),
+        "quantization_config.moe_sparsity_config gives layers different numbers or kinds of experts",
+    ),
+    "reordered columns": (arguments(actorder="group"), "config_groups.g.weights.actorder reorders the columns"),
+    "quark online rotation": (
+        quark_config(algo_config=[{"name": "awq"}, {"name": "rotation", "r1": True, "r4": True}]),
+        "config.json: quantization_config.algo_config.r4 rotates the inputs of layers",
+    ),
+    "quark online R1": (
+        quark_config(algo_config={"name": "rotation", "online_r1_rotation": True}),
+        "config.json: quantization_config.algo_config.online_r1_rotation rotates the inputs of layers",
+    ),
+    "quark softmax": (quark_config(softmax_quant_spec=QUARK_WEIGHT), "quantization_config.softmax_quant_spec quantizes"),
+    "quark biases": (
+        quark_config(global_quant_config={"weight": QUARK_WEIGHT, "bias": QUARK_WEIGHT}),
+        "quantization_config.global_quant_config.bias quantizes biases",
+    ),
+    "quark rounding": (
+        quark_config(
+            global_quant_config={
+                "weight": QUARK_WEIGHT,
+                "input_tensors": QUARK_WEIGHT | {"is_dynamic": True, "round_method": "floor"},
+            }
+        ),
+        "global_quant_config.input_tensors.round_method rounds inputs by 'floor'",
+    ),
+    "quark outputs": (
+        quark_config(layer_quant_config={"*q_proj": {"weight": QUARK_WEIGHT, "output_tensors": QUARK_WEIGHT}}),
+        "layer_quant_config.*q_proj.output_tensors is set, expected null",
+    ),
     "quark of two steps": (
         quark_config(global_quant_config={"weight": [QUARK_WEIGHT, QUARK_WEIGHT], "input_tensors": None}),
         "global_quant_config.weight is [",
@@ -299,3 +343,81 @@ def test_another_scheme_is_refused_by_name(tmp_path: Path, case: str) -> None:
 def test_a_config_without_its_tensors_is_refused(tmp_path: Path) -> None:
     folder = quark(tmp_path, compressed_tensors_config())
     refuse(folder, "has no MXFP4 weights, but config.json says that it is quantized by compressed-tensors")
+
+
+# ---- keys that change nothing for us ----
+
+FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "symmetric": True}
+ROTATED_OFFLINE = {"name": "rotation", "r1": True, "r2": True, "r3": False, "r4": False, "online_r1_rotation": False}
+
+SILENT: dict[str, dict[str, Any]] = {
+    "as compressed-tensors writes it": compressed_tensors_config(
+        version="0.20.1",
+        quantization_status="compressed",
+        global_compression_ratio=None,
+        kv_cache_scheme=None,
+        sparsity_config={},
+        transform_config={},
+        moe_sparsity_config=None,
+        config_groups={"g": group(output_activations=None, weights=MXFP4_ARGUMENTS | {"actorder": None, "observer": "mse"})},
+    ),
+    "null": compressed_tensors_config(transform_config=None, sparsity_config=None, future=None),
+    "no transforms, dense": compressed_tensors_config(
+        transform_config={"config_groups": {}}, sparsity_config={"format": "dense"}
+    ),
+    "as quark writes it": quark_config(
+        algo_config=[{"name": "awq"}, ROTATED_OFFLINE],
+        softmax_quant_spec=None,
+        kv_cache_quant_config={},
+        kv_cache_post_rope=False,
+        quant_mode="eager_mode",
+        version="0.10",
+        export={"kv_cache_group": [], "min_kv_scale": 0.0, "pack_method": "reorder", "weight_format": "real_quantized"},
+    ),
+    "quark null": quark_config(algo_config=None, layer_quant_config=None, layer_type_quant_config=None),
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_known_and_empty_keys_are_no_matter(tmp_path: Path, case: str, recwarn: pytest.WarningsRecorder) -> None:
+    config = SILENT[case]
+    folder = (quark if config["quant_method"] == "quark" else compressed_tensors)(tmp_path, config)
+    assert open_checkpoint(folder).layers.keys() == LINEARS.keys()
+    assert not recwarn.list
+
+
+KV_CACHE = {"weight": QUARK_WEIGHT, "input_tensors": None, "output_tensors": FP8}
+LEFT_ASIDE: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": (
+        compressed_tensors_config(
+            future=1, config_groups={"g": group(more=[1], weights=MXFP4_ARGUMENTS | {"most": "x"}), "h": group(targets=["X"])}
+        ),
+        "future (unknown), config_groups.g.more (unknown), config_groups.g.weights.most (unknown)",
+    ),
+    "kv cache": (compressed_tensors_config(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme (the KV cache is not quantized)"),
+    "quark unknown": (
+        quark_config(future=1, layer_quant_config={"*q_proj": {"weight": QUARK_WEIGHT | {"more": 1}}}),
+        "future (unknown), layer_quant_config.*q_proj.weight.more (unknown)",
+    ),
+    "quark kv cache": (
+        quark_config(
+            layer_quant_config={"*k_proj": KV_CACHE, "*v_proj": KV_CACHE},
+            kv_cache_quant_config={"*k_proj": KV_CACHE},
+            export={"kv_cache_group": ["*v_proj"]},
+        ),
+        "kv_cache_quant_config (the KV cache is not quantized)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_ASIDE)
+def test_what_is_left_aside_is_named_once(tmp_path: Path, case: str, recwarn: pytest.WarningsRecorder) -> None:
+    config, notes = LEFT_ASIDE[case]
+    folder = (quark if config["quant_method"] == "quark" else compressed_tensors)(tmp_path, config)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.layers.keys() == LINEARS.keys()
+    said = f"{tmp_path}/config.json: left aside in quantization_config: {notes}"
+    assert [str(warning.message) for warning in recwarn.list] == [said]
+    recwarn.clear()
+    load_model(folder)
+    assert [str(w.message) for w in recwarn.list if "left aside" in str(w.message)] == [said], "once, by load_model too"

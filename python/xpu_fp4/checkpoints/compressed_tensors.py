@@ -12,6 +12,7 @@ from .._library import BLOCK
 from ..functional import Mode, ScaleMode
 from .description import Layer, Scheme, describe_layer, get_scale_mode
 from .errors import CheckpointError
+from .keys import is_set, refusal, require_object, unknown_keys
 from .tensor_files import TensorFiles
 
 METHOD = "compressed-tensors"
@@ -21,6 +22,49 @@ EXTENSION = "xpu_fp4"
 """A key of quantization_config that other readers skip: {"scale_mode": ...}, for activations by another rule than `even`."""
 
 _MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": BLOCK, "symmetric": True}
+
+# What is read here, and what is known to change nothing.
+_KEYS = {
+    *("quant_method", "format", "config_groups", "ignore", EXTENSION, "transform_config", "kv_cache_scheme", "sparsity_config"),
+    *("quantization_status", "global_compression_ratio", "version", "provider"),
+    *("run_compressed", "dequantize", "use_optimized_inference"),  # how Transformers loads it
+}
+_GROUP_KEYS = {"targets", "format", "weights", "input_activations", "output_activations"}
+_ARGUMENT_KEYS = {*_MXFP4, "dynamic", "scale_dtype", "zp_dtype", "block_structure", "actorder", "observer", "observer_kwargs"}
+# Transforms at these locations are in the stored weights already.
+_OFFLINE = {"weight_input", "weight_output"}
+
+
+def check_keys(config: dict[str, Any], where: str) -> list[str]:
+    """What is left aside of a `quantization_config`. Raises CheckpointError for keys that change what a layer computes."""
+    _refuse_transforms(config.get("transform_config"), f"{where}.transform_config")
+    sparsity = require_object(config.get("sparsity_config"), f"{where}.sparsity_config")
+    if sparsity.get("format", "dense") != "dense":
+        raise refusal(f"{where}.sparsity_config", f"stores sparse weights ({sparsity['format']})")
+    if is_set(config.get("moe_sparsity_config")):
+        raise refusal(f"{where}.moe_sparsity_config", "gives layers different numbers or kinds of experts")
+    notes = unknown_keys(config, _KEYS)
+    if is_set(config.get("kv_cache_scheme")):
+        notes.append("kv_cache_scheme (the KV cache is not quantized)")
+    for name, group in require_object(config.get("config_groups"), f"{where}.config_groups").items():
+        group = require_object(group, f"{where}.config_groups.{name}")
+        notes += unknown_keys(group, _GROUP_KEYS, f"config_groups.{name}.")
+        for key in ("weights", "input_activations"):
+            arguments = require_object(group.get(key), f"{where}.config_groups.{name}.{key}")
+            if arguments.get("actorder") in ("group", "dynamic"):
+                raise refusal(f"{where}.config_groups.{name}.{key}.actorder", "reorders the columns of weights")
+            notes += unknown_keys(arguments, _ARGUMENT_KEYS, f"config_groups.{name}.{key}.")
+    return notes
+
+
+def _refuse_transforms(config: Any, where: str) -> None:
+    for name, scheme in require_object(require_object(config, where).get("config_groups"), f"{where}.config_groups").items():
+        scheme = require_object(scheme, f"{where}.config_groups.{name}")
+        for apply in scheme.get("apply") or []:
+            location = require_object(apply, f"{where}.config_groups.{name}.apply").get("location")
+            if location not in _OFFLINE:
+                what = f"applies a {scheme.get('type')} transform (a rotation) at every {location} of {apply.get('targets')}"
+                raise refusal(f"{where}.config_groups.{name}", what)
 
 
 def read_layers(config: dict[str, Any], files: TensorFiles) -> dict[str, Layer]:

@@ -53,6 +53,8 @@ class Checkpoint:
     """`compressed-tensors`, `quark` or `mxfp4` (gpt-oss): config.json's quant_method."""
     files: TensorFiles
     layers: dict[str, Layer]
+    left_aside: tuple[str, ...]
+    """Keys of the quantization_config that are not acted on, each with the reason."""
 
     def weight(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes uint8 [*, N, K/2] and scales uint8 [*, N, K/32] of a layer, memory-mapped."""

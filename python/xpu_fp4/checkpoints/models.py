@@ -35,9 +35,8 @@ def load_model(folder: str | PathLike[str], **kwargs: Any) -> Any:
         ImportError: transformers is missing, or of a version that is not tested.
     """
     folder = Path(folder)
-    open_checkpoint(folder)  # before Transformers builds anything
-    load = model_class(folder).from_pretrained
-    model, info = load(folder, config=transformers_config(folder), output_loading_info=True, **kwargs)
+    config = transformers_config(folder)
+    model, info = model_class(folder).from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
     # Transformers would go on with random numbers.
     if absent := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
         raise CheckpointError(f"{folder} has no tensors, or of another shape, for {_some(absent)}")
@@ -49,7 +48,11 @@ def transformers_config(folder: str | PathLike[str]) -> Any:
 
     Registers our quantizer with Transformers. Needed because a checkpoint names the quantizer that wrote it, and Transformers
     lets nobody else register under that name.
+
+    Raises:
+        CheckpointError, ImportError: as load_model does, before Transformers builds anything.
     """
+    open_checkpoint(folder)
     auto_config = require_transformers().AutoConfig
     from .transformers_quantizer import METHOD
 

@@ -19,7 +19,7 @@ from . import compressed_tensors, quark
 from .errors import CheckpointError
 from .experts import MXFP4Experts
 from .placement import replace_layers
-from .reader import open_checkpoint
+from .reader import read_checkpoint
 
 METHOD = "xpu_fp4"
 
@@ -42,7 +42,7 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
         files = kwargs.get("checkpoint_files")
         if not files:
             raise CheckpointError("an MXFP4 model is loaded from a directory, expected one in from_pretrained")
-        self.checkpoint = open_checkpoint(Path(files[0]).parent)
+        self.checkpoint = read_checkpoint(Path(files[0]).parent)
         places = replace_layers(model, self.checkpoint)
         for name in {place.module for place in places.values() if place.expert is not None}:
             cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()

@@ -59,10 +59,10 @@ def command(folder: Path, text: Path, original: Path | None, window: int, window
     transformers.logging.disable_progress_bar()
     console = wide_console()
     content = text.read_text(encoding="utf-8")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with console.status("Loading"):
         quantized = load_model(folder)
         unquantized = None if original is None else model_class(original).from_pretrained(original).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if unquantized is not None and type(unquantized) is not type(quantized):
         raise ValueError(f"--original is a {type(unquantized).__name__}, expected a {type(quantized).__name__} as in {folder}")
     found = Evaluation(folder, original)
