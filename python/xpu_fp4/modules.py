@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ._library import BLOCK
-from .functional import Mode, ScaleMode, check_mode, dequantize, modes_of, quantize
+from .functional import Group, Mode, ScaleMode, check_mode, dequantize, modes_of, options_of, quantize
 from .weight import PackedWeight
 
 _WEIGHTS = ("weight_packed", "weight_scale")
 
 
 class MXFP4Linear(nn.Module):
-    """y = x @ W^T + bias with W in MXFP4 and, in mode `w4a4`, x quantized to MXFP4 on the way in.
+    """y = x @ W^T + bias with W in MXFP4; x is quantized to MXFP4 (mode `w4a4`), to MXINT8 (`w4a8`) or not (`w4a16`).
 
     Parameters carry the names and the layout of compressed-tensors' `mxfp4-pack-quantized`, so a state_dict is that checkpoint
     format: `weight_packed` uint8 [N, K/2], `weight_scale` uint8 [N, K/32] (2^(byte - 127)), `bias` [N]. A new module is all
@@ -34,8 +34,9 @@ class MXFP4Linear(nn.Module):
     Args:
         in_features, out_features: K (a multiple of 32) and N.
         bias: whether there is one.
-        mode: `w4a4` or `w4a16`.
+        mode: `w4a4`, `w4a8` or `w4a16`. The weight is the same, so the attribute may be set later.
         scale_mode: the scale rule for x in mode `w4a4`.
+        group: how many elements of x share a scale in mode `w4a8`, 32 or 128.
         device, dtype: of the parameters; dtype is the bias's.
     """
 
@@ -49,6 +50,7 @@ class MXFP4Linear(nn.Module):
         *,
         mode: Mode = "w4a4",
         scale_mode: ScaleMode = "even",
+        group: Group = 128,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,6 +62,7 @@ class MXFP4Linear(nn.Module):
         self.out_features = out_features
         self.mode = mode
         self.scale_mode = scale_mode
+        self.group = group
         self._lock = threading.RLock()
         self._prepacked: Tensor | None
         self.register_buffer("_prepacked", None, persistent=False)
@@ -76,6 +79,7 @@ class MXFP4Linear(nn.Module):
         *,
         mode: Mode = "w4a4",
         scale_mode: ScaleMode = "even",
+        group: Group = 128,
     ) -> "MXFP4Linear":
         """Quantizes the weight of an nn.Linear (round to nearest, scale_mode for its scales too). Copies the bias."""
         module = cls(
@@ -84,6 +88,7 @@ class MXFP4Linear(nn.Module):
             source.bias is not None,
             mode=mode,
             scale_mode=scale_mode,
+            group=group,
             device="meta",
         )
         codes, scale = quantize(source.weight.detach(), scale_mode)
@@ -120,7 +125,7 @@ class MXFP4Linear(nn.Module):
 
     @property
     def is_expanded(self) -> bool:
-        """Whether the weight is also kept in the form that W4A4 products for many rows read on a GPU."""
+        """Whether the weight is also kept in the form that W4A4 and W4A8 products for many rows read on a GPU."""
         return self._expanded is not None
 
     def expand_(self) -> "MXFP4Linear":
@@ -131,7 +136,7 @@ class MXFP4Linear(nn.Module):
         it anew.
 
         Raises:
-            ValueError: mode is not `w4a4`.
+            ValueError: mode is `w4a16`.
             RuntimeError: the weight's device has no such form (see `xpu_fp4.expand`).
         """
         modes = modes_of("expanded")
@@ -237,7 +242,7 @@ class MXFP4Linear(nn.Module):
         return self._multiply(x, self.bias)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._snapshot().linear(x, bias, mode=self.mode, scale_mode=self.scale_mode)
+        return self._snapshot().linear(x, bias, mode=self.mode, scale_mode=self.scale_mode, group=self.group)
 
     def _snapshot(self) -> PackedWeight:
         """The weight for one forward, whatever other threads do to the module meanwhile. The first one prepacks it."""
@@ -257,10 +262,8 @@ class MXFP4Linear(nn.Module):
         return not self._is_managed and type(self.weight_packed) is nn.Parameter
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"mode={self.mode}, scale_mode={self.scale_mode}"
-        )
+        how = ", ".join(f"{name}={getattr(self, name)}" for name in ("mode", *options_of(self.mode)))
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {how}"
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

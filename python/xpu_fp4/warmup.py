@@ -25,12 +25,12 @@ def warmup(
     Args:
         shapes: (M, N, K) of the layers: rows of x, out features, in features (a multiple of 32).
         dtype: of x and of the result: float32, float16 or bfloat16.
-        mode: "w4a4" or "w4a16".
+        mode: "w4a4", "w4a8" or "w4a16".
         device: where the layers will run.
         expanded: whether their weights will be expanded (`xpu_fp4.expand`), which can mean other kernels.
 
     Raises:
-        ValueError: mode is neither, or `w4a16` with expanded weights.
+        ValueError: there is no such mode, or it is `w4a16` with expanded weights.
         RuntimeError: a shape that the layer does not take.
     """
     check_mode(mode)

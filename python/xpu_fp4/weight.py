@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .backends import cpu_backend_name
-from .functional import Form, Mode, ScaleMode, expand, multiply, prepack, unprepack
+from .functional import Form, Group, Mode, ScaleMode, expand, multiply, prepack, unprepack
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,15 @@ class PackedWeight:
         is_stored_on_cpu = self.form == "stored" and self.tensors[0].device.type == "cpu"
         return self.prepacked() if is_stored_on_cpu and cpu_backend_name() == "native" else self
 
-    def linear(self, x: Tensor, bias: Tensor | None = None, *, mode: Mode = "w4a4", scale_mode: ScaleMode = "even") -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        mode: Mode = "w4a4",
+        scale_mode: ScaleMode = "even",
+        group: Group = 128,
+    ) -> Tensor:
         """x [..., k] -> [..., n]: `xpu_fp4.linear`, with the same bits in every form."""
         operands: tuple[Tensor | int, ...] = (*self.tensors, self.n) if self.form == "prepacked" else self.tensors
-        return multiply(self.form, operands, x, bias, mode, scale_mode=scale_mode)
+        return multiply(self.form, operands, x, bias, mode, scale_mode=scale_mode, group=group)

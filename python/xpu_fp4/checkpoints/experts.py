@@ -86,7 +86,7 @@ class MXFP4Experts(nn.Module):
         scales = self.get_parameter(f"{name}_scales")[expert]
         bias = getattr(self, f"{name}_bias")
         bias = None if bias is None else bias[expert]
-        return linear(x, blocks, scales, bias, mode=self.scheme.mode, scale_mode=self.scheme.scale_mode)
+        return linear(x, blocks, scales, bias, **self.scheme.arguments())
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, mode={self.scheme.mode}"
+        return f"num_experts={self.num_experts}, scheme={self.scheme}"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..functional import Mode
 from .description import Checkpoint
 from .errors import CheckpointError
 from .placement import Place, names_in_model, replace_layers
@@ -24,18 +25,20 @@ Model = TypeVar("Model", bound=nn.Module)
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 8), (5, 24)
 
 
-def load_model(folder: str | PathLike[str], **kwargs: Any) -> Any:
+def load_model(folder: str | PathLike[str], *, mode: Mode | None = None, **kwargs: Any) -> Any:
     """A Transformers model out of an MXFP4 model directory, its quantized layers as MXFP4Linear.
 
-    The class is the one that config.json names; weights are never there in high precision. Keyword arguments go to
-    Transformers' `from_pretrained` (dtype, device_map, attn_implementation, ...).
+    The class is the one that config.json names; weights are never there in high precision. Every layer computes in `mode`, by
+    default in the one that the checkpoint has for it. Other keyword arguments go to Transformers' `from_pretrained` (dtype,
+    device_map, attn_implementation, ...).
 
     Raises:
+        ValueError: there is no such mode.
         CheckpointError: the directory is damaged, not MXFP4, or does not fit the model.
         ImportError: transformers is missing, or of a version that is not tested.
     """
     folder = Path(folder)
-    config = transformers_config(folder)
+    config = transformers_config(folder, mode=mode)
     model, info = model_class(folder).from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
     # Transformers would go on with random numbers.
     if absent := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
@@ -43,16 +46,16 @@ def load_model(folder: str | PathLike[str], **kwargs: Any) -> Any:
     return model
 
 
-def transformers_config(folder: str | PathLike[str]) -> Any:
+def transformers_config(folder: str | PathLike[str], *, mode: Mode | None = None) -> Any:
     """The model's configuration, naming us as its quantizer: `AutoModelForCausalLM.from_pretrained(folder, config=...)`.
 
     Registers our quantizer with Transformers. Needed because a checkpoint names the quantizer that wrote it, and Transformers
-    lets nobody else register under that name.
+    lets nobody else register under that name. mode: as for load_model.
 
     Raises:
-        CheckpointError, ImportError: as load_model does, before Transformers builds anything.
+        ValueError, CheckpointError, ImportError: as load_model does, before Transformers builds anything.
     """
-    open_checkpoint(folder)
+    open_checkpoint(folder).in_mode(mode)
     auto_config = require_transformers().AutoConfig
     from .transformers_quantizer import METHOD
 
@@ -60,24 +63,25 @@ def transformers_config(folder: str | PathLike[str]) -> Any:
     text_config = config.get_text_config()
     if text_config is not config and hasattr(text_config, "quantization_config"):
         del text_config.quantization_config
-    config.quantization_config = {"quant_method": METHOD}
+    config.quantization_config = {"quant_method": METHOD, "mode": mode}
     return config
 
 
-def apply_checkpoint(model: Model, folder: str | PathLike[str]) -> Model:
+def apply_checkpoint(model: Model, folder: str | PathLike[str], *, mode: Mode | None = None) -> Model:
     """Loads an MXFP4 model directory into a model, in place, and returns the model.
 
     Each nn.Linear (and Transformers' experts module) that the checkpoint quantizes is replaced; all other tensors are loaded
     too. Parameters on the meta device get the checkpoint's memory and keep their dtype, so a model built under
-    `torch.device("meta")` costs what the checkpoint holds; others are copied into.
+    `torch.device("meta")` costs what the checkpoint holds; others are copied into. mode: as for load_model.
 
     Raises:
+        ValueError: there is no such mode.
         CheckpointError: a quantized layer that the model does not have as an nn.Linear of that shape, a tensor of another
             shape, or a parameter of the model that the checkpoint lacks.
 
     Tensors that the model has no place for are named in a warning.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder).in_mode(mode)
     places = replace_layers(model, checkpoint)
     for name, place in places.items():
         _load_layer(model, checkpoint, name, place)

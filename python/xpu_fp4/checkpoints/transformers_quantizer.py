@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..functional import Mode
 from . import compressed_tensors, quark
 from .errors import CheckpointError
 from .experts import MXFP4Experts
@@ -26,10 +27,11 @@ METHOD = "xpu_fp4"
 
 @register_quantization_config(METHOD)
 class XpuFp4Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
-    """Says only that xpu_fp4 loads the checkpoint; how it is quantized is read from the checkpoint itself."""
+    """Says that xpu_fp4 loads the checkpoint. How it is quantized is read from the checkpoint itself, but for another mode."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, mode: Mode | None = None, **kwargs: Any) -> None:
         self.quant_method = METHOD
+        self.mode = mode
 
 
 @register_quantizer(METHOD)
@@ -42,7 +44,7 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
         files = kwargs.get("checkpoint_files")
         if not files:
             raise CheckpointError("an MXFP4 model is loaded from a directory, expected one in from_pretrained")
-        self.checkpoint = read_checkpoint(Path(files[0]).parent)
+        self.checkpoint = read_checkpoint(Path(files[0]).parent).in_mode(self.quantization_config.mode)
         places = replace_layers(model, self.checkpoint)
         for name in {place.module for place in places.values() if place.expert is not None}:
             cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()
