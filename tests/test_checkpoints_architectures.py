@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models whose names, layers or weights are other than a plain language model's."""
 
+import copy
 import json
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +192,101 @@ def test_rows_are_counted_in_what_readers_fuse(tmp_path: Path) -> None:
     config = hf.LlamaConfig(**TEXT | {"num_attention_heads": 4})  # k_proj has 16 rows, beside 64 of q_proj
     plan, _ = quantized(tmp_path, hf.LlamaForCausalLM, config)
     assert plan.kept == ("lm_head",)
+
+
+# ---- matrices that are in no linear layer ----
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "experts"),
+    [
+        (hf.GptOssForCausalLM, hf.GptOssConfig(**TEXT, head_dim=32, num_local_experts=4, num_experts_per_tok=2), "mlp.experts"),
+        (hf.Llama4ForCausalLM, hf.Llama4TextConfig(**TEXT, head_dim=32, num_local_experts=4), "feed_forward.experts"),
+        (hf.GraniteMoeForCausalLM, hf.GraniteMoeConfig(**TEXT, num_local_experts=4), "block_sparse_moe.input_linear"),
+    ],
+    ids=["gpt-oss", "llama4", "granite"],
+)
+def test_fused_experts_are_kept_and_named(tmp_path: Path, model_class: Any, config: Any, experts: str) -> None:
+    name = f"model.layers.0.{experts}"
+    with pytest.warns(UserWarning, match=rf"[5-8]\d% of the weights are not quantized, in no linear layer: {name}"):
+        plan, out = quantized(tmp_path, model_class, config)
+    assert name in plan.kept
+    assert name in json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    with warnings.catch_warnings():  # who names them knows
+        warnings.simplefilter("error")
+        plan_quantization(tmp_path / "source", [rf"re:.*{experts.rpartition('.')[0]}\..*"])
+
+
+def test_experts_that_are_no_linear_layers_in_the_model_are_named_in_place() -> None:
+    model = hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**TEXT, **EXPERTS, head_dim=32))
+    with pytest.warns(UserWarning, match=r"70% of the parameters are not quantized, in no nn.Linear: .*experts.down_proj"):
+        xpu_fp4.quantize_(model)
+    with pytest.warns(UserWarning, match=r"in no nn.Linear: transformer.h.0.attn.c_attn.weight"):
+        xpu_fp4.quantize_(hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=2)))
+
+
+# ---- layers that readers fuse ----
+
+
+@pytest.mark.parametrize("kept", ["self_attn.q_proj", "mlp.up_proj"])
+def test_a_fused_layer_of_two_precisions_is_named(tmp_path: Path, kept: str) -> None:
+    save(tmp_path / "source", hf.LlamaForCausalLM, hf.LlamaConfig(**TEXT))
+    name = f"model.layers.0.{kept}"
+    with pytest.warns(UserWarning, match=rf"cannot load a fused layer of two precisions, kept is {name} beside model.layers.0"):
+        plan_quantization(tmp_path / "source", [name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_quantization(tmp_path / "source", [r"re:model.layers.0.*\.(q|k|v|down)_proj"])
+
+
+def test_a_single_expert_that_is_kept_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "source", hf.MixtralForCausalLM, MIXTRAL)
+    with pytest.warns(UserWarning, match=r"kept is model.layers.1.block_sparse_moe.experts.2.w2 beside"):
+        plan_quantization(tmp_path / "source", ["model.layers.1.block_sparse_moe.experts.2.w2"])
+
+
+# ---- code that looks at a layer's weight ----
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "inputs"),
+    [
+        (
+            hf.T5ForConditionalGeneration,
+            hf.T5Config(vocab_size=128, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2),
+            {"input_ids": IDS, "decoder_input_ids": IDS},
+        ),
+        (hf.MambaForCausalLM, hf.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, time_step_rank=32), {}),
+        (
+            hf.Mamba2ForCausalLM,
+            hf.Mamba2Config(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_heads=4, head_dim=32, n_groups=1),
+            {},
+        ),
+    ],
+    ids=["t5", "mamba", "mamba2"],
+)
+def test_models_that_look_at_weights_load_and_run(
+    tmp_path: Path, model_class: Any, config: Any, inputs: dict[str, Tensor]
+) -> None:
+    plan, out = quantized(tmp_path, model_class, config, ignore=["re:.*x_proj"] if config.model_type == "mamba" else None)
+    loaded = xpu_fp4.load_model(out)
+    model = model_class.from_pretrained(tmp_path / "source", dtype=torch.bfloat16).eval()
+    xpu_fp4.quantize_(model, mode="w4a16", filter_fn=lambda _, name: name in plan.quantized)
+    assert_same_bits(logits(model, **inputs), logits(loaded, **inputs))
+
+
+# ---- a loaded model is a model like others ----
+
+
+def test_a_loaded_model_may_be_copied_saved_and_sent(tmp_path: Path) -> None:
+    _, out = quantized(tmp_path, hf.MixtralForCausalLM, MIXTRAL)
+    loaded = xpu_fp4.load_model(out)
+    expected = logits(loaded)
+    assert_same_bits(logits(copy.deepcopy(loaded)), expected)
+    torch.save(loaded, tmp_path / "model.pt")
+    assert_same_bits(logits(torch.load(tmp_path / "model.pt", weights_only=False)), expected)
+    # A process of its own, which imports what it needs.
+    code = "import sys, torch; ids, model = torch.load(sys.argv[1], weights_only=False); torch.save(model(ids).logits, sys.argv[2])"
+    torch.save((IDS, loaded), tmp_path / "sent.pt")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "sent.pt", tmp_path / "logits.pt"], check=True)
+    assert_same_bits(torch.load(tmp_path / "logits.pt").detach(), expected)

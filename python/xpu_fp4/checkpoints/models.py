@@ -11,10 +11,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from .._text import shorten
 from ..functional import Mode
 from .description import Checkpoint
 from .errors import CheckpointError
-from .names import names_in_model, shorten
+from .names import names_in_model
 from .placement import Place, replace_layers
 from .reader import CONFIG, open_checkpoint
 from .tensor_files import read_json

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint's names are in a model."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -23,12 +23,6 @@ def names_in_model(model: nn.Module, tensors: Iterable[str]) -> dict[str, list[s
             name = rule.rename_source_key(name)[0]
         candidates[tensor] = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
     return candidates
-
-
-def shorten(names: Collection[str]) -> str:
-    """The first three, and how many there are more."""
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _renamings(model: nn.Module) -> list[Any]:

@@ -24,20 +24,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._library import BLOCK
+from .._text import shorten
 from ..functional import Mode, ScaleMode, check_mode, quantize
 from . import compressed_tensors
 from .description import Scheme
 from .errors import CheckpointError
 from .matrices import FLOATS, Module, modules_with_matrices
 from .models import skeleton
-from .names import shorten
 from .reader import CONFIG, quantization_config
 from .tensor_files import INDEX, TensorFiles, read_json
 
 PARTIAL = ".partial"
 _JOB = "job.json"
 _LOCK = "job.lock"
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_WEIGHT_FILES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot"),
+    *(".tflite", ".mlmodel", ".npz", ".nemo", ".index.json"),
+)
 _NAN_SCALE = 255
 
 Progress = Callable[[int, int], None]
@@ -250,17 +253,23 @@ def _write_shard(plan: Plan, file: Path, target: Path, scale_mode: ScaleMode) ->
 
 
 def _copy_small_files(source: Path, partial: Path) -> None:
-    def skipped(_: str, names: list[str]) -> set[str]:
-        return {name for name in names if name.startswith(".") or name.endswith(_WEIGHT_FILES) or name == CONFIG}
+    """Copies all but hidden files, the configuration, and weights: the model's, and the same in other formats."""
+    parts = _parts(source)
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        is_weights = path.name.endswith(_WEIGHT_FILES) and name.parts[0] not in parts
+        is_ours = partial in path.parents  # the output may be in the source
+        if path.is_file() and not (is_hidden or is_weights or is_ours or name == Path(CONFIG)):
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, partial / name)
 
-    for entry in source.iterdir():
-        if skipped("", [entry.name]):
-            continue
-        if entry.is_dir():
-            # Subfolders hold parts like sentence-transformers' pooling; their config.json is theirs.
-            shutil.copytree(entry, partial / entry.name, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
-        else:
-            shutil.copyfile(entry, partial / entry.name)
+
+def _parts(source: Path) -> set[str]:
+    """Folders of further modules around the model, with weights of their own, as sentence-transformers has them."""
+    path = source / "modules.json"
+    modules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return {module["path"] for module in modules if module.get("path")}
 
 
 def _write_index(partial: Path, shards: list[Path]) -> None:

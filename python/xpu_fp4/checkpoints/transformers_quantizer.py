@@ -16,11 +16,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .._text import shorten
 from ..functional import Mode
 from . import compressed_tensors, quark
 from .errors import CheckpointError
 from .experts import MXFP4Experts
-from .names import shorten
 from .placement import replace_layers
 from .reader import read_checkpoint
 

@@ -67,7 +67,8 @@ def command(
 
 
 def _report(console: Console, plan: Plan, out: Path) -> None:
-    before, after = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (plan.source, out))
+    before = sum(file.stat().st_size for file in plan.files.files)
+    after = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     kept = ", ".join(plan.kept) or "none"
     console.print(f"{len(plan.quantized)} linear layers are MXFP4; kept as they are: {kept}", highlight=False, soft_wrap=True)
-    console.print(f"{out}: {decimal(after)}, from {decimal(before)}", highlight=False, soft_wrap=True)
+    console.print(f"{out}: {decimal(after)}, from {decimal(before)} of weights", highlight=False, soft_wrap=True)
