@@ -286,7 +286,7 @@ def test_a_loaded_model_may_be_copied_saved_and_sent(tmp_path: Path) -> None:
     torch.save(loaded, tmp_path / "model.pt")
     assert_same_bits(logits(torch.load(tmp_path / "model.pt", weights_only=False)), expected)
     # A process of its own, which imports what it needs.
-    code = "import sys, torch; ids, model = torch.load(sys.argv[1], weights_only=False); torch.save(model(ids).logits, sys.argv[2])"
+    code = "import sys, torch; ids, m = torch.load(sys.argv[1], weights_only=False); torch.save(m(ids).logits, sys.argv[2])"
     torch.save((IDS, loaded), tmp_path / "sent.pt")
     subprocess.run([sys.executable, "-c", code, tmp_path / "sent.pt", tmp_path / "logits.pt"], check=True)
     assert_same_bits(torch.load(tmp_path / "logits.pt").detach(), expected)
