@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The W4A8 linears are the quantizer and the product, in every form of a weight. What all linears promise: test_gemm.py."""
 
+import math
+
 import pytest
 import torch
 import xpu_fp4
@@ -37,7 +39,7 @@ def uneven(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def expected_linear(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, group: Group) -> Tensor:
-    q, scale = reference.mxint8_quantize(x.reshape(-1, x.shape[-1]), group)
+    q, scale = reference.mxint8_quantize(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), group)
     return expected_gemm(q, scale, w, w_scale, x.dtype, bias).reshape(*x.shape[:-1], len(w))
 
 
