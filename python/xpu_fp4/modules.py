@@ -118,7 +118,8 @@ class MXFP4Linear(nn.Module):
         with self._locked():
             if self._prepacked is not None:
                 # A dict of its own, and before the strips go: other threads may be reading either.
-                self._parameters = dict(zip(_WEIGHTS, map(_frozen, self._stored()), strict=True)) | self._parameters
+                weights = zip(_WEIGHTS, map(_frozen, self._stored()), strict=True)
+                self._parameters = {**dict(weights), **self._parameters}
                 self._prepacked = None
         return self
 

@@ -124,15 +124,13 @@ def test_w4a16_is_within_its_bound(dtype: torch.dtype, with_bias: bool, leading:
 
 
 @pytest.mark.parametrize("key", [None, kMxfp4Dynamic])
-def test_the_sycl_backend_serves_the_checkpoints_own_layout_with_the_same_bits(
-    key: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sycl_backend_serves_the_checkpoints_own_layout_with_the_same_bits(key: object) -> None:
     layer, weight, scale = random_layer()
     served, x = init_mxfp4_linear_kernel(key), torch.randn(5, K)
     served.process_weights_after_loading(layer)
-    monkeypatch.setattr(kernel, "cpu_backend_name", lambda: "sycl")
     unpacked = layer_with(weight, scale)
-    served.process_weights_after_loading(unpacked)
+    with cpu_backend("sycl"):
+        served.process_weights_after_loading(unpacked)
     assert unpacked.weight.shape == weight.shape
     assert torch.equal(served.apply_weights(unpacked, x), served.apply_weights(layer, x))
 
@@ -143,7 +141,6 @@ def test_a_gpu_expands_the_weights_of_w4a4_where_it_is_asked_to(
 ) -> None:
     layer, _, _ = random_layer()
     served, x = init_mxfp4_linear_kernel(key), torch.randn(40, K)
-    monkeypatch.setattr(kernel, "cpu_backend_name", lambda: "sycl")
     monkeypatch.setenv("XPU_FP4_SYCL_VARIANT", "bmg:large")
     with cpu_backend("sycl"):
         served.process_weights_after_loading(layer)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .._library import ops
+from .._library import BLOCK, ops
 from .cases import CONVERSIONS, Case
 from .measure import Job, Run
-from .operands import BLOCK, Problem
+from .operands import Problem
 
 Kind = Literal["ours", "peer", "limit"]
 

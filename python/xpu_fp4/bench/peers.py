@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
+from .._library import BLOCK
 from . import ggml
 from .contenders import Contender, Unavailable
 from .measure import Job, Run
-from .operands import BLOCK, Problem
+from .operands import Problem
 
 
 @contextmanager

@@ -75,8 +75,9 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N] of x's dtype."""
+        form, n, k = layer.xpu_fp4_form
         tensors = [getattr(layer, name) for name in _TENSORS]
-        weight = PackedWeight(*layer.xpu_fp4_form, tuple(tensor for tensor in tensors if tensor is not None))
+        weight = PackedWeight(form, n, k, tuple(tensor for tensor in tensors if tensor is not None))
         return weight.linear(x, bias, mode=self._mode)
 
     @property
