@@ -326,7 +326,7 @@ UNKNOWN_SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fp_quant": (
         {"quant_method": "fp_quant", "forward_dtype": "mxfp4"},
-        "config.json: quant_method 'fp_quant' rotates the inputs of layers before they are quantized, which xpu_fp4 cannot do",
+        "config.json: quantization_config.quant_method 'fp_quant' rotates the inputs of layers before they are quantized",
     ),
     "transform of a kind that nobody knows": (
         compressed_tensors_config(transform_config={"config_groups": {"R9": {"type": "hadamard", "apply": [{}]}}}),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.kernels.linear import MxFp4LinearKernel, MxFp4LinearLayerConfig
 from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Dynamic
 from vllm.model_executor.utils import replace_parameter
@@ -15,6 +16,8 @@ from vllm.platforms import current_platform
 
 from ..._library import BLOCK
 from ...backends import Backend, backend, cpu_backend_name
+from ...checkpoints.errors import CheckpointError
+from ...checkpoints.reader import CONFIG, check_keys
 from ...functional import Mode, modes_of
 from ...weight import PackedWeight
 
@@ -29,6 +32,25 @@ def _platform_backend() -> Backend | None:
         return backend("xpu")
     if current_platform.is_cpu():
         return backend(cpu_backend_name())
+    return None
+
+
+def _refusal_of_checkpoint() -> str | None:
+    """Why the checkpoint that vLLM is loading would compute noise here, None if it would not or nothing is being loaded.
+
+    vLLM skips some keys that change what a layer computes (Quark's rotations), and its own transforms do not run on CPU.
+    """
+    loading = get_current_vllm_config_or_none()
+    model = None if loading is None else loading.model_config
+    if model is None:
+        return None
+    # Of a model with several parts, it may stand with the language model.
+    parts = (model.hf_config, model.hf_config.get_text_config())
+    config = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+    try:
+        check_keys(config if isinstance(config, dict) else {}, f"{model.model}/{CONFIG}: quantization_config")
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
@@ -57,7 +79,8 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
                 f"the checkpoint asks for activations quantized as {key}; xpu_fp4 has dynamic MXFP4 activations (W4A4) and "
                 "unquantized ones (W4A16): quantize the model to one of these"
             )
-        return True, None
+        refusal = _refusal_of_checkpoint()
+        return refusal is None, refusal
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Prepacks the weight where the backend can. Raises ValueError if its blocks and scales do not match."""
