@@ -6,7 +6,7 @@ import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -27,7 +27,8 @@ from xpu_fp4.distributed import ColumnParallel, RowParallel, tensor_parallel_pla
 
 RANKS = 2
 N, K = 48, 320  # 5 blocks a rank: a quad that is not full, and one that one process would cut elsewhere
-MODES: tuple[Mode, ...] = ("w4a4", "w4a16")
+MODES: tuple[Mode, ...] = get_args(Mode)
+DEFINED_MODES: tuple[Mode, ...] = ("w4a4", "w4a8")
 
 
 def linear(mode: Mode, dtype: torch.dtype, *, seed: int = 0) -> tuple[MXFP4Linear, Tensor]:

@@ -2,8 +2,8 @@
 """compressed-tensors checkpoints with MXFP4 weights and other activations than MXFP4: unquantized (W4A16) or MXINT8 (W4A8).
 
 vLLM gives every layer with MXFP4 weights its W4A4 scheme, so it would quantize activations to MXFP4 in any case. A layer's own
-configuration says which they are, and our key of the `quantization_config`, which vLLM keeps; both are read here, layer by layer,
-as `checkpoints` reads them. Quark's checkpoints need nothing: vLLM passes on what they say.
+configuration says which they are, and our key of the `quantization_config`, which vLLM keeps. Both are read here, layer by
+layer, as `checkpoints` reads them. Quark's checkpoints need nothing: vLLM passes on what they say.
 """
 
 from typing import Any
