@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import pytest
 import torch
 import xpu_fp4
 from helpers import (
+    BIASES,
     DTYPES,
     ENVIRONMENTS,
     MODES,
+    SPREADS,
     Environment,
     assert_same_bits,
     bits,
@@ -26,9 +28,12 @@ from helpers import (
     gemm,
     linear_w4a4,
     linear_w4a16,
+    normal,
+    off_by,
     random_codes,
     random_scales,
     seeded,
+    spread_scales,
 )
 from torch import Tensor
 from xpu_fp4 import ScaleMode, reference
@@ -80,31 +85,6 @@ def test_every_pair_of_scales_beside_other_blocks(backend: str, dtype: torch.dty
     assert_same_bits(gemm(*operands, dtype), expected_gemm(*operands, dtype))
 
 
-def spread_scales(kind: str, rows: int, blocks: int, centre: int, seed: int) -> Tensor:
-    """Scale bytes whose neighbours are close together or far apart: the cases that a kernel may treat apart."""
-    generator = seeded(seed)
-    padded = -(-blocks // 4) * 4
-    near = torch.randint(0, 4, (rows, padded), generator=generator)  # exact in int32 after a shift of up to 3
-    far = torch.randint(8, 21, (rows, padded), generator=generator)  # the order of adds shows at 8 to 20 bits
-    up = torch.randint(0, 2, (rows, padded), generator=generator)
-    per_pair = (far * up)[:, ::2].repeat_interleave(2, 1)
-    per_quad = (far * up)[:, ::4].repeat_interleave(4, 1)
-    kinds = {
-        "equal": torch.zeros(rows, padded, dtype=torch.int64),
-        "quad-aligned": near + per_quad,
-        "pair-aligned": near + per_pair,
-        "unaligned": far * up,
-        "just unaligned": torch.randint(0, 6, (rows, padded), generator=generator),
-    }
-    if kind == "mixed":
-        choice = torch.randint(0, 5, (rows, padded // 4), generator=generator).repeat_interleave(4, 1)
-        offset = torch.stack(list(kinds.values())).gather(0, choice[None])[0]
-    else:
-        offset = kinds[kind]
-    return (centre + offset[:, :blocks]).clamp(0, 254).to(torch.uint8)
-
-
-SPREADS = ("equal", "quad-aligned", "pair-aligned", "unaligned", "just unaligned", "mixed")
 # Sums of the two bytes around 254 are ordinary; the ends of the range defeat a kernel's shortcuts.
 CENTRES = {
     "ordinary": (120, 125),
@@ -252,19 +232,6 @@ def test_no_output_dtype_means_float16(backend: str) -> None:
 
 # ---- bias and shapes ----
 
-BIASES: dict[str, Callable[[int, int], Tensor]] = {
-    "0-d": lambda m, n: torch.randn((), generator=seeded(40)),
-    "[1]": lambda m, n: torch.randn(1, generator=seeded(40)),
-    "[N]": lambda m, n: torch.randn(n, generator=seeded(40)),
-    "[1, N]": lambda m, n: torch.randn(1, n, generator=seeded(40)),
-    "[M, 1]": lambda m, n: torch.randn(m, 1, generator=seeded(40)),
-    "[M, N]": lambda m, n: torch.randn(m, n, generator=seeded(40)),
-    "[1, 1]": lambda m, n: torch.randn(1, 1, generator=seeded(40)),
-    "[N, M] transposed": lambda m, n: torch.randn(n, m, generator=seeded(40)).t(),
-    "[N] strided": lambda m, n: torch.randn(2 * n, generator=seeded(40))[::2],
-    "[M, 1] expanded": lambda m, n: torch.randn(m, 1, generator=seeded(40)).expand(m, n),
-}
-
 
 @pytest.mark.parametrize("kind", BIASES)
 @pytest.mark.parametrize("bias_dtype", DTYPES)
@@ -332,19 +299,11 @@ def test_no_rows_or_no_columns_give_an_empty_output(backend: str, m: int, n: int
         assert linear(torch.zeros(m, 64), w, w_scale, torch.zeros(n)).shape == (m, n)
 
 
-def off_by_one(tensor: Tensor) -> Tensor:
-    """A contiguous copy whose storage starts one entry off an aligned address."""
-    view = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
-    assert view.is_contiguous()
-    assert view.data_ptr() % 16 != 0
-    return view
-
-
 def test_views_of_a_multiply_like_their_contiguous_copies(backend: str) -> None:
     a, a_scale, w, w_scale = random_operands(12, 21, 128, seed=48)
     expected = expected_gemm(a, a_scale, w, w_scale)
-    a_views = (a.t().contiguous().t(), torch.cat([a, a], 1)[:, 64:], a.repeat_interleave(2, 0)[::2], off_by_one(a))
-    s_views = (a_scale.t().contiguous().t(), torch.cat([a_scale, a_scale], 1)[:, 4:], off_by_one(a_scale))
+    a_views = (a.t().contiguous().t(), torch.cat([a, a], 1)[:, 64:], a.repeat_interleave(2, 0)[::2], off_by(a))
+    s_views = (a_scale.t().contiguous().t(), torch.cat([a_scale, a_scale], 1)[:, 4:], off_by(a_scale))
     for a_view in a_views:
         assert_same_bits(gemm(a_view, a_scale, w, w_scale), expected)
     for s_view in s_views:
@@ -356,13 +315,13 @@ def test_views_of_a_multiply_like_their_contiguous_copies(backend: str) -> None:
 def test_unaligned_weights_multiply_like_aligned_ones(backend: str) -> None:
     a, a_scale, w, w_scale = random_operands(12, 21, 128, seed=49)
     expected = expected_gemm(a, a_scale, w, w_scale)
-    assert_same_bits(gemm(a, a_scale, off_by_one(w), w_scale), expected)
-    shifted_scale = off_by_one(w_scale.t().contiguous())
-    y = torch.ops.xpu_fp4.mxfp4_gemm(a, off_by_one(w).t(), a_scale, shifted_scale, torch.float32, None)
+    assert_same_bits(gemm(a, a_scale, off_by(w), w_scale), expected)
+    shifted_scale = off_by(w_scale.t().contiguous())
+    y = torch.ops.xpu_fp4.mxfp4_gemm(a, off_by(w).t(), a_scale, shifted_scale, torch.float32, None)
     assert_same_bits(y, expected)
     x = torch.randn(12, 128, generator=seeded(50))
     for linear in (linear_w4a4, linear_w4a16):
-        assert_same_bits(linear(off_by_one(x), off_by_one(w), off_by_one(w_scale)), linear(x, w, w_scale))
+        assert_same_bits(linear(off_by(x), off_by(w), off_by(w_scale)), linear(x, w, w_scale))
 
 
 def test_the_typed_codes_are_the_bytes(backend: str) -> None:
@@ -373,10 +332,6 @@ def test_the_typed_codes_are_the_bytes(backend: str) -> None:
 
 
 # ---- the linears ----
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 60) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -539,13 +494,6 @@ def test_the_neighbours_scales_do_not_change_a_row(backend: str) -> None:
     kept = [i for i in range(64) if i not in (5, 40)]
     assert_same_bits(y[kept], expected[kept])
     assert y[[5, 40]].isnan().all()
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def test_the_number_of_threads_does_not_change_a_bit(backend: str, threads: Callable[[int], None]) -> None:

@@ -28,8 +28,7 @@ def as_seen(x: Tensor, mode: Mode) -> Tensor:
     if mode == "w4a4":
         return xpu_fp4.dequantize(*xpu_fp4.quantize(x))
     if mode == "w4a8":
-        seen: Tensor = ops.mxint8_dequantize(*ops.mxint8_quantize(x), torch.float32)
-        return seen
+        return xpu_fp4.mxint8_dequantize(*xpu_fp4.mxint8_quantize(x))
     return x
 
 
