@@ -13,7 +13,7 @@ COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo models test test-vllm test-transformers test-sycl-2025 bench build pytest ctest isa format lint clean
 
-demo: build $(VENV)/.demo  ## a real language model in MXFP4 W4A4
+demo: build $(VENV)/.demo  ## a real language model in MXFP4: W4A16, W4A8, W4A4
 	python examples/smollm2.py
 
 models: build $(VENV)/.demo  ## two small model directories and texts, for docs/CHECKPOINTS.md
