@@ -2,6 +2,7 @@
 """Builds the op library `_xpu_C` and, where SYCL is found, its SYCL backend. The metadata is in pyproject.toml."""
 
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -42,13 +43,16 @@ def sycl_roots() -> list[Path]:
 
 
 def find_sycl() -> Path | None:
-    """The prefix with SYCL's headers and library, or None: then only the native kernels are built, and say so."""
+    """The prefix with SYCL's headers and library, or None: then only the native kernels are built, and the build says so."""
     if os.environ.get("XPU_FP4_WITH_SYCL", "1") == "0":
         return None
     for root in sycl_roots():
         if (root / "include/sycl/sycl.hpp").exists() and (root / "lib/libsycl.so").exists():
             return root
-    print(f"xpu_fp4: no SYCL headers in {', '.join(map(str, sycl_roots()))}: building without the SYCL backend")
+    missing = f"xpu_fp4: no SYCL headers in {', '.join(map(str, sycl_roots()))}"
+    if TORCH_IS_XPU:
+        sys.exit(f"{missing}, and torch is an XPU build. Without kernels for XPU tensors it builds with XPU_FP4_WITH_SYCL=0.")
+    print(f"{missing}: building without the SYCL backend")
     return None
 
 
@@ -59,22 +63,38 @@ def require_compiler() -> None:
 
 
 def sycl_flags(sycl: Path) -> list[str]:
-    # Intel's headers warn a lot under g++: system headers.
-    return ["-isystem", str(sycl / "include"), "-isystem", str(sycl / "include/sycl")]
+    include = sycl / "include"
+    version = re.search(r"__SYCL_COMPILER_VERSION (\d+)", (include / "sycl/version.hpp").read_text())
+    assert version is not None
+    # Intel's headers warn a lot under g++: system headers. Ninja does not watch those, so the version in the command is what
+    # makes the objects of another SYCL old.
+    return [*("-isystem", str(include)), *("-isystem", str(include / "sycl")), f"-DXPU_FP4_SYCL_HEADERS={version[1]}"]
+
+
+def sycl_link(sycl: Path) -> dict[str, list[str]]:
+    """The arguments that link an Extension to SYCL's library, which need not lie where a linker looks."""
+    return {"libraries": ["sycl"], "library_dirs": [str(sycl / "lib")], "runtime_library_dirs": [str(sycl / "lib")]}
 
 
 def op_library(sycl: Path | None) -> Extension:
-    files = [path for path in sources("cpu", "torch") if TORCH_IS_XPU or Path(path).name != "xpu.cpp"]
+    files = [*sources("cpu", "torch"), str(CSRC / "sycl/loader.cpp")]
     # at::parallel_for is inline and serial without OpenMP. Not a link option: torch brings the OpenMP runtime that it uses
     # itself, and its functions are found there; a second runtime would have a pool and a thread count of its own.
     flags = [*FLAGS, "-fopenmp"]
     if sycl is not None:
         flags += sycl_flags(sycl)
         flags += [f'-DXPU_FP4_SYCL_LIB_DIR="{sycl / "lib"}"', f'-DXPU_FP4_SYCL_BACKEND_FILE="{SYCL_BACKEND}.abi3.so"']
-    make = cpp_extension.SyclExtension if TORCH_IS_XPU else cpp_extension.CppExtension
-    return make(
+    link: dict[str, list[str]] = {}
+    if TORCH_IS_XPU and sycl is not None:
+        # Not torch's SyclExtension: it links SYCL without saying where it is, and takes the headers of any icpx on the PATH.
+        link = sycl_link(sycl)
+        link["libraries"].append("c10_xpu")
+    else:
+        files.remove(str(CSRC / "torch/xpu.cpp"))
+    return cpp_extension.CppExtension(
         f"{PACKAGE}._xpu_C",
-        [*files, str(CSRC / "sycl/loader.cpp")],
+        files,
+        **link,
         extra_compile_args={"cxx": flags},
         extra_link_args=["-ldl"],
         py_limited_api=True,
@@ -92,8 +112,7 @@ def sycl_backend(sycl: Path) -> Extension:
         [*files, str(embedded)],
         include_dirs=[str(ROOT / CSRC)],
         extra_compile_args={"cxx": [*FLAGS, *sycl_flags(sycl)]},
-        library_dirs=[str(sycl / "lib")],
-        libraries=["sycl"],
+        **sycl_link(sycl),
         language="c++",
         py_limited_api=True,
         depends=HEADERS,
@@ -112,5 +131,9 @@ if __name__ == "__main__":
         ext_modules=extensions(),
         # Neither library has a Python interface, so no Python headers are needed and one build serves every Python.
         cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        options={
+            "bdist_wheel": {"py_limited_api": "cp310"},
+            # Every kind of build finds the object files of the one before, also an editable one.
+            "build_ext": {"build_temp": "build/objects"},
+        },
     )
