@@ -5,9 +5,11 @@ import os
 import re
 import runpy
 import shutil
+import struct
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 
 try:
@@ -18,6 +20,9 @@ except ImportError as error:
         f"xpu_fp4 is built against the torch it will run with, and torch cannot be imported ({error}).\n"
         "Install torch first, then: pip install --no-build-isolation ."
     )
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # the first that reads pyproject.toml's license
+    sys.exit(f'xpu_fp4 needs setuptools>=77, found {setuptools.__version__}: pip install "setuptools>=77"')
 
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")
@@ -124,13 +129,40 @@ def extensions() -> list[Extension]:
     return [op_library(sycl), *([sycl_backend(sycl)] if sycl is not None else [])]
 
 
+def needed_libraries(library: Path) -> list[str]:
+    """What `readelf -d` shows as NEEDED, of a 64-bit little-endian ELF file."""
+    image = library.read_bytes()
+    (headers,), (size, count) = struct.unpack_from("<Q", image, 0x20), struct.unpack_from("<HH", image, 0x36)
+    # type, flags, offset, address, physical address, size in the file
+    segments = [struct.unpack_from("<IIQQQQ", image, headers + i * size) for i in range(count)]
+    dynamic = next(segment for segment in segments if segment[0] == 2)  # PT_DYNAMIC
+    entries = list(struct.iter_unpack("<QQ", image[dynamic[2] : dynamic[2] + dynamic[5] // 16 * 16]))
+    address = next(value for tag, value in entries if tag == 5)  # DT_STRTAB
+    strings = next(s[2] + address - s[3] for s in segments if s[0] == 1 and s[3] <= address < s[3] + s[5])  # PT_LOAD
+    starts = [strings + value for tag, value in entries if tag == 1]  # DT_NEEDED
+    return [image[start : image.index(0, start)].decode() for start in starts]
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    def build_extensions(self) -> None:
+        super().build_extensions()
+        for extension in self.extensions:
+            library = Path(self.get_ext_fullpath(extension.name))
+            if "libstdc++.so.6" not in needed_libraries(library):
+                sys.exit(
+                    f"{library} has a C++ runtime of its own, which cannot share exceptions and streams with torch's "
+                    "libstdc++.so.6: the first error message would be a crash. Build with another compiler (CXX), or without "
+                    "options like -static-libstdc++."
+                )
+
+
 if __name__ == "__main__":
     require_compiler()
     os.chdir(ROOT)
     setup(
         ext_modules=extensions(),
         # Neither library has a Python interface, so no Python headers are needed and one build serves every Python.
-        cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)},
+        cmdclass={"build_ext": BuildExtension},
         options={
             "bdist_wheel": {"py_limited_api": "cp310"},
             # Every kind of build finds the object files of the one before, also an editable one.
