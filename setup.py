@@ -47,18 +47,45 @@ def sycl_roots() -> list[Path]:
     return [Path(root) for root in roots if root]
 
 
+def needed_libraries(library: Path) -> list[str]:
+    """What `readelf -d` shows as NEEDED, of a 64-bit little-endian ELF file."""
+    image = library.read_bytes()
+    (headers,), (size, count) = struct.unpack_from("<Q", image, 0x20), struct.unpack_from("<HH", image, 0x36)
+    # type, flags, offset, address, physical address, size in the file
+    segments = [struct.unpack_from("<IIQQQQ", image, headers + i * size) for i in range(count)]
+    dynamic = next(segment for segment in segments if segment[0] == 2)  # PT_DYNAMIC
+    entries = list(struct.iter_unpack("<QQ", image[dynamic[2] : dynamic[2] + dynamic[5] // 16 * 16]))
+    address = next(value for tag, value in entries if tag == 5)  # DT_STRTAB
+    strings = next(s[2] + address - s[3] for s in segments if s[0] == 1 and s[3] <= address < s[3] + s[5])  # PT_LOAD
+    starts = [strings + value for tag, value in entries if tag == 1]  # DT_NEEDED
+    return [image[start : image.index(0, start)].decode() for start in starts]
+
+
+def torch_sycl() -> str:
+    """The file name of the SYCL library that torch's XPU library is linked to: a process can have only one version."""
+    library = Path(cpp_extension.TORCH_LIB_PATH, "libc10_xpu.so")
+    return next(name for name in needed_libraries(library) if name.startswith("libsycl.so"))
+
+
 def find_sycl() -> Path | None:
     """The prefix with SYCL's headers and library, or None: then only the native kernels are built, and the build says so."""
     if os.environ.get("XPU_FP4_WITH_SYCL", "1") == "0":
         return None
-    for root in sycl_roots():
-        if (root / "include/sycl/sycl.hpp").exists() and (root / "lib/libsycl.so").exists():
-            return root
-    missing = f"xpu_fp4: no SYCL headers in {', '.join(map(str, sycl_roots()))}"
+    roots = [root for root in sycl_roots() if (root / "include/sycl/sycl.hpp").exists() and (root / "lib/libsycl.so").exists()]
     if TORCH_IS_XPU:
-        sys.exit(f"{missing}, and torch is an XPU build. Without kernels for XPU tensors it builds with XPU_FP4_WITH_SYCL=0.")
-    print(f"{missing}: building without the SYCL backend")
-    return None
+        roots_of_torch = [root for root in roots if (root / "lib" / torch_sycl()).exists()]
+        if not roots_of_torch:
+            found = ", ".join(str(file) for root in roots for file in (root / "lib").glob("libsycl.so.?")) or "none"
+            sys.exit(
+                f"xpu_fp4: {cpp_extension.TORCH_LIB_PATH}/libc10_xpu.so needs {torch_sycl()}, and no SYCL with headers has it "
+                f"in {', '.join(map(str, sycl_roots()))}; found: {found}. Build without a toolkit's setvars.sh, with the "
+                "intel-sycl-rt that torch asks for; or, without kernels for XPU tensors, with XPU_FP4_WITH_SYCL=0."
+            )
+        return roots_of_torch[0]
+    if not roots:
+        print(f"xpu_fp4: no SYCL headers in {', '.join(map(str, sycl_roots()))}: building without the SYCL backend")
+        return None
+    return roots[0]
 
 
 def require_compiler() -> None:
@@ -127,20 +154,6 @@ def sycl_backend(sycl: Path) -> Extension:
 def extensions() -> list[Extension]:
     sycl = find_sycl()
     return [op_library(sycl), *([sycl_backend(sycl)] if sycl is not None else [])]
-
-
-def needed_libraries(library: Path) -> list[str]:
-    """What `readelf -d` shows as NEEDED, of a 64-bit little-endian ELF file."""
-    image = library.read_bytes()
-    (headers,), (size, count) = struct.unpack_from("<Q", image, 0x20), struct.unpack_from("<HH", image, 0x36)
-    # type, flags, offset, address, physical address, size in the file
-    segments = [struct.unpack_from("<IIQQQQ", image, headers + i * size) for i in range(count)]
-    dynamic = next(segment for segment in segments if segment[0] == 2)  # PT_DYNAMIC
-    entries = list(struct.iter_unpack("<QQ", image[dynamic[2] : dynamic[2] + dynamic[5] // 16 * 16]))
-    address = next(value for tag, value in entries if tag == 5)  # DT_STRTAB
-    strings = next(s[2] + address - s[3] for s in segments if s[0] == 1 and s[3] <= address < s[3] + s[5])  # PT_LOAD
-    starts = [strings + value for tag, value in entries if tag == 1]  # DT_NEEDED
-    return [image[start : image.index(0, start)].decode() for start in starts]
 
 
 class BuildExtension(cpp_extension.BuildExtension):
