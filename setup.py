@@ -44,7 +44,7 @@ def sycl_roots() -> list[Path]:
     env = os.environ
     roots = [cpp_extension.SYCL_HOME] if TORCH_IS_XPU else []
     roots += [env.get("CMPLR_ROOT"), env.get("ONEAPI_ROOT") and f"{env['ONEAPI_ROOT']}/compiler/latest", sys.prefix]
-    return [Path(root) for root in roots if root]
+    return [Path(root) for root in dict.fromkeys(roots) if root]
 
 
 def needed_libraries(library: Path) -> list[str]:
