@@ -5,13 +5,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from checkpoint_files import (
     EXPERTS,
     HIDDEN,
+    INT8_ARGUMENTS,
     INTERMEDIATE,
     LINEARS,
     MXFP4_ARGUMENTS,
@@ -28,7 +29,7 @@ from helpers import assert_same_bits
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-from xpu_fp4 import dequantize, load_model, reference
+from xpu_fp4 import Mode, dequantize, load_model, reference
 from xpu_fp4.checkpoints import Checkpoint, CheckpointError, Scheme, open_checkpoint
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -56,11 +57,11 @@ def assert_reads_the_reference_values(checkpoint: Checkpoint, packed_name: str) 
         assert_same_bits(dequantize(*checkpoint.weight(name)), reference.values(codes, scale).float())
 
 
-@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
-def test_compressed_tensors_has_the_reference_values(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_compressed_tensors_has_the_reference_values(tmp_path: Path, mode: Mode) -> None:
     checkpoint = open_checkpoint(compressed_tensors(tmp_path, compressed_tensors_config(mode=mode)))
     assert checkpoint.format == "compressed-tensors"
-    assert {layer.scheme.mode for layer in checkpoint.layers.values()} == {mode}
+    assert {layer.scheme for layer in checkpoint.layers.values()} == {Scheme(mode)}
     assert_reads_the_reference_values(checkpoint, "weight_packed")
 
 
@@ -115,6 +116,32 @@ def test_names_go_before_regexes_and_regexes_before_the_class(tmp_path: Path) ->
     checkpoint = open_checkpoint(compressed_tensors(tmp_path, compressed_tensors_config(config_groups=groups)))
     a16 = {name for name, layer in checkpoint.layers.items() if layer.scheme.mode == "w4a16"}
     assert a16 == {"model.layers.0.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_int8_activations_of_another_tool_are_w4a8(tmp_path: Path, group_size: int) -> None:
+    for more in ({}, {"scale_dtype": "torch.uint8"}):
+        activations = INT8_ARGUMENTS | {"group_size": group_size} | more
+        config = compressed_tensors_config(config_groups={"g": group(input_activations=activations)})
+        schemes = {layer.scheme for layer in open_checkpoint(compressed_tensors(tmp_path, config)).layers.values()}
+        assert schemes == {Scheme("w4a8", group=group_size)}  # type: ignore[arg-type]
+
+
+def test_our_hint_is_for_groups_without_activations(tmp_path: Path) -> None:
+    groups = {
+        "a": group(targets=["Linear"], input_activations=None),
+        "b": group(targets=["re:.*up_proj$"]),
+        "c": group(targets=["re:.*down_proj$"], input_activations=INT8_ARGUMENTS),
+    }
+    for hint, rest in (
+        ({"activations": "mxint8", "group": 32, "scale_mode": "ceil"}, Scheme("w4a8", "ceil", 32)),
+        ({"activations": "mxint8"}, Scheme("w4a8")),
+        ({"activations": None}, Scheme("w4a16")),
+    ):
+        config = compressed_tensors_config(config_groups=groups, xpu_fp4=hint)
+        schemes = {name: layer.scheme for name, layer in open_checkpoint(compressed_tensors(tmp_path, config)).layers.items()}
+        named = {"up_proj": Scheme("w4a4", rest.scale_mode), "down_proj": Scheme("w4a8", rest.scale_mode)}
+        assert schemes == {name: named.get(name.rpartition(".")[2], rest) for name in LINEARS}
 
 
 def test_quark_patterns_go_before_the_class_and_the_rest(tmp_path: Path) -> None:
@@ -242,6 +269,10 @@ def arguments(**changes: Any) -> dict[str, Any]:
     return compressed_tensors_config(config_groups={"g": group(weights=MXFP4_ARGUMENTS | changes)})
 
 
+def int8_activations(**changes: Any) -> dict[str, Any]:
+    return compressed_tensors_config(config_groups={"g": group(input_activations=INT8_ARGUMENTS | changes)})
+
+
 def quark_scheme(**changes: Any) -> dict[str, Any]:
     return quark_config(global_quant_config={"weight": QUARK_WEIGHT | changes, "input_tensors": None})
 
@@ -263,6 +294,17 @@ UNKNOWN_SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
         ),
         "num_bits 8, expected 4",
     ),
+    "int8 in other groups": (int8_activations(group_size=64), "input_activations.group_size is 64, expected 32 or 128"),
+    "int8 by token": (int8_activations(strategy="token", group_size=None), "group_size is None, expected 32 or 128"),
+    "static int8": (int8_activations(dynamic=False), "input_activations is not MXINT8: dynamic False, expected True"),
+    "int8 with zero points": (int8_activations(symmetric=False), "is not MXINT8: symmetric False, expected True"),
+    "unknown hint": (compressed_tensors_config(xpu_fp4={"activations": "mxfp8"}), "'mxfp8', expected one of mxint8"),
+    "hint of another group": (
+        compressed_tensors_config(xpu_fp4={"activations": "mxint8", "group": 64}),
+        "quantization_config.xpu_fp4.group is 64, expected 32 or 128",
+    ),
+    "unknown key of ours": (compressed_tensors_config(xpu_fp4={"offset": 1}), "xpu_fp4 has the keys offset, expected scale"),
+    "key of ours without object": (compressed_tensors_config(xpu_fp4="mxint8"), "xpu_fp4 is 'mxint8', expected an object"),
     "quantized outputs": (
         compressed_tensors_config(config_groups={"g": group(output_activations=MXFP4_ARGUMENTS)}),
         "output_activations is set",
@@ -284,7 +326,7 @@ UNKNOWN_SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fp_quant": (
         {"quant_method": "fp_quant", "forward_dtype": "mxfp4"},
-        "config.json: quant_method 'fp_quant' rotates the inputs of layers before they are quantized, which xpu_fp4 cannot do",
+        "config.json: quantization_config.quant_method 'fp_quant' rotates the inputs of layers before they are quantized",
     ),
     "transform of a kind that nobody knows": (
         compressed_tensors_config(transform_config={"config_groups": {"R9": {"type": "hadamard", "apply": [{}]}}}),

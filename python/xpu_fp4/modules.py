@@ -17,7 +17,7 @@ _WEIGHTS = ("weight_packed", "weight_scale")
 
 
 class MXFP4Linear(nn.Module):
-    """y = x @ W^T + bias with W in MXFP4. On the way in x is quantized to MXFP4 (mode `w4a4`), MXINT8 (`w4a8`) or not (`w4a16`).
+    """y = x @ W^T + bias with W in MXFP4; x is quantized to MXFP4 (mode `w4a4`), to MXINT8 (`w4a8`) or not (`w4a16`).
 
     Parameters carry the names and the layout of compressed-tensors' `mxfp4-pack-quantized`, so a state_dict is that checkpoint
     format: `weight_packed` uint8 [N, K/2], `weight_scale` uint8 [N, K/32] (2^(byte - 127)), `bias` [N]. A new module is all
@@ -118,7 +118,8 @@ class MXFP4Linear(nn.Module):
         with self._locked():
             if self._prepacked is not None:
                 # A dict of its own, and before the strips go: other threads may be reading either.
-                self._parameters = dict(zip(_WEIGHTS, map(_frozen, self._stored()), strict=True)) | self._parameters
+                weights = zip(_WEIGHTS, map(_frozen, self._stored()), strict=True)
+                self._parameters = {**dict(weights), **self._parameters}
                 self._prepacked = None
         return self
 

@@ -62,5 +62,5 @@ class PackedWeight:
         group: Group = 128,
     ) -> Tensor:
         """x [..., k] -> [..., n]: `xpu_fp4.linear`, with the same bits in every form."""
-        operands = (*self.tensors, self.n) if self.form == "prepacked" else self.tensors
+        operands: tuple[Tensor | int, ...] = (*self.tensors, self.n) if self.form == "prepacked" else self.tensors
         return multiply(self.form, operands, x, bias, mode, scale_mode=scale_mode, group=group)

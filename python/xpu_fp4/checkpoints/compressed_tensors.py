@@ -7,7 +7,6 @@ groups of 32 or 128), their absence W4A16 or, where our own key of the `quantiza
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, NamedTuple, cast, get_args
 
 from .._library import BLOCK
@@ -173,9 +172,9 @@ def activations_scheme(activations: Any, weight_only: Scheme, where: str) -> Sch
     if (activations.get("type"), activations.get("num_bits")) == (_MXINT8["type"], _MXINT8["num_bits"]):
         group = _get_group(activations.get("group_size"), f"{where}.group_size")
         _check_arguments(activations, {**_MXINT8, "group_size": group, "dynamic": True}, "MXINT8", where)
-        return replace(weight_only, mode="w4a8", group=group)
+        return Scheme("w4a8", weight_only.scale_mode, group)
     _check_arguments(activations, {**_MXFP4, "dynamic": True}, "MXFP4", where)
-    return replace(weight_only, mode="w4a4")
+    return Scheme("w4a4", weight_only.scale_mode)
 
 
 def _read_group(group: dict[str, Any], outer_format: str | None, weight_only: Scheme, where: str) -> Scheme:

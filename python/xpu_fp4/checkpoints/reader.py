@@ -36,6 +36,17 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def check_keys(config: dict[str, Any], where: str) -> list[str]:
+    """What is left aside of a quantization_config, nothing for a quant_method that is not read here.
+
+    Raises CheckpointError for a key that changes what a layer computes in a way that is not done here.
+    """
+    method = config.get("quant_method")
+    if method == "fp_quant":
+        raise refusal(f"{where}.quant_method 'fp_quant'", "rotates the inputs of layers before they are quantized")
+    return _FORMATS[method].check_keys(config, where) if isinstance(method, str) and method in _FORMATS else []
+
+
 def open_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
     """Reads the headers of an MXFP4 model directory (config.json, *.safetensors), and no weights.
 
@@ -58,15 +69,12 @@ def read_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
     if config is None:
         raise CheckpointError(f"{folder / CONFIG} has no quantization_config: the model is not quantized")
     method = config.get("quant_method")
-    if method == "fp_quant":
-        raise refusal(f"{folder / CONFIG}: quant_method 'fp_quant'", "rotates the inputs of layers before they are quantized")
+    left_aside = check_keys(config, f"{folder / CONFIG}: quantization_config")
     if not isinstance(method, str) or method not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise CheckpointError(f"{folder / CONFIG} has the quant_method {method!r}, which is not MXFP4; expected one of {known}")
-    format = _FORMATS[method]
-    left_aside = format.check_keys(config, f"{folder / CONFIG}: quantization_config")
     files = TensorFiles(folder)
-    layers = format.read_layers(config, files)
+    layers = _FORMATS[method].read_layers(config, files)
     if not layers:
         raise CheckpointError(f"{folder} has no MXFP4 weights, but {CONFIG} says that it is quantized by {method}")
     return Checkpoint(folder, method, files, layers, tuple(left_aside))
