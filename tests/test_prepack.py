@@ -7,14 +7,14 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import pytest
 import torch
 import xpu_fp4
 from helpers import DTYPES, assert_same_bits, gemm, linear_w4a4, linear_w4a8, linear_w4a16, random_codes, random_scales, seeded
 from torch import Tensor
-from xpu_fp4 import Mode, MXFP4Linear
+from xpu_fp4 import Group, Mode, MXFP4Linear
 
 STRIP, QUAD = 16, 128
 SHAPES = [(1, 32), (16, 128), (17, 160), (48, 416), (50, 4096)]
@@ -88,7 +88,7 @@ BAD = {
     "k": (lambda c, s, p, x: xpu_fp4.linear_prepacked(x[:, :96], p, 20), "mxfp4_linear_prepacked: weight has shape"),
     "dtype": (lambda c, s, p, x: xpu_fp4.linear_prepacked(x, p.to(torch.int8), 20), "weight must be uint8"),
     "group": (
-        lambda c, s, p, x: xpu_fp4.linear_prepacked(x, p, 20, mode="w4a8", group=64),
+        lambda c, s, p, x: xpu_fp4.linear_prepacked(x, p, 20, mode="w4a8", group=cast(Group, 64)),
         "mxfp4_linear_w4a8_prepacked: group is 64, expected 32 or 128",
     ),
     "strides": (
