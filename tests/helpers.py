@@ -68,11 +68,6 @@ def random_scales(rows: int, k: int, generator: torch.Generator, low: int = 107,
     return torch.randint(low, high + 1, (rows, k // 32), generator=generator, dtype=torch.uint8)
 
 
-def grouped_scales(rows: int, k: int, generator: torch.Generator, low: int = 117, high: int = 137) -> Tensor:
-    """Scales of A as group 128 gives them: one for the blocks of a quad."""
-    return random_scales(rows, -(-k // 128) * 32, generator, low, high).repeat_interleave(4, 1)[:, : k // 32].contiguous()
-
-
 def from_bits(pattern: Tensor, dtype: torch.dtype) -> Tensor:
     """Integers, of any integer dtype, as the floats with these bits."""
     return pattern.to(_INT_OF_SIZE[dtype.itemsize]).view(dtype)

@@ -12,7 +12,6 @@ from helpers import (
     assert_same_bits,
     expected_gemm,
     gemm,
-    grouped_scales,
     off_by,
     random_codes,
     random_int8,
@@ -25,6 +24,11 @@ from xpu_fp4 import reference
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # A's codes and scales, W's codes and scales
 LARGEST_W, MOST_NEGATIVE_W = 0x77, 0xFF  # bytes of two codes: 6 and -6
+
+
+def grouped_scales(rows: int, k: int, generator: torch.Generator, low: int = 117, high: int = 137) -> Tensor:
+    """Scales of A as group 128 gives them: one for the blocks of a quad."""
+    return random_scales(rows, -(-k // 128) * 32, generator, low, high).repeat_interleave(4, 1)[:, : k // 32].contiguous()
 
 
 def random_operands(m: int, n: int, k: int, seed: int = 0, low: int = 117, high: int = 137) -> Operands:
