@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products: W4A4 gives the reference's bits whatever surrounds it, W4A16 stays within its bound and is reproducible."""
+"""The products: W4A4 gives the reference's bits whatever surrounds it, W4A16 stays within its bound; all are reproducible."""
 
 import math
 import os
@@ -27,6 +27,7 @@ from helpers import (
     float_environment,
     gemm,
     linear_w4a4,
+    linear_w4a8,
     linear_w4a16,
     normal,
     off_by,
@@ -39,6 +40,7 @@ from torch import Tensor
 from xpu_fp4 import ScaleMode, reference
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # A's codes and scales, W's codes and scales
+OPS: dict[str, Callable[..., Tensor]] = {"w4a4": linear_w4a4, "w4a8": linear_w4a8, "w4a16": linear_w4a16}
 
 
 def random_operands(m: int, n: int, k: int, seed: int = 0, low: int = 117, high: int = 137) -> Operands:
@@ -285,7 +287,7 @@ def test_without_k_the_output_is_the_bias(backend: str, dtype: torch.dtype) -> N
     assert_same_bits(gemm(*empty, *weight, dtype, bias), (bias + 0.0).to(dtype))
     assert_same_bits(gemm(*empty, *weight, dtype), torch.zeros(m, n, dtype=dtype))
     x = torch.empty(m, 0, dtype=dtype)
-    for linear in (linear_w4a4, linear_w4a16):
+    for linear in OPS.values():
         assert_same_bits(linear(x, *weight, bias[1]), bias[1].expand(m, n).to(dtype).contiguous())
         assert_same_bits(linear(x, *weight), torch.zeros(m, n, dtype=dtype))
 
@@ -295,7 +297,7 @@ def test_no_rows_or_no_columns_give_an_empty_output(backend: str, m: int, n: int
     a, a_scale, w, w_scale = random_operands(m, n, 64, seed=47)
     for bias in (None, torch.zeros(n), torch.zeros(m, 1), torch.zeros(m, n)):
         assert gemm(a, a_scale, w, w_scale, torch.float32, bias).shape == (m, n)
-    for linear in (linear_w4a4, linear_w4a16):
+    for linear in OPS.values():
         assert linear(torch.zeros(m, 64), w, w_scale, torch.zeros(n)).shape == (m, n)
 
 
@@ -320,7 +322,7 @@ def test_unaligned_weights_multiply_like_aligned_ones(backend: str) -> None:
     y = torch.ops.xpu_fp4.mxfp4_gemm(a, off_by(w).t(), a_scale, shifted_scale, torch.float32, None)
     assert_same_bits(y, expected)
     x = torch.randn(12, 128, generator=seeded(50))
-    for linear in (linear_w4a4, linear_w4a16):
+    for linear in OPS.values():
         assert_same_bits(linear(off_by(x), off_by(w), off_by(w_scale)), linear(x, w, w_scale))
 
 
@@ -350,7 +352,7 @@ def test_linear_is_quantize_then_gemm(backend: str, shape: tuple[int, ...], dtyp
 def test_linear_takes_any_strides(backend: str) -> None:
     x = normal(160, 9).t()
     w, w_scale = random_codes(21, 160, seeded(63)), random_scales(21, 160, seeded(64), 117, 137)
-    for linear in (linear_w4a4, linear_w4a16):
+    for linear in OPS.values():
         assert_same_bits(linear(x, w, w_scale), linear(x.contiguous(), w, w_scale))
         assert_same_bits(linear(x[::2], w, w_scale), linear(x[::2].contiguous(), w, w_scale))
 
@@ -426,6 +428,7 @@ def test_every_backend_gives_the_bits_of_native(backend: str, n: int, k: int, dt
     calls: list[Callable[[], Tensor]] = [
         lambda: gemm(*operands, dtype, bias),
         lambda: linear_w4a4(x, *operands[2:], bias),
+        lambda: linear_w4a8(x, *operands[2:], bias),
     ]
     for call in calls:
         with xpu_fp4.cpu_backend("native"):
@@ -437,7 +440,7 @@ def test_every_backend_gives_the_bits_of_native(backend: str, n: int, k: int, dt
 
 
 @pytest.mark.parametrize("n", [1, 5, 16, 17])
-@pytest.mark.parametrize("op", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("op", OPS)
 def test_quads_are_added_one_after_the_other(backend: str, op: str, n: int) -> None:
     # 2^24 + 1 + 1 + ... stays 2^24 in that order only: a sum kept in several parts gives more.
     k = 16384
@@ -446,9 +449,6 @@ def test_quads_are_added_one_after_the_other(backend: str, op: str, n: int) -> N
     x[:, 0] = 2.0**24
     w, w_scale = xpu_fp4.quantize(torch.ones(n, k))
     assert (OPS[op](x, w, w_scale) == 2.0**24).all()
-
-
-OPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"w4a4": linear_w4a4, "w4a16": linear_w4a16}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -504,7 +504,8 @@ def test_the_number_of_threads_does_not_change_a_bit(backend: str, threads: Call
     for count in (1, 2, 3):
         threads(count)
         q, scale = xpu_fp4.quantize(x)
-        results.append((gemm(*operands), linear_w4a4(x, w, w_scale), linear_w4a16(x, w, w_scale), bits(q), bits(scale)))
+        linears = [linear(x, w, w_scale) for linear in OPS.values()]
+        results.append((gemm(*operands), *linears, bits(q), bits(scale)))
     for other in results[1:]:
         for actual, expected in zip(other, results[0], strict=True):
             assert_same_bits(actual, expected)

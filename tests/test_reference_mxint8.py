@@ -71,14 +71,12 @@ def test_the_rule_in_numbers() -> None:
     assert q.unique().tolist() == [127]  # the largest scale saturates
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("amax", [1.0, 1.984375])
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_every_16_bit_element_rounds_exactly(dtype: torch.dtype, amax: float, group: Group) -> None:
-    x = from_bits(ALL_PATTERNS, dtype)
+def test_every_16_bit_element_rounds_exactly(dtype: torch.dtype) -> None:
+    x, amax = from_bits(ALL_PATTERNS, dtype), 127 / 64
     x = x[x.isfinite() & (x.abs() <= amax)]
     x = torch.cat([x, x.new_zeros(-len(x) % 159)]).view(-1, 159)
-    assert_is_exact(torch.cat([x, torch.full_like(x[:, :1], amax)], 1), group)
+    assert_is_exact(torch.cat([x, torch.full_like(x[:, :1], amax)], 1), 128)
 
 
 @pytest.mark.parametrize("k", [32, 64, 96, 128, 160, 288])
