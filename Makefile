@@ -11,9 +11,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CPP_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo models test test-vllm test-sycl-2025 bench build pytest ctest isa format lint clean
+.PHONY: demo models test test-vllm test-transformers test-sycl-2025 bench build pytest ctest isa format lint clean
 
-demo: build $(VENV)/.demo  ## a real language model in MXFP4 W4A4
+demo: build $(VENV)/.demo  ## a real language model in MXFP4: W4A16, W4A8, W4A4
 	python examples/smollm2.py
 
 models: build $(VENV)/.demo  ## two small model directories and texts, for docs/CHECKPOINTS.md
@@ -25,6 +25,14 @@ test-vllm: build $(VLLM_VENV)/.vllm  ## the vLLM plug-in in the real vLLM, in a 
 	$(call debian,$(PYTHON_H),python3-dev)
 	$(call debian,/usr/lib/*/libnuma.so.1 /usr/lib64/libnuma.so.1,libnuma1)
 	PATH=$(VLLM_VENV)/bin:$$PATH python -m pytest tests/vllm_plugin
+
+# Each environment is a layer over .venv, which holds only what differs from it.
+TRANSFORMERS = build/transformers-oldest build/transformers-newest
+test-transformers: $(addsuffix /.installed,$(TRANSFORMERS))  ## the checkpoint tests on the oldest and on the newest Transformers
+	for layer in $(TRANSFORMERS); do \
+	  $$layer/bin/pip list 2> /dev/null | grep -E '^(transformers|compressed-tensors) '; \
+	  $$layer/bin/python -m pytest -m "not large" tests/test_checkpoints_*.py tests/test_cli_models.py; \
+	done
 
 # All suites, tables and plots; BENCH=docs/performance/NAME and PAGE=docs/PERFORMANCE.md publish them.
 BENCH ?= build/bench
@@ -48,10 +56,12 @@ lint: build $(VENV)/.lint $(VENV)/.test
 clean:
 	rm -rf build .venv .venv-vllm *.egg-info python/*.egg-info python/xpu_fp4/*.so .mypy_cache .ruff_cache .pytest_cache
 
-# The second run is one with XPU tensors, on a stand-in for torch's device.
+STAND_IN = $(CURDIR)/build/xpu_stand_in
+# The second run is one with XPU tensors: of a build for XPU, on a stand-in for torch's device. It shares object files with the first.
 pytest: build $(VENV)/.test
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest
-	XPU_FP4_XPU_STAND_IN=1 python -m pytest tests/xpu_stand_in
+	python tests/xpu_stand_in/build.py $(STAND_IN)
+	LD_LIBRARY_PATH=$(STAND_IN)/torch PYTHONPATH=$(STAND_IN)/package python -m pytest tests/xpu_stand_in
 
 # Twice: with the SYCL backend, and as on a machine that has none.
 ctest: $(VENV)/.build $(VENV)/.test
@@ -97,6 +107,14 @@ $(VENV)/.venv:
 $(VENV)/.build $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	pip install --quiet --group $*
 	mkdir -p build
+	touch $@
+
+build/transformers-%/.installed: $(VENV)/.test | build
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade "pip>=25.1"
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$site")')" > $$($(@D)/bin/python -c "$$site")/venv.pth
+	$(@D)/bin/pip install --quiet --group transformers-$*
 	touch $@
 
 # ggml from source: compiled for this machine, as llama.cpp's users compile it.

@@ -32,12 +32,18 @@ def register_quantization_config(name):
     linear.changes += 1
     return lambda cls: cls
 """,
-    "model_executor/layers/quantization/utils/quant_utils.py": "kMxfp4Dynamic = object()",
+    "model_executor/layers/quantization/utils/quant_utils.py": """
+kMxfp4Dynamic = object()
+def GroupShape(*size): return size
+def ScaleDesc(*scale): return scale
+def QuantKey(*key): return key
+""",
     "model_executor/layers/quantization/compressed_tensors/compressed_tensors.py": "class CompressedTensorsConfig: ...",
     "model_executor/layers/quantization/compressed_tensors/schemes.py": """
 class CompressedTensorsScheme: ...
 class CompressedTensorsW4A4Mxfp4(CompressedTensorsScheme): ...
 """,
+    "config/__init__.py": "def get_current_vllm_config_or_none(): return None",
     "model_executor/utils.py": "def replace_parameter(layer, name, tensor): ...",
     "platforms/__init__.py": """
 import enum

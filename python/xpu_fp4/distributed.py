@@ -24,11 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from .backends import cpu_backend_name
-from .functional import linear, linear_prepacked, unprepack
+from ._library import BLOCK
 from .modules import _WEIGHTS, MXFP4Linear
-
-BLOCK = 32
 
 
 class _ShardedLinear(MXFP4Linear):
@@ -37,34 +34,20 @@ class _ShardedLinear(MXFP4Linear):
     mesh: DeviceMesh
     placement: Shard
 
-    def local_features(self) -> tuple[int, int]:
-        """N and K of this rank's shard."""
+    def _shape(self) -> tuple[int, int]:
         shape = [self.out_features, self.in_features]
         shape[self.placement.dim] //= self.mesh.size()
         return shape[0], shape[1]
 
-    def _unprepacked(self) -> tuple[Tensor, Tensor]:
-        assert self._prepacked is not None
-        shards = unprepack(self._prepacked, *self.local_features())
-        packed, scale = (DTensor.from_local(t, self.mesh, [self.placement], run_check=False) for t in shards)
-        return packed, scale
+    def _to_local(self, parameter: Tensor) -> Tensor:
+        local: Tensor = cast(DTensor, parameter).to_local()
+        return local
 
-    def _stored_weight(self) -> tuple[Tensor, Tensor]:
-        packed, scale = (cast(DTensor, getattr(self, name)).to_local() for name in _WEIGHTS)
-        return packed, scale
+    def _from_local(self, tensor: Tensor) -> Tensor:
+        return DTensor.from_local(tensor, self.mesh, [self.placement], run_check=False)
 
-    def _can_prepack(self) -> bool:
-        return self.mesh.device_type == "cpu" and cpu_backend_name() == "native"
-
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        unpacked = self._prepacked is None and self._expanded is None
-        if unpacked and not torch.compiler.is_compiling() and self._can_prepack():
-            self.prepack_()
-        if self._prepacked is None:
-            weight, mode, scale_mode = self._stored_weight(), self.mode, self.scale_mode
-            return linear(x, *weight, bias, mode=mode, scale_mode=scale_mode, expanded=self._expanded)
-        n, _ = self.local_features()
-        return linear_prepacked(x, self._prepacked, n, bias, mode=self.mode, scale_mode=self.scale_mode)
+    def _may_prepack(self) -> bool:
+        return True  # the DTensors are its own
 
     def _local_bias(self) -> Tensor | None:
         return self.bias.to_local() if isinstance(self.bias, DTensor) else None
@@ -143,10 +126,14 @@ class ColumnParallel(_Style):
 class RowParallel(_Style):
     """Each rank has K / ranks of the columns of the weight [N, K], cut between blocks, and gets that share of x.
 
-    The result is defined to the bit in mode `w4a4`, and is another one than that of one process: each rank's partial sum is
-    NUMERICS' W4A4 product over its own K / ranks in float32 (quads of blocks begin at its first block; no bias); the partial
-    sums are added in float32 in the order of ranks, ((p0 + p1) + p2) + ..., then the bias, and the result is rounded once to
-    x's dtype. The sums are gathered, not all-reduced, since the order of additions in an all-reduce depends on its algorithm.
+    The result is defined to the bit in modes `w4a4` and `w4a8`, and is another one than that of one process: each rank's
+    partial sum is the mode's product over its own K / ranks in float32 (quads of blocks begin at its first block; no bias); the
+    partial sums are added in float32 in the order of ranks, ((p0 + p1) + p2) + ..., then the bias, and the result is rounded
+    once to x's dtype. The sums are gathered, not all-reduced, since the order of additions in an all-reduce depends on its
+    algorithm.
+
+    In mode `w4a8` a rank quantizes its share of x in groups that begin at its first element. Where K / ranks is a multiple of
+    128 they are the groups of one process, with the same codes and scales; elsewhere those next to a cut are others.
 
     x is the share of this rank [..., K / ranks], as ColumnParallel leaves it; with split_input it is the whole [..., K].
 

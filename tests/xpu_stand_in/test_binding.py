@@ -89,7 +89,6 @@ def test_every_op_gives_the_cpus_bits(device: Any, variant: str) -> None:  # noq
 
 
 def test_vllms_names_serve_xpu_tensors(device: Any, bmg: None) -> None:  # noqa: ANN401
-    device.override_compat_ops()
     x, weight, scale, _ = layer()
     q, q_scale = torch.empty(M, K // 2, dtype=torch.uint8), torch.empty(M, K // 32)
     arguments = moved(device, (x, q, q_scale))
