@@ -259,7 +259,7 @@ def test_k_of_zero_gives_the_bias(force: pytest.MonkeyPatch) -> None:
     assert_native_bits((empty, empty, empty, empty), torch.float32, torch.randn(4))
 
 
-@pytest.mark.parametrize("value", ["gpu", "bmg:huge", "bmg:", ":large", "bmg:native"])
+@pytest.mark.parametrize("value", ["gpu", "bmg:huge", "bmg:", ":large", "bmg:bdpas"])
 def test_an_unknown_variant_is_refused(force: pytest.MonkeyPatch, value: str) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", value)
     operands = spread_operands("equal", "ordinary", 2, 2, 32)
@@ -324,7 +324,7 @@ def test_w4a16_operands_that_are_not_aligned(force: pytest.MonkeyPatch, variant:
 @pytest.mark.parametrize(("m", "n", "k"), [(33, 70, 128), (5, 9, 416), (5, 9, 8192)])
 def test_native_fp4_stays_within_the_bound(force: pytest.MonkeyPatch, m: int, n: int, k: int) -> None:
     """Its hardware rounds in its own way, so this is not the definition; K with a started quad, tails in M and N."""
-    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:native")
+    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:bdpas")
     a, a_scale, w, w_scale = spread_operands("mixed", "ordinary", m, n, k)
     bias = torch.randn(n, generator=seeded(3))
     with xpu_fp4.cpu_backend("sycl"):
@@ -339,7 +339,7 @@ def test_native_fp4_stays_within_the_bound(force: pytest.MonkeyPatch, m: int, n:
 
 
 def test_native_fp4_leaves_what_it_cannot_load_to_the_exact_kernels(force: pytest.MonkeyPatch) -> None:
-    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:native")
+    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:bdpas")
     assert_native_bits(spread_operands("mixed", "ordinary", 5, 9, 96), torch.float32)
 
 

@@ -15,8 +15,8 @@
 #define XPU_FP4_GRF  // not a property that the CPU device knows
 #endif
 
-#include "format/accumulate.h"
-#include "format/block.h"
+#include "arguments.hpp"
+#include "layout.hpp"
 
 namespace syclext = sycl::ext::oneapi;
 namespace syclexp = sycl::ext::oneapi::experimental;
@@ -84,7 +84,7 @@ inline int dot4(uint32_t a, uint32_t b, int acc) {
   return acc;
 }
 inline int8 matrix_mad(RowFragment a, int8 b, int8 acc) {
-  for (int r = 0; r < 8; ++r) {
+  for (int r = 0; r < kRowUnit; ++r) {
     for (int j = 0; j < 8; ++j) acc[r] = dot4(row_dword(a, r, j), static_cast<uint32_t>(b[j]), acc[r]);
   }
   return acc;

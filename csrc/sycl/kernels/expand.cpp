@@ -4,7 +4,6 @@
 // (quantize_expand: the floats), 132 out.
 // Macros: XPU_FP4_ARRANGEMENT; XPU_FP4_ORDER, of elements; XPU_FP4_DTYPE for quantize_expand.
 #include "convert.hpp"
-#include "layout.hpp"
 
 using namespace xpu_fp4;
 
@@ -130,10 +129,7 @@ inline uint32_t expand4(uint32_t codes, uint32_t shift) {
   return ((magnitude ^ low_bits) + negative) ^ negative << 7;
 }
 
-struct Expanded {
-  uint8_t* codes;
-  uint32_t* exponents;
-  uint32_t* levels;
+struct Expanded : ExpandedOperand {
   int64_t rows, padded_rows;
   uint32_t quads;
 
@@ -145,7 +141,7 @@ struct Expanded {
     exponents[(group * quads + quad) * kLanes + row % kLanes] = e[0] | e[1] << 8 | e[2] << 16 | e[3] << 24;
     if constexpr (kOrder == ElementOrder::apart) {  // products for few rows read no levels
       const uint32_t ruled_out = sycl::reduce_over_group(this_sub_group(), alignment.levels, sycl::bit_or<uint32_t>());
-      const uint32_t pitch = (quads + kLanes - 1) / kLanes * kLanes;
+      const uint32_t pitch = round_up(quads, uint32_t{kLanes});
       if (row % kLanes == 0) levels[group * pitch + quad] = ruled_out;
     }
     if (kArrangement == Arrangement::rows && row >= rows) return;
@@ -165,7 +161,8 @@ struct Expanded {
     if constexpr (kArrangement == Arrangement::rows) {
       *(Dwords8*)(codes + (row * quads + quad) * kQuadElements + b * kBlock) = block;
     } else if constexpr (kArrangement == Arrangement::row_fragments) {
-      *(Dwords8*)(codes + ((row / 8 * quads + quad) * kQuad + b) * (8 * kBlock) + row % 8 * kBlock) = block;
+      *(Dwords8*)(codes + ((row / kRowUnit * quads + quad) * kQuad + b) * (kRowUnit * kBlock) + row % kRowUnit * kBlock) =
+          block;
     } else {
       auto* out = (uint32_t*)codes + ((row / kLanes * quads + quad) * kQuad + b) * (8 * kLanes) + row % kLanes;
 #pragma unroll
@@ -183,9 +180,8 @@ inline Place this_place() {
   return {static_cast<int64_t>(item.get_global_id(1)), static_cast<uint32_t>(item.get_global_id(0))};
 }
 
-XPU_FP4_KERNEL(2)
-expand(const uint8_t* codes, const uint8_t* scale, int64_t scale_row_stride, int64_t scale_block_stride, uint8_t* out,
-       uint32_t* exponents, uint32_t* levels, int64_t rows, int64_t padded_rows, int64_t k) {
+XPU_FP4_KERNEL(2) expand(ExpandArguments args) {
+  const auto& [from, out, rows, padded_rows, k] = args;
   const auto [row, quad] = this_place();
   if (row >= padded_rows) return;  // whole sub-groups
   const int64_t blocks = k / kBlock;
@@ -195,13 +191,13 @@ expand(const uint8_t* codes, const uint8_t* scale, int64_t scale_row_stride, int
     const int64_t block = int64_t{quad} * kQuad + b;
     const bool real = row < rows && block < blocks;
     Bytes16 packed = {};
-    if (real) packed = load16(codes + (row * blocks + block) * kBlockBytes);
+    if (real) packed = load16(from.codes + (row * blocks + block) * kBlockBytes);
     const auto dwords = __builtin_bit_cast(Dwords4, packed);
 #pragma unroll
     for (int i = 0; i < 4; ++i) in.codes[b][i] = dwords[i];
-    in.scale[b] = real ? scale[row * scale_row_stride + block * scale_block_stride] : uint8_t{e8m0::kBias};
+    in.scale[b] = real ? from.scale[row * from.scale_row_stride + block * from.scale_block_stride] : uint8_t{e8m0::kBias};
   }
-  Expanded{out, exponents, levels, rows, padded_rows, static_cast<uint32_t>((blocks + kQuad - 1) / kQuad)}.store(in, row, quad);
+  Expanded{out, rows, padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
 }
 
 #ifdef XPU_FP4_DTYPE
@@ -229,9 +225,8 @@ inline uint32_t quantize_block(const uint8_t* x, ScaleMode mode, uint32_t (&code
   return scale;
 }
 
-XPU_FP4_KERNEL(2)
-quantize_expand(const uint8_t* x, int mode, uint8_t* out, uint32_t* exponents, uint32_t* levels, int64_t rows,
-                int64_t padded_rows, int64_t k) {
+XPU_FP4_KERNEL(2) quantize_expand(QuantizeExpandArguments args) {
+  const auto& [x, out, rows, padded_rows, k, mode] = args;
   const auto [row, quad] = this_place();
   if (row >= padded_rows) return;  // whole sub-groups
   const int64_t blocks = k / kBlock;
@@ -245,6 +240,6 @@ quantize_expand(const uint8_t* x, int mode, uint8_t* out, uint32_t* exponents, u
       in.scale[b] = quantize_block(from, static_cast<ScaleMode>(mode), in.codes[b]);
     }
   }
-  Expanded{out, exponents, levels, rows, padded_rows, static_cast<uint32_t>((blocks + kQuad - 1) / kQuad)}.store(in, row, quad);
+  Expanded{out, rows, padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
 }
 #endif

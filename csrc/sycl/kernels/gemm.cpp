@@ -9,18 +9,12 @@
 
 using namespace xpu_fp4;
 
-constexpr int kRowUnits = kSubGroup / 8;
+constexpr int kRowUnits = kSubGroup / kRowUnit;
 
 struct Shape {
   int64_t m, n, k;
   int64_t row_bytes() const { return k / 2; }
   int64_t row_blocks() const { return k / kBlock; }
-};
-
-struct WeightRows {
-  const uint8_t* codes;
-  const uint8_t* scale;
-  int64_t scale_row_stride, scale_block_stride;
 };
 
 // Rows beyond M and columns beyond N repeat the last one: their results are not stored.
@@ -35,9 +29,9 @@ struct Tile {
 inline RowFragment load_rows(const Tile& tile, const uint8_t* a, int unit, int64_t block) {
   RowFragment fragment;
 #pragma unroll
-  for (int r = 0; r < 8; ++r) {
+  for (int r = 0; r < kRowUnit; ++r) {
     const uint8_t* lane_bytes =
-        a + tile.row(unit * 8 + r) * tile.shape.row_bytes() + block * kBlockBytes + tile.lane * kRowBytes;
+        a + tile.row(unit * kRowUnit + r) * tile.shape.row_bytes() + block * kBlockBytes + tile.lane * kRowBytes;
     uint32_t values = unpack2(lane_bytes[0]);
     if constexpr (kRowBytes == 2) values |= unpack2(lane_bytes[1]) << 16;
     fragment[r] = values;
@@ -55,7 +49,7 @@ struct Quad {
   RowFactor row_factors[kQuad];
 };
 
-inline Quad load_quad(const Tile& tile, const uint8_t* a_scale, const WeightRows& w, int64_t first_block) {
+inline Quad load_quad(const Tile& tile, const uint8_t* a_scale, const StoredOperand& w, int64_t first_block) {
   Quad quad;
   quad.first_block = first_block;
   quad.blocks = static_cast<int>(sycl::min<int64_t>(kQuad, tile.shape.row_blocks() - first_block));
@@ -72,42 +66,39 @@ inline Quad load_quad(const Tile& tile, const uint8_t* a_scale, const WeightRows
 }
 
 // acc[r] += the quad's share of row 8 * unit + r, the lane's column.
-inline void add_rows(const Tile& tile, const uint8_t* a, const Quad& quad, int unit, float (&acc)[8]) {
+inline void add_rows(const Tile& tile, const uint8_t* a, const Quad& quad, int unit, float (&acc)[kRowUnit]) {
   const auto sub_group = this_sub_group();
-  float p[kQuad][8] = {};
+  float p[kQuad][kRowUnit] = {};
   // Registers want constant indices on a GPU; the stand-in is long, and four copies of it only slow its compilation.
 #pragma unroll(XPU_FP4_MATRIX_UNIT ? kQuad : 1)
   for (int b = 0; b < kQuad; ++b) {
     if (b >= quad.blocks) break;
     const int8 dot = matrix_mad(load_rows(tile, a, unit, quad.first_block + b), quad.weights[b], int8(0));
 #pragma unroll
-    for (int r = 0; r < 8; ++r) {
-      const RowFactor row = {sycl::group_broadcast(sub_group, quad.row_factors[b].scale, unit * 8 + r),
-                             sycl::group_broadcast(sub_group, quad.row_factors[b].rest, unit * 8 + r)};
+    for (int r = 0; r < kRowUnit; ++r) {
+      const RowFactor row = {sycl::group_broadcast(sub_group, quad.row_factors[b].scale, unit * kRowUnit + r),
+                             sycl::group_broadcast(sub_group, quad.row_factors[b].rest, unit * kRowUnit + r)};
       p[b][r] = block_product(static_cast<float>(dot[r]), row, quad.weight_factors[b]);
     }
   }
 #pragma unroll
-  for (int r = 0; r < 8; ++r) acc[r] = add_quad(acc[r], p[0][r], p[1][r], p[2][r], p[3][r]);
+  for (int r = 0; r < kRowUnit; ++r) acc[r] = add_quad(acc[r], p[0][r], p[1][r], p[2][r], p[3][r]);
 }
 
-XPU_FP4_KERNEL(2)
-gemm(const uint8_t* a, const uint8_t* a_scale, const uint8_t* w, const uint8_t* w_scale, int64_t w_scale_row_stride,
-     int64_t w_scale_block_stride, const float* bias, int64_t bias_row_stride, int64_t bias_column_stride, void* y, int y_dtype,
-     int64_t m, int64_t n, int64_t k) {
+XPU_FP4_KERNEL(2) gemm(GemmArguments args) {
+  const auto& [bias, bias_row_stride, bias_column_stride, y, m, n] = args.output;
   const auto item = syclext::this_work_item::get_nd_item<2>();
-  const Tile tile = {{m, n, k},
+  const Tile tile = {{m, n, args.k},
                      static_cast<int64_t>(item.get_global_id(0)) * kSubGroup,
                      static_cast<int64_t>(item.get_global_id(1)) / kSubGroup * kSubGroup,
                      static_cast<int>(this_sub_group().get_local_linear_id())};
   if (tile.first_column >= n) return;
-  const WeightRows weights = {w, w_scale, w_scale_row_stride, w_scale_block_stride};
 
-  float acc[kRowUnits][8] = {};
+  float acc[kRowUnits][kRowUnit] = {};
   for (int64_t block = 0; block < tile.shape.row_blocks(); block += kQuad) {
-    const Quad quad = load_quad(tile, a_scale, weights, block);
+    const Quad quad = load_quad(tile, args.a.scale, args.w, block);
 #pragma unroll
-    for (int unit = 0; unit < kRowUnits; ++unit) add_rows(tile, a, quad, unit, acc[unit]);
+    for (int unit = 0; unit < kRowUnits; ++unit) add_rows(tile, args.a.codes, quad, unit, acc[unit]);
   }
 
   const int64_t column = tile.first_column + tile.lane;
@@ -116,8 +107,8 @@ gemm(const uint8_t* a, const uint8_t* a_scale, const uint8_t* w, const uint8_t* 
   for (int i = 0; i < kSubGroup; ++i) {
     const int64_t row = tile.first_row + i;
     if (row >= m) break;
-    float value = acc[i / 8][i % 8];
+    float value = acc[i / kRowUnit][i % kRowUnit];
     if (bias != nullptr) value += bias[row * bias_row_stride + column * bias_column_stride];
-    store(static_cast<DType>(y_dtype), y, row * n + column, value);
+    store(static_cast<DType>(args.y_dtype), y, row * n + column, value);
   }
 }

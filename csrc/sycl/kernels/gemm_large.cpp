@@ -21,7 +21,7 @@ struct Tile {
   ColumnCodes<kColumnUnits> columns;
   GlobalWords column_exponents;
   uint32_t quads;
-  int8 magic;
+  int8 start;
 };
 
 /// acc += the quad's share of 8 rows x kLanes columns.
@@ -29,11 +29,11 @@ template <int level>
 XPU_FP4_STEP void add_unit(const Tile& tile, const RowFragment (&a)[kQuad], const int8 (&b)[kQuad],
                            const RowScales<level>& rows, const ColumnScales<level>& columns, int first_row, float8& acc) {
   if constexpr (level == kNearLevel) {
-    const float8 terms = near_terms(a, b, tile.magic, rows, first_row);
+    const float8 terms = near_terms(a, b, tile.start, rows, first_row);
 #pragma unroll(kUnroll)
     for (int r = 0; r < kRowUnit; ++r) acc[r] = sycl::fma(terms[r], columns.scale[0], acc[r]);
   } else {
-    const ChainSums<level> sums(a, b, tile.magic);
+    const ChainSums<level> sums(a, b, tile.start);
 #pragma unroll(kUnroll)
     for (int r = 0; r < kRowUnit; ++r) {
       const float term = quad_term(sums, r, rows, first_row + r, columns);
@@ -89,26 +89,26 @@ struct Levels {
   }
 };
 
-XPU_FP4_KERNEL(2)
-gemm_large(const uint8_t* a, const uint32_t* a_exponents, const uint32_t* a_levels, const uint8_t* b,
-           const uint32_t* b_exponents, const uint32_t* b_levels, const float* bias, int64_t bias_row_stride,
-           int64_t bias_column_stride, void* y, int64_t m, int64_t n, uint32_t quads, uint32_t magic) {
+XPU_FP4_KERNEL(2) gemm_large(GemmLargeArguments args) {
+  const int64_t m = args.output.m, n = args.output.n;
+  const uint32_t quads = args.quads;
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kTileRows;
   const int64_t first_column = uniform(static_cast<int64_t>(item.get_global_id(1)) / kLanes) * (kColumnUnits * kLanes);
   if (first_row >= m || first_column >= n) return;
-  const uint32_t pitch = (quads + kLanes - 1) / kLanes * kLanes;
+  const uint32_t pitch = round_up(quads, uint32_t{kLanes});
   const uint64_t row_group = first_row / kLanes, column_group = first_column / kLanes;
 
   Tile tile;
   tile.quads = quads;
   const auto rows = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kTileRows}));
-  tile.rows = ManyRowCodes({(GlobalBytes)a + uint64_t(first_row) * quads * kQuadElements, quads, rows});
-  tile.row_exponents = (GlobalWords)a_exponents + row_group * quads * kLanes;
-  tile.column_exponents = (GlobalWords)b_exponents + column_group * quads * kLanes;
-  tile.columns = {(GlobalBytes)b + column_group * quads * (kQuad * kColumnFragmentBytes), quads};
-  tile.magic = magic_of_lane(magic);
-  const Levels levels = {(GlobalWords)a_levels + row_group * pitch, (GlobalWords)b_levels + column_group * pitch, pitch};
+  tile.rows = ManyRowCodes({(GlobalBytes)args.a.codes + uint64_t(first_row) * quads * kQuadElements, quads, rows});
+  tile.row_exponents = (GlobalWords)args.a.exponents + row_group * quads * kLanes;
+  tile.column_exponents = (GlobalWords)args.b.exponents + column_group * quads * kLanes;
+  tile.columns = {(GlobalBytes)args.b.codes + column_group * quads * (kQuad * kColumnFragmentBytes), quads};
+  tile.start = start_of_lane(args.start_bits);
+  const Levels levels = {(GlobalWords)args.a.levels + row_group * pitch, (GlobalWords)args.b.levels + column_group * pitch,
+                         pitch};
 
   // The sub-groups of a work-group share the rows, or the columns, of their tiles; each prefetches a part.
   const uint32_t prefetched_unit = uniform(static_cast<uint32_t>(item.get_local_id(1))) / kLanes % kRowUnits;
@@ -141,5 +141,5 @@ gemm_large(const uint8_t* a, const uint32_t* a_exponents, const uint32_t* a_leve
       }
     }
   }
-  Output{bias, bias_row_stride, bias_column_stride, y, m, n}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
+  Output{args.output}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
 }

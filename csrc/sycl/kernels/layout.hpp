@@ -12,11 +12,15 @@
 #include <cstdint>
 
 #include "format/accumulate.h"
+#include "format/integer.h"
 
 namespace xpu_fp4 {
 
 /// The bits of 1.25 * 2^23, from which sums start (quad_sum.hpp).
-constexpr uint32_t kMagicBits = 0x4B200000;
+constexpr uint32_t kStartBits = 0x4B200000;
+
+/// Rows of a matrix instruction.
+constexpr int kRowUnit = 8;
 
 /// Sub-groups of a work-group of gemm_small.cpp, which share K there.
 constexpr int kSmallSplit = 8;
@@ -78,7 +82,7 @@ struct ExpandedLayout {
   int lanes;
 
   constexpr int64_t groups() const { return padded_rows / lanes; }
-  constexpr int64_t level_pitch() const { return (quads + lanes - 1) / lanes * lanes; }
+  constexpr int64_t level_pitch() const { return round_up(quads, lanes); }
   constexpr int64_t codes_bytes() const { return padded_rows * quads * kQuadElements; }
   constexpr int64_t exponents_bytes() const { return padded_rows * quads * 4; }
   constexpr int64_t levels_bytes() const { return groups() * level_pitch() * 4; }

@@ -30,11 +30,11 @@ namespace xpu_fp4 {
 #define XPU_FP4_STEP inline
 #endif
 
-constexpr float kMagic = float_of(kMagicBits);
+constexpr float kStart = float_of(kStartBits);
 
 /// Its bits, from a kernel's argument, and made to look different from lane to lane: a constant, or a uniform value,
 /// would be written to eight registers before every chain.
-XPU_FP4_INLINE int8 magic_of_lane(uint32_t magic) { return static_cast<int>(magic + lane_id() * (magic & 1)); }
+XPU_FP4_INLINE int8 start_of_lane(uint32_t bits) { return static_cast<int>(bits + lane_id() * (bits & 1)); }
 
 template <int level>
 constexpr int kChains = level == kQuadLevel   ? 1
@@ -44,24 +44,24 @@ constexpr int kChains = level == kQuadLevel   ? 1
 XPU_FP4_INLINE uint32_t exponent_of(uint32_t exponents, uint32_t block) { return exponents >> (8 * block) & 255u; }
 XPU_FP4_INLINE float power(uint32_t biased) { return float_of(biased << 23); }  // 1 .. 254; 255 gives Inf
 
-/// The sums of a quad's chains for 8 rows, as floats that are kMagic too large.
+/// The sums of a quad's chains for 8 rows, as floats that are kStart too large.
 template <int level>
 struct ChainSums {
   static_assert(level != kNearLevel, "near_terms() has chains of its own");
   int8 sum[kChains<level>];
 
-  XPU_FP4_INLINE ChainSums(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& magic) {
+  XPU_FP4_INLINE ChainSums(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& start) {
     constexpr int blocks = kQuad / kChains<level>;
 #pragma unroll(kUnroll)
     for (int c = 0; c < kChains<level>; ++c) {
-      sum[c] = magic;
+      sum[c] = start;
 #pragma unroll(kUnroll)
       for (int i = c * blocks; i < (c + 1) * blocks; ++i) sum[c] = matrix_mad(a[i], b[i], sum[c]);
     }
   }
 };
 
-/// Of kLanes rows, lane = row: sa, and what takes the magic off.
+/// Of kLanes rows, lane = row: sa, and what takes the start off.
 template <int level>
 struct RowScales {
   float scale[kChains<level>], offset[kChains<level>], rest[kChains<level>];
@@ -78,7 +78,7 @@ struct RowScales {
       } else {
         scale[c] = power(e);  // a NaN scale is Inf here, and Inf - Inf below: rows of NaN stay on the fast levels
       }
-      offset[c] = scale[c] * -kMagic;
+      offset[c] = scale[c] * -kStart;
     }
   }
 };
@@ -90,7 +90,7 @@ struct RowScales<kNearLevel> {
   XPU_FP4_INLINE RowScales(uint32_t exponents, const NearOrder& order) {
 #pragma unroll
     for (int c = 0; c < 3; ++c) scale[c] = power(exponent_of(exponents, order.block[c]));
-    offset = (scale[0] + scale[1] + scale[2]) * -kMagic;
+    offset = (scale[0] + scale[1] + scale[2]) * -kStart;
   }
 };
 
@@ -130,14 +130,14 @@ struct ColumnScales<kNearLevel> : ColumnScales<kQuadLevel> {
 
 /// The near level's sums for 8 rows, from operands in its order. A chain ends before the next begins, so that one takes
 /// registers.
-XPU_FP4_INLINE float8 near_terms(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& magic,
+XPU_FP4_INLINE float8 near_terms(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& start,
                                  const RowScales<kNearLevel>& rows, int first_row) {
   float8 sum;
 #pragma unroll(kUnroll)
   for (int r = 0; r < kRowUnit; ++r) sum[r] = of_lane(rows.offset, first_row + r);
 #pragma unroll
   for (int c = 0; c < 3; ++c) {
-    int8 chain = matrix_mad(a[c], b[c], magic);
+    int8 chain = matrix_mad(a[c], b[c], start);
     if (c == 2) chain = matrix_mad(a[3], b[3], chain);
 #pragma unroll(kUnroll)
     for (int r = 0; r < kRowUnit; ++r) {

@@ -42,7 +42,8 @@ inline void store_codes(const LaneInput& in, uint8_t scale, uint8_t* q, const En
 }
 
 // A lane past the end repeats the last vector, so that whole sub-groups take part in the exchange, and stores nothing.
-XPU_FP4_KERNEL(1) quantize(const uint8_t* x, uint8_t* q, uint8_t* scales, int64_t vectors, int mode) {
+XPU_FP4_KERNEL(1) quantize(QuantizeArguments args) {
+  const auto& [x, q, scales, vectors, mode] = args;
   const int64_t id = syclext::this_work_item::get_nd_item<1>().get_global_linear_id();
   const LaneInput in = load_lane(x, sycl::min(id, vectors - 1));
   if (id >= vectors) return;
@@ -51,9 +52,8 @@ XPU_FP4_KERNEL(1) quantize(const uint8_t* x, uint8_t* q, uint8_t* scales, int64_
   if (id % kLanesPerBlock == 0) scales[id / kLanesPerBlock] = scale;
 }
 
-XPU_FP4_KERNEL(1)
-group_quantize(const uint8_t* x, uint8_t* q, float* scales, int64_t vectors, int64_t row_blocks, int64_t scale_row_stride,
-               int64_t scale_block_stride, uint8_t scale_floor) {
+XPU_FP4_KERNEL(1) group_quantize(GroupQuantizeArguments args) {
+  const auto& [x, q, scales, vectors, row_blocks, scale_row_stride, scale_block_stride, scale_floor] = args;
   const int64_t id = syclext::this_work_item::get_nd_item<1>().get_global_linear_id();
   const LaneInput in = load_lane(x, sycl::min(id, vectors - 1));
   if (id >= vectors) return;
