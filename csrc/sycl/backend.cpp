@@ -43,7 +43,6 @@ class SyclBackend final : public Backend {
   void dequantize(const Dequantize& args) const override { launch::dequantize(*queue_, args); }
 
   std::optional<std::string> refusal(const Product& product) const override {
-    if (product.activations.to.format == Format::mxint8) return "cannot be multiplied with MXINT8 activations yet";
     switch (product.weight.form) {
       case WeightForm::stored: return std::nullopt;
       case WeightForm::strips: return "is prepacked for the native kernels, which this backend's are not";

@@ -42,11 +42,14 @@ Variant quantize_variant(Target target, DType of, int alignment) {
   return {"quantize.cpp",
           with(target_macros(target, alignment), "DTYPE", static_cast<int>(of)),
           name_of(of),
-          {"quantize", "group_quantize"}};
+          {"quantize", "group_quantize", "quantize_mxint8"}};
 }
 
 Variant dequantize_variant(Target target, DType to) {
-  return {"dequantize.cpp", with(target_macros(target, 16), "DTYPE", static_cast<int>(to)), name_of(to), {"dequantize"}};
+  return {"dequantize.cpp",
+          with(target_macros(target, 16), "DTYPE", static_cast<int>(to)),
+          name_of(to),
+          {"dequantize", "dequantize_mxint8"}};
 }
 
 Variant gemm_variant(Target target, Format of, int alignment) {

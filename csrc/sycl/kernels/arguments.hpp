@@ -36,6 +36,15 @@ struct QuantizeArguments {
   int mode;
 };
 
+/// `group` elements of a row share a scale; the last of a row may be fewer.
+struct QuantizeMxint8Arguments {
+  const uint8_t* x;
+  uint8_t* codes;
+  uint8_t* scale;
+  int64_t k;
+  int group;
+};
+
 struct GroupQuantizeArguments {
   const uint8_t* x;
   uint8_t* codes;
@@ -44,7 +53,7 @@ struct GroupQuantizeArguments {
   uint8_t scale_floor;
 };
 
-/// dequantize.cpp.
+/// dequantize.cpp. A lane does eight elements.
 struct DequantizeArguments {
   const uint8_t* codes;
   const uint8_t* scale;
@@ -63,7 +72,7 @@ struct QuantizeExpandArguments {
   const uint8_t* x;
   ExpandedOperand out;
   int64_t rows, padded_rows, k;
-  int mode;
+  int mode, group;  // of MXFP4; of MXINT8
 };
 
 /// gemm.cpp. A's scale bytes lie densely.

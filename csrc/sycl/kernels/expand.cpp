@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Writes the expanded form (layout.hpp) of an operand: `expand` from codes and scales, `quantize_expand` from floats in one go.
-// A lane does one row of one quad; a sub-group, the kLanes rows of a group. Memory traffic per quad and row: 68 bytes in
-// (quantize_expand: the floats), 132 out.
-// Macros: XPU_FP4_ARRANGEMENT; XPU_FP4_ORDER, of elements; XPU_FP4_DTYPE for quantize_expand.
-#include "convert.hpp"
+// A lane does one row of one quad; a sub-group, the kLanes rows of a group. Memory traffic per quad and row: 68 bytes of MXFP4
+// or 132 of MXINT8 in (quantize_expand: the floats, of MXINT8 twice), 132 out.
+// Macros: XPU_FP4_FORMAT; XPU_FP4_ARRANGEMENT; XPU_FP4_ORDER, of elements; XPU_FP4_DTYPE for quantize_expand.
+#ifdef XPU_FP4_DTYPE
+#include "quantizer.hpp"
+#else
+#include "common.hpp"
+#endif
 
 using namespace xpu_fp4;
 
@@ -13,11 +17,17 @@ typedef uint32_t Dwords8 __attribute__((ext_vector_type(8)));
 constexpr auto kArrangement = static_cast<Arrangement>(XPU_FP4_ARRANGEMENT);
 constexpr auto kOrder = static_cast<ElementOrder>(XPU_FP4_ORDER);
 constexpr int kLanes = kSubGroup;
-constexpr int kMaxShift = 3;  // 12 << 3 = 96 fits an int8
+constexpr bool kColumns = kArrangement == Arrangement::column_fragments;
+constexpr Window kWindow = kColumns ? kWeightWindow : activations_window(kFormat);
+constexpr int kMaxShift = kFormat == Format::mxfp4 ? 3 : 0;  // 12 << 3 = 96 fits an int8; MXINT8's codes fill it
+constexpr int kBlockDwords = code_bytes(kFormat, kBlock) / 4;
+// With the near level's addresses gemm_large would not fit in Alchemist's registers; its block level is fast enough. MXINT8's
+// sums are too large for it.
+constexpr bool kHasNear = kArrangement != Arrangement::row_fragments && kFormat == Format::mxfp4;
 
 /// One row's quad. Blocks beyond the last have codes 0.
 struct RowQuad {
-  uint32_t codes[kQuad][4];
+  uint32_t codes[kQuad][kBlockDwords];
   uint32_t scale[kQuad];
 };
 
@@ -56,28 +66,33 @@ inline uint32_t not_near(const uint32_t (&scale)[kQuad], const uint32_t (&expone
   return kNoNearLevel & ~applies;
 }
 
-/// Blocks of zeros take any exponent: their products are +0 whatever it is. Others take the least that they can, which makes
-/// their sums multiples of the most: that is what the near level needs.
+inline bool is_zero(const uint32_t (&codes)[kBlockDwords]) {
+  uint32_t any = 0;
+#pragma unroll
+  for (int i = 0; i < kBlockDwords; ++i) any |= codes[i];
+  return (any & (kFormat == Format::mxfp4 ? 0x77777777u : 0xFFFFFFFFu)) == 0;  // -0 is zero too
+}
+
+/// Blocks of zeros take any exponent: their products are +0 whatever it is. All other blocks take the
+/// smallest exponent that fits, so that their integer sums share the largest power of two; the near level relies on it.
 inline Alignment align(const RowQuad& quad) {
-  constexpr bool columns = kArrangement == Arrangement::column_fragments;
   Range all;
   bool nan = false, zero[kQuad];
 #pragma unroll
   for (int b = 0; b < kQuad; ++b) {
-    const uint32_t* codes = quad.codes[b];
     nan |= quad.scale[b] == e8m0::kNan;
-    zero[b] = ((codes[0] | codes[1] | codes[2] | codes[3]) & 0x77777777u) == 0;
+    zero[b] = is_zero(quad.codes[b]);
     if (!zero[b]) all.add(quad.scale[b]);
   }
   if (all.empty()) all.add(e8m0::kBias);
   Alignment result;
   uint32_t scale[kQuad], (&exponent)[kQuad] = result.exponent;
-  const bool outside = all.low < kWindowLow || all.high > kWindowHigh;
+  const bool outside = all.low < kWindow.low || all.high > kWindow.high;
 #pragma unroll
   for (int b = 0; b < kQuad; ++b) exponent[b] = scale[b] = nan ? uint32_t{e8m0::kNan} : zero[b] ? all.low : quad.scale[b];
   if (nan || outside) {
     // A row of A that is NaN becomes so on every level (gemm_large.cpp); a column does on the general one.
-    result.levels = nan && !columns ? 0 : kOnlyGeneral;
+    result.levels = nan && !kColumns ? 0 : kOnlyGeneral;
     return result;
   }
   // Where not all four can share an exponent, the blocks of a column's pair may. A row of A has low blocks, and high ones with
@@ -86,7 +101,7 @@ inline Alignment align(const RowQuad& quad) {
   bool second[kQuad];
 #pragma unroll
   for (int b = 0; b < kQuad; ++b) {
-    second[b] = columns ? !all.aligned() && b >= 2 : scale[b] - all.low > kMaxShift;
+    second[b] = kColumns ? !all.aligned() && b >= 2 : scale[b] - all.low > kMaxShift;
     if (!zero[b] && !second[b]) part[0].add(scale[b]);
     if (!zero[b] && second[b]) part[1].add(scale[b]);
   }
@@ -101,11 +116,9 @@ inline Alignment align(const RowQuad& quad) {
     result.levels = 1u << kQuadLevel;
     if (exponent[0] != exponent[1] || exponent[2] != exponent[3]) result.levels |= 1u << kPairLevel;
   }
-  // With the near level's addresses gemm_large would not fit in Alchemist's registers; its block level is fast enough.
-  constexpr bool has_near = kArrangement != Arrangement::row_fragments;
-  if (!has_near || spread > (columns ? 2 : 8)) {
+  if (!kHasNear || spread > (kColumns ? 2 : 8)) {
     result.levels |= kNoNearLevel;
-  } else if (!columns && !all.aligned()) {
+  } else if (!kColumns && !all.aligned()) {
     result.levels |= not_near(scale, exponent, all.low - kMaxShift);
   }
   return result;
@@ -117,6 +130,15 @@ inline uint32_t codes4(const uint32_t (&packed)[4], int i) {
   if (kOrder == ElementOrder::apart) return x >> 4 * (i % 2) & 0x0F0F0F0Fu;
   const uint32_t bytes = x >> 16 * (i % 2) & 0xFFFFu, spread = (bytes | bytes << 8) & 0x00FF00FFu;
   return (spread | spread << 4) & 0x0F0F0F0Fu;
+}
+
+/// The same of int8 codes.
+inline uint32_t bytes4(const uint32_t (&codes)[8], int i) {
+  if (kOrder == ElementOrder::packed) return codes[i];
+  // Every other byte of two dwords.
+  const auto half = [&](uint32_t x) { return x >> 8 * (i % 2) & 0x00FF00FFu; };
+  const auto close = [](uint32_t x) { return (x | x >> 8) & 0xFFFFu; };
+  return close(half(codes[i & ~1])) | close(half(codes[i | 1])) << 16;
 }
 
 /// Four codes, one in each byte, to four int8: twice the value, shifted left.
@@ -151,7 +173,13 @@ struct Expanded : ExpandedOperand {
       const uint32_t shift = in.scale[b] - e[b] & kMaxShift;
       Dwords8 out;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = expand4(codes4(in.codes[b], i), shift);
+      for (int i = 0; i < 8; ++i) {
+        if constexpr (kFormat == Format::mxfp4) {
+          out[i] = expand4(codes4(in.codes[b], i), shift);
+        } else {
+          out[i] = bytes4(in.codes[b], i);
+        }
+      }
       store_block(out, row, quad, b);
     }
   }
@@ -190,56 +218,60 @@ XPU_FP4_KERNEL(2) expand(ExpandArguments args) {
   for (int b = 0; b < kQuad; ++b) {
     const int64_t block = int64_t{quad} * kQuad + b;
     const bool real = row < rows && block < blocks;
-    Bytes16 packed = {};
-    if (real) packed = load16(from.codes + (row * blocks + block) * kBlockBytes);
-    const auto dwords = __builtin_bit_cast(Dwords4, packed);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) in.codes[b][i] = dwords[i];
+    for (int part = 0; part < kBlockDwords / 4; ++part) {
+      Bytes16 bytes = {};
+      if (real) bytes = load16(from.codes + (row * blocks + block) * (4 * kBlockDwords) + 16 * part);
+      const auto dwords = __builtin_bit_cast(Dwords4, bytes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) in.codes[b][4 * part + i] = dwords[i];
+    }
     in.scale[b] = real ? from.scale[row * from.scale_row_stride + block * from.scale_block_stride] : uint8_t{e8m0::kBias};
   }
   Expanded{out, rows, padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
 }
 
 #ifdef XPU_FP4_DTYPE
-constexpr int kVector = 16 / size_of(kDType);  // elements of a load
+using BlockValues = Values<kBlock>;
 
-/// mxfp4_quantize of one block, its codes as packed dwords.
-inline uint32_t quantize_block(const uint8_t* x, ScaleMode mode, uint32_t (&codes)[4]) {
-  float values[kBlock];
-  uint32_t amax_bits = 0;
+/// The row's quad from x on, of which `blocks` exist.
+inline void quantize_quad(const uint8_t* x, int64_t blocks, const QuantizeExpandArguments& args, RowQuad& in) {
+  constexpr int bytes = kBlock * size_of(kDType);
+  if constexpr (kFormat == Format::mxfp4) {
 #pragma unroll
-  for (int v = 0; v < kBlock / kVector; ++v) {
-    alignas(16) const Bytes16 bytes = load16(x + 16 * v);
+    for (int b = 0; b < kQuad; ++b) {
+      if (b >= blocks) break;
+      const BlockValues values(x + b * bytes);
+      const uint8_t scale = e8m0::from_amax(values.amax_bits, static_cast<ScaleMode>(args.mode));
+      encode(values, Mxfp4Encoder(scale), in.codes[b]);
+      in.scale[b] = scale;
+    }
+  } else {
+    // Twice over the floats: a group's would not stay in registers.
+    uint32_t amax_bits[kQuad], all = 0;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[v * kVector + i] = load_converted<kDType>(&bytes, i);
-      amax_bits = sycl::max(amax_bits, magnitude_bits(values[v * kVector + i]));
+    for (int b = 0; b < kQuad; ++b) {
+      amax_bits[b] = b < blocks ? BlockValues(x + b * bytes).amax_bits : 0;
+      all = sycl::max(all, amax_bits[b]);
+    }
+#pragma unroll
+    for (int b = 0; b < kQuad; ++b) {
+      if (b >= blocks) break;
+      in.scale[b] = mxint8::scale_byte(args.group == kBlock ? amax_bits[b] : all);
+      encode(BlockValues(x + b * bytes), Mxint8Encoder(in.scale[b]), in.codes[b]);
     }
   }
-  const uint8_t scale = e8m0::from_amax(amax_bits, mode);
-  const float reciprocal = e8m0::reciprocal(scale);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) codes[i] = 0;
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) codes[i / 8] |= quantize_element(values[i], reciprocal) << 4 * (i % 8);
-  return scale;
 }
 
 XPU_FP4_KERNEL(2) quantize_expand(QuantizeExpandArguments args) {
-  const auto& [x, out, rows, padded_rows, k, mode] = args;
   const auto [row, quad] = this_place();
-  if (row >= padded_rows) return;  // whole sub-groups
-  const int64_t blocks = k / kBlock;
+  if (row >= args.padded_rows) return;  // whole sub-groups
+  const int64_t blocks = args.k / kBlock, first = int64_t{quad} * kQuad;
   RowQuad in = {};
 #pragma unroll
-  for (int b = 0; b < kQuad; ++b) {
-    const int64_t block = int64_t{quad} * kQuad + b;
-    in.scale[b] = e8m0::kBias;
-    if (row < rows && block < blocks) {
-      const uint8_t* from = x + (row * blocks + block) * kBlock * size_of(kDType);
-      in.scale[b] = quantize_block(from, static_cast<ScaleMode>(mode), in.codes[b]);
-    }
-  }
-  Expanded{out, rows, padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
+  for (int b = 0; b < kQuad; ++b) in.scale[b] = e8m0::kBias;
+  const uint8_t* from = args.x + (row * blocks + first) * kBlock * size_of(kDType);
+  if (row < args.rows) quantize_quad(from, blocks - first, args, in);
+  Expanded{args.out, args.rows, args.padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
 }
 #endif

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4: Y [M, N] = A [M, K] x W [N, K]^T + bias, in the order of format/accumulate.h.
+// W4A4 and W4A8: Y [M, N] = A [M, K] x W [N, K]^T + bias, in the order of format/accumulate.h.
 //
-// A sub-group computes kSubGroup rows x kSubGroup columns. An MX block is one matrix-mad per 8 rows: both operands are unpacked
-// in registers to int8 (twice the value), the int32 sums are exact, and each is scaled to its float32 product. The weights of a
-// quad stay in registers while its rows pass. Lane l holds the row factors of row l and the weight factors of column l. Cost
-// per sub-group and block: kRowUnits matrix-mads of 8 x kSubGroup x 32, and about five float operations per output.
+// A sub-group computes kSubGroup rows x kSubGroup columns. An MX block is one matrix-mad per 8 rows: MXFP4 operands are
+// unpacked in registers to int8 (twice the value), the int32 sums are exact, and each is scaled to its float32 product. The
+// weights of a quad stay in registers while its rows pass. Lane l holds the row factors of row l and the weight factors of
+// column l. Cost per sub-group and block: kRowUnits matrix-mads of 8 x kSubGroup x 32, and about five float operations per
+// output.
 #include "common.hpp"
 
 using namespace xpu_fp4;
 
 constexpr int kRowUnits = kSubGroup / kRowUnit;
+constexpr int kLaneBytes = code_bytes(kFormat, kBlock) / kSubGroup;  // of a row of A: two elements at 16 lanes, four at 8
 
 struct Shape {
   int64_t m, n, k;
-  int64_t row_bytes() const { return k / 2; }
   int64_t row_blocks() const { return k / kBlock; }
 };
 
@@ -30,10 +31,17 @@ inline RowFragment load_rows(const Tile& tile, const uint8_t* a, int unit, int64
   RowFragment fragment;
 #pragma unroll
   for (int r = 0; r < kRowUnit; ++r) {
-    const uint8_t* lane_bytes =
-        a + tile.row(unit * kRowUnit + r) * tile.shape.row_bytes() + block * kBlockBytes + tile.lane * kRowBytes;
-    uint32_t values = unpack2(lane_bytes[0]);
-    if constexpr (kRowBytes == 2) values |= unpack2(lane_bytes[1]) << 16;
+    const uint8_t* lane_bytes = a + tile.row(unit * kRowUnit + r) * code_bytes(kFormat, tile.shape.k) +
+                                block * code_bytes(kFormat, kBlock) + tile.lane * kLaneBytes;
+    uint32_t values = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneBytes; ++i) {
+      if constexpr (kFormat == Format::mxfp4) {
+        values |= unpack2(lane_bytes[i]) << 16 * i;
+      } else {
+        values |= uint32_t{lane_bytes[i]} << 8 * i;
+      }
+    }
     fragment[r] = values;
   }
   return fragment;
@@ -58,9 +66,9 @@ inline Quad load_quad(const Tile& tile, const uint8_t* a_scale, const StoredOper
   for (int b = 0; b < kQuad; ++b) {
     if (b >= quad.blocks) break;
     const int64_t block = first_block + b;
-    quad.weights[b] = column_fragment(load16(w.codes + column * tile.shape.row_bytes() + block * kBlockBytes));
+    quad.weights[b] = column_fragment(load16(w.codes + column * (tile.shape.k / 2) + block * kBlockBytes));
     quad.weight_factors[b] = weight_factor(w.scale[column * w.scale_row_stride + block * w.scale_block_stride]);
-    quad.row_factors[b] = row_factor(Format::mxfp4, a_scale[row * tile.shape.row_blocks() + block]);
+    quad.row_factors[b] = row_factor(kFormat, a_scale[row * tile.shape.row_blocks() + block]);
   }
   return quad;
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4 for many rows: Y [M, N] = A x W^T + bias over expanded operands (layout.hpp), the bits of format/accumulate.h.
+// W4A4 and W4A8 for many rows: Y [M, N] = A x W^T + bias over expanded operands (layout.hpp), the bits of format/accumulate.h.
 //
 // A sub-group computes 8 * XPU_FP4_ROW_UNITS rows x kLanes * XPU_FP4_COLUMN_UNITS columns: the columns of a quad stay in
 // registers, the rows pass 8 at a time. Its level (layout.hpp) decides how each quad is summed (quad_sum.hpp); on the near
-// level its blocks are loaded in that order. Macros: XPU_FP4_ROW_UNITS, XPU_FP4_COLUMN_UNITS, XPU_FP4_DTYPE (Y's),
-// XPU_FP4_BLOCK_2D, XPU_FP4_REGISTERS.
+// level its blocks are loaded in that order. Macros: XPU_FP4_FORMAT (of A), XPU_FP4_ROW_UNITS, XPU_FP4_COLUMN_UNITS,
+// XPU_FP4_DTYPE (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_REGISTERS.
 #include "operands.hpp"
 #include "output.hpp"
 #include "quad_sum.hpp"
@@ -13,6 +13,7 @@ using namespace xpu_fp4;
 
 constexpr int kRowUnits = XPU_FP4_ROW_UNITS, kColumnUnits = XPU_FP4_COLUMN_UNITS;
 constexpr int kTileRows = kRowUnit * kRowUnits;
+constexpr bool kHasNear = kBlock2D && kFormat == Format::mxfp4;
 constexpr int kUnitsPerGroup = kLanes / kRowUnit;  // row units that share a word of exponents per lane
 
 struct Tile {
@@ -132,7 +133,7 @@ XPU_FP4_KERNEL(2) gemm_large(GemmLargeArguments args) {
         add_quad_of_tile<kQuadLevel>(tile, quad, acc);
       } else if (level == kPairLevel) {
         add_quad_of_tile<kPairLevel>(tile, quad, acc);
-      } else if (kBlock2D && level < kBlockLevel) {
+      } else if (kHasNear && level < kBlockLevel) {
         add_quad_of_tile<kNearLevel>(tile, quad, acc, NearOrder(level));
       } else if (level == kBlockLevel) {
         add_quad_of_tile<kBlockLevel>(tile, quad, acc);

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4 for few rows: Y [M, N] = A x W^T + bias, A expanded (layout.hpp), W as it is in the checkpoint; the bits of
+// W4A4 and W4A8 for few rows: Y [M, N] = A x W^T + bias, A expanded (layout.hpp), W as it is in the checkpoint; the bits of
 // format/accumulate.h. Bound by the bandwidth of W's packed codes, which are read once for every XPU_FP4_ROWS rows.
 //
 // A work-group computes XPU_FP4_ROWS rows x kLanes columns. Its kSplit sub-groups share K: in a round each decodes its own quad
 // of weights in registers and leaves the quad's sums in local memory; then each adds up, for its share of the rows, the round's
-// quads in ascending order. So the order is that of the definition. Macros: XPU_FP4_ROWS, XPU_FP4_DTYPE (Y's),
-// XPU_FP4_BLOCK_2D, XPU_FP4_WEIGHTS (Weights of layout.hpp).
+// quads in ascending order. So the order is that of the definition. Macros: XPU_FP4_FORMAT (of A), XPU_FP4_ROWS, XPU_FP4_DTYPE
+// (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_WEIGHTS (Weights of layout.hpp).
 #include <sycl/ext/oneapi/work_group_static.hpp>
 
 #include "decode.hpp"
@@ -123,18 +123,20 @@ XPU_FP4_INLINE void barrier() {
 }
 
 /// The highest bit of each byte that is an exponent outside of the window; of the other bits nothing is known.
-XPU_FP4_INLINE uint32_t outside_of_window(uint32_t exponents) {
+XPU_FP4_INLINE uint32_t outside_of_window(uint32_t exponents, Window window) {
   constexpr uint32_t each = 0x01010101u;
   const uint32_t rest = exponents & 0x7F * each;
-  const uint32_t low = rest + (128 - kWindowLow) * each;    // without the bit: below the window, if the exponent is below 128
-  const uint32_t high = rest + (255 - kWindowHigh) * each;  // with it: above, if not
+  const uint32_t low = rest + (128 - window.low) * each;    // without the bit: below the window, if the exponent is below 128
+  const uint32_t high = rest + (255 - window.high) * each;  // with it: above, if not
   return (exponents & high) | ~(exponents | low);
 }
 
 XPU_FP4_INLINE bool any_outside_of_window(const uint32_t (&rows)[kGroups], uint32_t columns) {
-  uint32_t outside = outside_of_window(columns);
+  uint32_t outside = outside_of_window(columns, kWeightWindow);
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) outside |= outside_of_window(rows[group]);
+  for (int group = 0; group < kGroups; ++group) {
+    outside |= outside_of_window(rows[group], activations_window(kFormat));
+  }
   return sycl::any_of_group(this_sub_group(), (outside & 0x80808080u) != 0);
 }
 

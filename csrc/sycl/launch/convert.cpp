@@ -27,9 +27,16 @@ bool starts_cache_line(const void* address) { return reinterpret_cast<uintptr_t>
 Range grid(int64_t rows, int64_t lanes) { return {2, {rows, round_up(lanes, kGroupLanes)}, {1, kGroupLanes}}; }
 
 void quantize(const Queue& queue, const Quantize& args) {
+  const Variant variant = quantize_variant(queue.target(), args.dtype, alignment_of({args.x}));
+  if (args.to.format == Format::mxint8) {
+    const int64_t lanes = ceil_div(args.k, kQuadElements) * queue.target().sub_group;  // of a row
+    return queue.launch(
+        variant, "quantize_mxint8", grid(args.rows, lanes),
+        QuantizeMxint8Arguments{static_cast<const uint8_t*>(args.x), args.codes, args.scale, args.k, args.to.group});
+  }
   const int64_t vectors = args.rows * args.k * size_of(args.dtype) / 16;
   queue.launch(
-      quantize_variant(queue.target(), args.dtype, alignment_of({args.x})), "quantize", line(vectors),
+      variant, "quantize", line(vectors),
       QuantizeArguments{static_cast<const uint8_t*>(args.x), args.codes, args.scale, vectors, static_cast<int>(args.to.mode)});
 }
 
@@ -42,7 +49,8 @@ void group_quantize(const Queue& queue, const GroupQuantize& args) {
 
 void dequantize(const Queue& queue, const Dequantize& args) {
   const int64_t lanes = args.rows * args.k / 8;
-  queue.launch(dequantize_variant(queue.target(), args.dtype), "dequantize", line(lanes),
+  const char* kernel = args.format == Format::mxint8 ? "dequantize_mxint8" : "dequantize";
+  queue.launch(dequantize_variant(queue.target(), args.dtype), kernel, line(lanes),
                DequantizeArguments{args.codes, args.scale, args.out, lanes});
 }
 

@@ -42,7 +42,7 @@ Expanded expand_activations(const Queue& queue, Gpu gpu, const Activations& a, E
   } else {
     queue.launch(variant, "quantize_expand", range,
                  QuantizeExpandArguments{static_cast<const uint8_t*>(a.data), out.arrays, layout.rows, layout.padded_rows, a.k,
-                                         static_cast<int>(a.to.mode)});
+                                         static_cast<int>(a.to.mode), a.to.group});
   }
   return out;
 }
