@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CPP_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo models test test-vllm test-sycl-2025 bench build pytest ctest isa format lint clean
+.PHONY: demo models test test-vllm test-transformers test-sycl-2025 bench build pytest ctest isa format lint clean
 
 demo: build $(VENV)/.demo  ## a real language model in MXFP4 W4A4
 	python examples/smollm2.py
@@ -25,6 +25,14 @@ test-vllm: build $(VLLM_VENV)/.vllm  ## the vLLM plug-in in the real vLLM, in a 
 	$(call debian,$(PYTHON_H),python3-dev)
 	$(call debian,/usr/lib/*/libnuma.so.1 /usr/lib64/libnuma.so.1,libnuma1)
 	PATH=$(VLLM_VENV)/bin:$$PATH python -m pytest tests/vllm_plugin
+
+# Each environment is a layer over .venv, which holds only what differs from it.
+TRANSFORMERS = build/transformers-oldest build/transformers-newest
+test-transformers: $(addsuffix /.installed,$(TRANSFORMERS))  ## the checkpoint tests on the oldest and on the newest Transformers
+	for layer in $(TRANSFORMERS); do \
+	  $$layer/bin/pip list 2> /dev/null | grep -E '^(transformers|compressed-tensors) '; \
+	  $$layer/bin/python -m pytest -m "not large" tests/test_checkpoints_*.py tests/test_cli_models.py; \
+	done
 
 # All suites, tables and plots; BENCH=docs/performance/NAME and PAGE=docs/PERFORMANCE.md publish them.
 BENCH ?= build/bench
@@ -97,6 +105,14 @@ $(VENV)/.venv:
 $(VENV)/.build $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	pip install --quiet --group $*
 	mkdir -p build
+	touch $@
+
+build/transformers-%/.installed: $(VENV)/.test | build
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade "pip>=25.1"
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$site")')" > $$($(@D)/bin/python -c "$$site")/venv.pth
+	$(@D)/bin/pip install --quiet --group transformers-$*
 	touch $@
 
 # ggml from source: compiled for this machine, as llama.cpp's users compile it.

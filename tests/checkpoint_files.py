@@ -92,8 +92,11 @@ def llama_json(quantization_config: dict[str, Any]) -> dict[str, Any]:
 MXFP4_ARGUMENTS = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False}
 
 
+INT8_ARGUMENTS = {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True, "dynamic": True}
+
+
 def compressed_tensors_config(*, mode: str = "w4a4", **changes: Any) -> dict[str, Any]:
-    """As llm-compressor writes it, without scale_dtype; changes are of the top level."""
+    """As llm-compressor writes it, without scale_dtype, and W4A8 as we do; changes are of the top level."""
     group = {
         "targets": ["Linear"],
         "weights": MXFP4_ARGUMENTS,
@@ -105,7 +108,8 @@ def compressed_tensors_config(*, mode: str = "w4a4", **changes: Any) -> dict[str
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }
-    return config | changes
+    hint = {"xpu_fp4": {"activations": "mxint8", "group": 128}} if mode == "w4a8" else {}
+    return config | hint | changes
 
 
 QUARK_WEIGHT = {

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several test files need: comparing bits, random operands, the ops with their weight as checkpoints store it."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import CDLL
 from typing import Literal, get_args
@@ -106,6 +107,28 @@ def assert_quantizes(x: Tensor, mode: ScaleMode, expected: tuple[Tensor, Tensor]
     assert scale.dtype == torch.float8_e8m0fnu
     assert_same_bits(scale, want_scale)
     assert_same_bits(q, want_q)
+
+
+def at_once(*works: Callable[[], object], calls: int = 4) -> None:
+    """Runs each in a thread, all from one barrier, calls times; raises what the first to fail raised."""
+    start = threading.Barrier(len(works))
+    failed: list[Exception] = []
+
+    def run(work: Callable[[], object]) -> None:
+        start.wait()
+        try:
+            for _ in range(calls):
+                work()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 Environment = Literal["flush", "upward", "toward_zero"]

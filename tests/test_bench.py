@@ -185,7 +185,8 @@ def test_every_contender_on_a_gpu_runs_on_the_sycl_kernels(requires_sycl: None, 
     assert not any(name.endswith("-prepacked") for name in taking_part)
     with xpu_fp4.cpu_backend("sycl"):
         results = {name: run_once(contender, problem()) for name, contender in taking_part.items()}
-    assert torch.equal(results["w4a4-linear-expanded"], results["w4a4-linear"])
+    for mode in ("w4a4", "w4a8"):
+        assert torch.equal(results[f"{mode}-linear-expanded"], results[f"{mode}-linear"])
 
 
 def test_an_expanded_weight_is_absent_where_the_kernels_have_no_such_form() -> None:
@@ -204,7 +205,7 @@ def test_prepacked_contenders_compute_the_same_bits_or_say_why_not() -> None:
     operands = problem()
     by_name = {c.name: c for c in OURS}
     record = run_record([CASE], [c for c in OURS if c.name not in cases.CONVERSIONS])
-    for name in ("w4a4-linear", "w4a4-gemm"):
+    for name in ("w4a4-linear", "w4a4-gemm", "w4a8-linear", "w4a8-gemm", "w4a16-linear"):
         if hasattr(ops, "mxfp4_prepack"):
             assert torch.equal(run_once(by_name[f"{name}-prepacked"], operands), run_once(by_name[name], operands))
         else:
@@ -365,7 +366,7 @@ def synthetic(seconds: Seconds, threads: int = 2) -> runner.Record:
     record = runner.Record({}, {}, {})
     ops_of = {"limit-vpdpbusd": 10**9, "limit-tdpbusd": 10**10}
     for case in cases.suite("targets", threads):
-        names = case.only or (*cases.W4A4, "w4a16-linear", "torch-bf16", "torch-int8", "ggml-mxfp4", *cases.LIMITS)
+        names = case.only or (*cases.QUANTIZED, "w4a16-linear", "torch-bf16", "torch-int8", "ggml-mxfp4", *cases.LIMITS)
         for name in names:
             time = seconds(name, case)
             if time is not None:
@@ -425,9 +426,28 @@ def test_targets_that_cannot_be_measured_say_why() -> None:
     assert (line.measured, line.reached, line.note) == (None, None, "it is not here")
     amx = verdict(record, "AMX, 16 threads: w4a4-gemm 1024x4096x4096", "of tdpbusd")
     assert amx.note == "is for 16 threads, not 2"
-    assert (
-        verdict(synthetic(lambda name, case: 1.0, 16), amx.work.replace("gemm", "gemm-prepacked"), amx.measure).reached is True
-    )
+    quick = synthetic(lambda name, case: 0.1 if name == "limit-tdpbusd" else 1.0, 16)
+    assert verdict(quick, amx.work.replace("gemm", "gemm-prepacked"), amx.measure).reached is True
+
+
+def test_what_no_machine_can_do_counts_as_disturbed() -> None:
+    """A share above the limit and more than twice the speed on two threads are noise, not reached targets."""
+    record = synthetic(lambda name, case: (1.0 if case.threads == 1 else 0.3) / case.m)
+    for figure, possible in (("2 threads over 1", 2), ("of vpdpbusd", 1)):
+        line = verdict(record, "w4a4-gemm-prepacked 1024x4096x4096", figure)
+        assert line.measured is not None
+        assert line.measured > possible
+        assert (line.possible, line.disturbed, line.reached) == (possible, True, None)
+    assert "disturbed" in list(report.targets_table(record).columns[-1].cells)
+
+
+def test_w4a8_is_held_to_w4a4() -> None:
+    record = synthetic(lambda name, case: 1.0 if name.startswith("w4a8") else 0.92)
+    work, measure = "w4a8-linear-prepacked 16x4096x14336", "times w4a4-linear-prepacked"
+    assert verdict(record, work, measure).reached is False
+    record.results = [result for result in record.results if result.contender != "limit-vpdpbusd"]
+    assert verdict(record, work, measure).target == 0.9  # AVX2 widens a block twice
+    assert verdict(record, work, measure).reached is True
 
 
 def test_a_busy_machine_is_reported() -> None:

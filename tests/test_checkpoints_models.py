@@ -2,10 +2,13 @@
 """Checkpoints in models: ours read by compressed-tensors and Transformers, theirs by us, with the same bits."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from checkpoint_files import (
     tensors_of,
     write_checkpoint,
 )
+from click.testing import CliRunner
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.quantization import (
     QuantizationConfig,
@@ -34,6 +38,13 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.transform import (
+    TransformArgs,
+    TransformConfig,
+    TransformLocation,
+    TransformScheme,
+    apply_transform_config,
+)
 from helpers import MODES, assert_same_bits
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, LlamaForCausalLM, Mxfp4Config
@@ -41,10 +52,13 @@ from xpu_fp4 import Mode, MXFP4Linear, ScaleMode, reference
 from xpu_fp4.checkpoints import (
     CheckpointError,
     MXFP4Experts,
+    models,
     open_checkpoint,
     plan_quantization,
     quantize_checkpoint,
 )
+from xpu_fp4.checkpoints.tensor_files import read_json
+from xpu_fp4.cli import main
 
 COMPRESSOR = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
 PRESETS = {"w4a4": "MXFP4", "w4a16": "MXFP4A16"}
@@ -64,8 +78,8 @@ def assert_same_model(model: nn.Module, expected: nn.Module) -> None:
     assert state.keys() == want.keys()
     for name, tensor in want.items():
         assert_same_bits(state[name], tensor)
-    assert {n: (m.mode, m.scale_mode) for n, m in layers(model).items()} == {
-        n: (m.mode, m.scale_mode) for n, m in layers(expected).items()
+    assert {name: str(module) for name, module in layers(model).items()} == {
+        name: str(module) for name, module in layers(expected).items()
     }
     with torch.inference_mode():
         assert_same_bits(model(IDS).logits, expected(IDS).logits)
@@ -74,16 +88,16 @@ def assert_same_model(model: nn.Module, expected: nn.Module) -> None:
 # ---- what we write ----
 
 
-@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("mode", get_args(Mode))
 @pytest.mark.parametrize("scale_mode", MODES)
 def test_our_checkpoint_is_the_model_quantized_in_place(
     source: Path, tmp_path: Path, mode: Mode, scale_mode: ScaleMode
 ) -> None:
     out = quantize_checkpoint(plan_quantization(source), tmp_path / "out", mode=mode, scale_mode=scale_mode)
     expected = xpu_fp4.quantize_(LlamaForCausalLM.from_pretrained(source), mode=mode, scale_mode=scale_mode)
-    if mode == "w4a16":
+    if mode != "w4a4":
         for module in layers(expected).values():
-            module.scale_mode = "even"  # it quantizes no activations
+            module.scale_mode = "even"  # it is a rule for MXFP4 activations
     loaded = xpu_fp4.load_model(out)
     assert layers(loaded).keys() == LINEARS.keys()
     assert_same_model(loaded, expected)
@@ -101,7 +115,7 @@ def test_compressed_tensors_decompresses_ours_to_our_weights(source: Path, tmp_p
         assert_same_bits(theirs.float(), module.dequantized_weight())
 
 
-@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("mode", get_args(Mode))
 def test_transformers_loads_ours_by_itself(source: Path, tmp_path: Path, mode: Mode) -> None:
     out = quantize_checkpoint(plan_quantization(source), tmp_path / "out", mode=mode)
     ours = xpu_fp4.load_model(out)
@@ -112,6 +126,18 @@ def test_transformers_loads_ours_by_itself(source: Path, tmp_path: Path, mode: M
         assert_same_bits(theirs.get_submodule(name).weight.data, module.dequantized_weight(torch.bfloat16))
     assert (theirs.get_submodule(name).quantization_scheme.input_activations is not None) == (mode == "w4a4")
     torch.testing.assert_close(ours(IDS).logits, expected, rtol=0.05, atol=0.05)
+
+
+def test_others_compute_our_w4a8_as_w4a16(source: Path, tmp_path: Path) -> None:
+    plan = plan_quantization(source)
+    folders = [quantize_checkpoint(plan, tmp_path / mode, mode=mode) for mode in get_args(Mode)]
+    with torch.inference_mode():
+        w4a4, w4a8, w4a16 = (AutoModelForCausalLM.from_pretrained(folder)(IDS).logits for folder in folders)
+    assert_same_bits(w4a8, w4a16)
+    assert not torch.equal(w4a8, w4a4)
+    for folder in folders[1:]:
+        theirs = QuantizationConfig.model_validate(read_json(folder / "config.json")["quantization_config"])
+        assert theirs.config_groups["group_0"].input_activations is None
 
 
 def test_a_float32_model_keeps_its_dtype(tmp_path: Path) -> None:
@@ -157,6 +183,49 @@ def test_a_checkpoint_that_compressed_tensors_compressed_loads(tmp_path: Path, m
         q, scale = reference.quantize(llama().get_submodule(name).weight.detach(), "even")
         assert_same_bits(module.weight_scale.data, scale)
         assert_same_bits(module.weight_packed.data, q)
+
+
+def rotate(model: Any, *locations: TransformLocation, name: str = "v") -> Any:
+    """Has compressed-tensors transform the linear layers by a Hadamard matrix in blocks of 32 at the locations."""
+    apply = [
+        TransformArgs(targets=["Linear"], ignore=["lm_head"], location=location, inverse=location.value.startswith("weight"))
+        for location in locations
+    ]
+    scheme = TransformScheme(type="hadamard", head_dim=32, apply=apply)
+    apply_transform_config(model, TransformConfig(config_groups={name: scheme}))
+    return model
+
+
+def test_a_rotated_checkpoint_is_refused_by_name_everywhere(tmp_path: Path) -> None:
+    model = rotate(llama(), TransformLocation.INPUT, TransformLocation.WEIGHT_INPUT)
+    compress(model, "w4a4", tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2")
+    message = (
+        f"{tmp_path}/config.json: quantization_config.transform_config.config_groups.v applies a hadamard transform "
+        "(a rotation) at every input of ['Linear'], which xpu_fp4 cannot do, and the model would compute noise without it: "
+        "use a checkpoint without it, for example one that `xpu-fp4 quantize` makes from the original model"
+    )
+    ways: list[Callable[[], object]] = [
+        lambda: open_checkpoint(tmp_path),
+        lambda: xpu_fp4.load_model(tmp_path),
+        lambda: xpu_fp4.apply_checkpoint(llama(), tmp_path),
+        lambda: xpu_fp4.transformers_config(tmp_path),
+    ]
+    for way in ways:
+        with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+            way()
+    for command in (["inspect"], ["eval", "--text", str(text)], ["generate", "--prompt", "w1"]):
+        result = CliRunner().invoke(main, [*command, str(tmp_path)])
+        assert (result.exit_code, result.output) == (1, f"Error: {message}\n")
+
+
+def test_a_transform_that_is_in_the_weights_loads(tmp_path: Path) -> None:
+    model = rotate(llama(), TransformLocation.WEIGHT_INPUT)
+    theirs = compress(model, "w4a16", tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["transform_config"]["config_groups"]
+    for name, module in layers(xpu_fp4.load_model(tmp_path)).items():
+        assert_same_bits(module.dequantized_weight(torch.bfloat16), theirs[name])
 
 
 def expected_llama(mode: Mode) -> Any:
@@ -232,6 +301,42 @@ def test_auto_model_takes_our_configuration(source: Path, tmp_path: Path) -> Non
     assert_same_model(model, xpu_fp4.load_model(out))
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+@pytest.mark.parametrize("stored", get_args(Mode))
+def test_a_checkpoint_runs_in_the_mode_that_is_asked_for(source: Path, tmp_path: Path, stored: Mode, mode: Mode) -> None:
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out", mode=stored)
+    loaded = xpu_fp4.load_model(out, mode=mode)
+    assert_same_model(loaded, xpu_fp4.quantize_(LlamaForCausalLM.from_pretrained(source), mode=mode))
+    assert_same_model(xpu_fp4.apply_checkpoint(llama(), out, mode=mode), loaded)
+    config = xpu_fp4.transformers_config(out, mode=mode)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(out, config=config), loaded)
+
+
+def test_experts_run_in_the_mode_that_is_asked_for(tmp_path: Path) -> None:
+    folder = save_gpt_oss(tmp_path)
+    answers = {}
+    for mode in get_args(Mode):
+        model = xpu_fp4.load_model(folder, mode=mode)
+        assert {module.scheme.mode for module in model.modules() if isinstance(module, MXFP4Experts)} == {mode}
+        with torch.inference_mode():
+            answers[mode] = model(IDS).logits.float()
+    noise = {mode: float((answer - answers["w4a16"]).norm()) for mode, answer in answers.items()}
+    assert 0 < 3 * noise["w4a8"] < noise["w4a4"]
+
+
+def test_the_rule_that_a_checkpoint_notes_is_that_of_w4a4_in_its_place(source: Path, tmp_path: Path) -> None:
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out", mode="w4a8", scale_mode="floor")
+    modules = layers(xpu_fp4.load_model(out, mode="w4a4")).values()
+    assert {(module.mode, module.scale_mode) for module in modules} == {("w4a4", "floor")}
+
+
+def test_an_unknown_mode_is_named(source: Path, tmp_path: Path) -> None:
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+    for load in (xpu_fp4.load_model, xpu_fp4.transformers_config, partial(xpu_fp4.apply_checkpoint, llama())):
+        with pytest.raises(ValueError, match=r"mode is 'w8a8', expected .*w4a8"):
+            load(out, mode="w8a8")
 
 
 FOLDERS = {
@@ -374,3 +479,26 @@ def test_the_checkpoint_may_go_away_after_loading(tmp_path: Path) -> None:
     assert_same_model(model, expected)
     with pytest.raises(CheckpointError):
         open_checkpoint(folder)
+
+
+# ---- versions of transformers ----
+
+
+def test_the_extra_asks_for_the_versions_that_load() -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (major, oldest), (same_major, newest) = models.OLDEST_TRANSFORMERS, models.NEWEST_TRANSFORMERS
+    assert major == same_major
+    assert f'transformers = ["transformers>={major}.{oldest},<{major}.{newest + 1}"]' in project
+    pinned = {int(minor) for minor in re.findall(rf'"transformers=={major}\.(\d+)\.', project)}
+    assert (min(pinned), max(pinned)) == (oldest, newest), "which `make test-transformers` runs"
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.7.0", "5.25.0.dev0", "6.0.0"])
+def test_another_version_is_refused_in_one_line(source: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    folder = quantize_checkpoint(plan_quantization(source), source.with_name("out"))
+    monkeypatch.setattr(models.require_transformers(), "__version__", version)
+    message = rf"^transformers {version} is not supported, .* tested with 5.8 to 5.24: pip install 'transformers~=5.24.0'$"
+    for load in (xpu_fp4.load_model, xpu_fp4.transformers_config):
+        with pytest.raises(ImportError, match=message):
+            load(folder)
+    assert xpu_fp4.apply_checkpoint(llama(), folder), "which needs no transformers"

@@ -13,7 +13,7 @@ from checkpoint_files import LINEARS, llama_config, llama_json, save_llama, tens
 from helpers import assert_same_bits
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
-from xpu_fp4.checkpoints import CheckpointError, open_checkpoint, plan_quantization, quantize_checkpoint
+from xpu_fp4.checkpoints import CheckpointError, Scheme, open_checkpoint, plan_quantization, quantize_checkpoint
 from xpu_fp4.checkpoints.tensor_files import INDEX
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -78,12 +78,28 @@ def test_only_a_rule_that_others_do_not_know_is_recorded_for_us(source: Path, tm
         assert {layer.scheme.scale_mode for layer in open_checkpoint(out).layers.values()} == {scale_mode}
 
 
+def test_w4a8_is_written_weight_only_with_a_hint_for_us(source: Path, tmp_path: Path) -> None:
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "w4a8", mode="w4a8")
+    weight_only = quantize_checkpoint(plan_quantization(source), tmp_path / "w4a16", mode="w4a16")
+    described, others = (json.loads((folder / "config.json").read_text()) for folder in (out, weight_only))
+    assert described["quantization_config"].pop("xpu_fp4") == {"activations": "mxint8", "group": 128}
+    assert described == others
+    assert_same_tensors(out, weight_only)
+    assert {layer.scheme for layer in open_checkpoint(out).layers.values()} == {Scheme("w4a8")}
+
+
 # ---- what cannot be done is named, before anything is written ----
 
 
 def test_a_pattern_that_ignores_nothing_is_named(source: Path) -> None:
     with pytest.raises(ValueError, match=r"ignore has 'q_proj', which matches no linear layer; a regex starts with re:"):
         plan_quantization(source, ["q_proj"])
+
+
+def test_an_unknown_mode_is_named(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='mode is \'w8a8\', expected "w4a4" or "w4a8" or "w4a16"'):
+        quantize_checkpoint(plan_quantization(source), tmp_path / "out", mode="w8a8")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_everything_ignored_is_refused(source: Path) -> None:

@@ -5,13 +5,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from checkpoint_files import (
     EXPERTS,
     HIDDEN,
+    INT8_ARGUMENTS,
     INTERMEDIATE,
     LINEARS,
     MXFP4_ARGUMENTS,
@@ -28,7 +29,7 @@ from helpers import assert_same_bits
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-from xpu_fp4 import dequantize, reference
+from xpu_fp4 import Mode, dequantize, load_model, reference
 from xpu_fp4.checkpoints import Checkpoint, CheckpointError, Scheme, open_checkpoint
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -56,11 +57,11 @@ def assert_reads_the_reference_values(checkpoint: Checkpoint, packed_name: str) 
         assert_same_bits(dequantize(*checkpoint.weight(name)), reference.values(codes, scale).float())
 
 
-@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
-def test_compressed_tensors_has_the_reference_values(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_compressed_tensors_has_the_reference_values(tmp_path: Path, mode: Mode) -> None:
     checkpoint = open_checkpoint(compressed_tensors(tmp_path, compressed_tensors_config(mode=mode)))
     assert checkpoint.format == "compressed-tensors"
-    assert {layer.scheme.mode for layer in checkpoint.layers.values()} == {mode}
+    assert {layer.scheme for layer in checkpoint.layers.values()} == {Scheme(mode)}
     assert_reads_the_reference_values(checkpoint, "weight_packed")
 
 
@@ -115,6 +116,32 @@ def test_names_go_before_regexes_and_regexes_before_the_class(tmp_path: Path) ->
     checkpoint = open_checkpoint(compressed_tensors(tmp_path, compressed_tensors_config(config_groups=groups)))
     a16 = {name for name, layer in checkpoint.layers.items() if layer.scheme.mode == "w4a16"}
     assert a16 == {"model.layers.0.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_int8_activations_of_another_tool_are_w4a8(tmp_path: Path, group_size: int) -> None:
+    for more in ({}, {"scale_dtype": "torch.uint8"}):
+        activations = INT8_ARGUMENTS | {"group_size": group_size} | more
+        config = compressed_tensors_config(config_groups={"g": group(input_activations=activations)})
+        schemes = {layer.scheme for layer in open_checkpoint(compressed_tensors(tmp_path, config)).layers.values()}
+        assert schemes == {Scheme("w4a8", group=group_size)}  # type: ignore[arg-type]
+
+
+def test_our_hint_is_for_groups_without_activations(tmp_path: Path) -> None:
+    groups = {
+        "a": group(targets=["Linear"], input_activations=None),
+        "b": group(targets=["re:.*up_proj$"]),
+        "c": group(targets=["re:.*down_proj$"], input_activations=INT8_ARGUMENTS),
+    }
+    for hint, rest in (
+        ({"activations": "mxint8", "group": 32, "scale_mode": "ceil"}, Scheme("w4a8", "ceil", 32)),
+        ({"activations": "mxint8"}, Scheme("w4a8")),
+        ({"activations": None}, Scheme("w4a16")),
+    ):
+        config = compressed_tensors_config(config_groups=groups, xpu_fp4=hint)
+        schemes = {name: layer.scheme for name, layer in open_checkpoint(compressed_tensors(tmp_path, config)).layers.items()}
+        named = {"up_proj": Scheme("w4a4", rest.scale_mode), "down_proj": Scheme("w4a8", rest.scale_mode)}
+        assert schemes == {name: named.get(name.rpartition(".")[2], rest) for name in LINEARS}
 
 
 def test_quark_patterns_go_before_the_class_and_the_rest(tmp_path: Path) -> None:
@@ -242,6 +269,10 @@ def arguments(**changes: Any) -> dict[str, Any]:
     return compressed_tensors_config(config_groups={"g": group(weights=MXFP4_ARGUMENTS | changes)})
 
 
+def int8_activations(**changes: Any) -> dict[str, Any]:
+    return compressed_tensors_config(config_groups={"g": group(input_activations=INT8_ARGUMENTS | changes)})
+
+
 def quark_scheme(**changes: Any) -> dict[str, Any]:
     return quark_config(global_quant_config={"weight": QUARK_WEIGHT | changes, "input_tensors": None})
 
@@ -263,6 +294,17 @@ UNKNOWN_SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
         ),
         "num_bits 8, expected 4",
     ),
+    "int8 in other groups": (int8_activations(group_size=64), "input_activations.group_size is 64, expected 32 or 128"),
+    "int8 by token": (int8_activations(strategy="token", group_size=None), "group_size is None, expected 32 or 128"),
+    "static int8": (int8_activations(dynamic=False), "input_activations is not MXINT8: dynamic False, expected True"),
+    "int8 with zero points": (int8_activations(symmetric=False), "is not MXINT8: symmetric False, expected True"),
+    "unknown hint": (compressed_tensors_config(xpu_fp4={"activations": "mxfp8"}), "'mxfp8', expected one of mxint8"),
+    "hint of another group": (
+        compressed_tensors_config(xpu_fp4={"activations": "mxint8", "group": 64}),
+        "quantization_config.xpu_fp4.group is 64, expected 32 or 128",
+    ),
+    "unknown key of ours": (compressed_tensors_config(xpu_fp4={"offset": 1}), "xpu_fp4 has the keys offset, expected scale"),
+    "key of ours without object": (compressed_tensors_config(xpu_fp4="mxint8"), "xpu_fp4 is 'mxint8', expected an object"),
     "quantized outputs": (
         compressed_tensors_config(config_groups={"g": group(output_activations=MXFP4_ARGUMENTS)}),
         "output_activations is set",
@@ -282,6 +324,50 @@ UNKNOWN_SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
         quark_config(layer_quant_config={"*q_proj": {"weight": None, "input_tensors": None}}),
         "has no weight scheme for",
     ),
+    "fp_quant": (
+        {"quant_method": "fp_quant", "forward_dtype": "mxfp4"},
+        "config.json: quantization_config.quant_method 'fp_quant' rotates the inputs of layers before they are quantized",
+    ),
+    "transform of a kind that nobody knows": (
+        compressed_tensors_config(transform_config={"config_groups": {"R9": {"type": "hadamard", "apply": [{}]}}}),
+        "config.json: quantization_config.transform_config.config_groups.R9 applies a hadamard transform",
+    ),
+    "transform of another type": (
+        compressed_tensors_config(transform_config={"config_groups": ["R9"]}),
+        "quantization_config.transform_config.config_groups is ['R9'], expected an object",
+    ),
+    "sparse": (compressed_tensors_config(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config stores sparse"),
+    "pruned experts": (
+        compressed_tensors_config(moe_sparsity_config={"method": "novice", "num_experts": [2]}),
+        "quantization_config.moe_sparsity_config gives layers different numbers or kinds of experts",
+    ),
+    "reordered columns": (arguments(actorder="group"), "config_groups.g.weights.actorder reorders the columns"),
+    "quark online rotation": (
+        quark_config(algo_config=[{"name": "awq"}, {"name": "rotation", "r1": True, "r4": True}]),
+        "config.json: quantization_config.algo_config.r4 rotates the inputs of layers",
+    ),
+    "quark online R1": (
+        quark_config(algo_config={"name": "rotation", "online_r1_rotation": True}),
+        "config.json: quantization_config.algo_config.online_r1_rotation rotates the inputs of layers",
+    ),
+    "quark softmax": (quark_config(softmax_quant_spec=QUARK_WEIGHT), "quantization_config.softmax_quant_spec quantizes"),
+    "quark biases": (
+        quark_config(global_quant_config={"weight": QUARK_WEIGHT, "bias": QUARK_WEIGHT}),
+        "quantization_config.global_quant_config.bias quantizes biases",
+    ),
+    "quark rounding": (
+        quark_config(
+            global_quant_config={
+                "weight": QUARK_WEIGHT,
+                "input_tensors": QUARK_WEIGHT | {"is_dynamic": True, "round_method": "floor"},
+            }
+        ),
+        "global_quant_config.input_tensors.round_method rounds inputs by 'floor'",
+    ),
+    "quark outputs": (
+        quark_config(layer_quant_config={"*q_proj": {"weight": QUARK_WEIGHT, "output_tensors": QUARK_WEIGHT}}),
+        "layer_quant_config.*q_proj.output_tensors is set, expected null",
+    ),
     "quark of two steps": (
         quark_config(global_quant_config={"weight": [QUARK_WEIGHT, QUARK_WEIGHT], "input_tensors": None}),
         "global_quant_config.weight is [",
@@ -299,3 +385,81 @@ def test_another_scheme_is_refused_by_name(tmp_path: Path, case: str) -> None:
 def test_a_config_without_its_tensors_is_refused(tmp_path: Path) -> None:
     folder = quark(tmp_path, compressed_tensors_config())
     refuse(folder, "has no MXFP4 weights, but config.json says that it is quantized by compressed-tensors")
+
+
+# ---- keys that change nothing for us ----
+
+FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "symmetric": True}
+ROTATED_OFFLINE = {"name": "rotation", "r1": True, "r2": True, "r3": False, "r4": False, "online_r1_rotation": False}
+
+SILENT: dict[str, dict[str, Any]] = {
+    "as compressed-tensors writes it": compressed_tensors_config(
+        version="0.20.1",
+        quantization_status="compressed",
+        global_compression_ratio=None,
+        kv_cache_scheme=None,
+        sparsity_config={},
+        transform_config={},
+        moe_sparsity_config=None,
+        config_groups={"g": group(output_activations=None, weights=MXFP4_ARGUMENTS | {"actorder": None, "observer": "mse"})},
+    ),
+    "null": compressed_tensors_config(transform_config=None, sparsity_config=None, future=None),
+    "no transforms, dense": compressed_tensors_config(
+        transform_config={"config_groups": {}}, sparsity_config={"format": "dense"}
+    ),
+    "as quark writes it": quark_config(
+        algo_config=[{"name": "awq"}, ROTATED_OFFLINE],
+        softmax_quant_spec=None,
+        kv_cache_quant_config={},
+        kv_cache_post_rope=False,
+        quant_mode="eager_mode",
+        version="0.10",
+        export={"kv_cache_group": [], "min_kv_scale": 0.0, "pack_method": "reorder", "weight_format": "real_quantized"},
+    ),
+    "quark null": quark_config(algo_config=None, layer_quant_config=None, layer_type_quant_config=None),
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_known_and_empty_keys_are_no_matter(tmp_path: Path, case: str, recwarn: pytest.WarningsRecorder) -> None:
+    config = SILENT[case]
+    folder = (quark if config["quant_method"] == "quark" else compressed_tensors)(tmp_path, config)
+    assert open_checkpoint(folder).layers.keys() == LINEARS.keys()
+    assert not recwarn.list
+
+
+KV_CACHE = {"weight": QUARK_WEIGHT, "input_tensors": None, "output_tensors": FP8}
+LEFT_ASIDE: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": (
+        compressed_tensors_config(
+            future=1, config_groups={"g": group(more=[1], weights=MXFP4_ARGUMENTS | {"most": "x"}), "h": group(targets=["X"])}
+        ),
+        "future (unknown), config_groups.g.more (unknown), config_groups.g.weights.most (unknown)",
+    ),
+    "kv cache": (compressed_tensors_config(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme (the KV cache is not quantized)"),
+    "quark unknown": (
+        quark_config(future=1, layer_quant_config={"*q_proj": {"weight": QUARK_WEIGHT | {"more": 1}}}),
+        "future (unknown), layer_quant_config.*q_proj.weight.more (unknown)",
+    ),
+    "quark kv cache": (
+        quark_config(
+            layer_quant_config={"*k_proj": KV_CACHE, "*v_proj": KV_CACHE},
+            kv_cache_quant_config={"*k_proj": KV_CACHE},
+            export={"kv_cache_group": ["*v_proj"]},
+        ),
+        "kv_cache_quant_config (the KV cache is not quantized)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_ASIDE)
+def test_what_is_left_aside_is_named_once(tmp_path: Path, case: str, recwarn: pytest.WarningsRecorder) -> None:
+    config, notes = LEFT_ASIDE[case]
+    folder = (quark if config["quant_method"] == "quark" else compressed_tensors)(tmp_path, config)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.layers.keys() == LINEARS.keys()
+    said = f"{tmp_path}/config.json: left aside in quantization_config: {notes}"
+    assert [str(warning.message) for warning in recwarn.list] == [said]
+    recwarn.clear()
+    load_model(folder)
+    assert [str(w.message) for w in recwarn.list if "left aside" in str(w.message)] == [said], "once, by load_model too"

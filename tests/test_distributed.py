@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import xpu_fp4
-from helpers import DTYPES, assert_same_bits
+from helpers import DTYPES, assert_same_bits, at_once
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -211,6 +211,24 @@ def a_transformers_model_is_sharded_by_its_own_plan(mesh: DeviceMesh, tmp: Path)
         tensor_parallel_plan(Block())
 
 
+def threads_share_a_shard(mesh: DeviceMesh, tmp: Path) -> None:
+    module, x = linear("w4a4", torch.bfloat16)
+    expected = module(x).chunk(RANKS, -1)[mesh.get_local_rank()].contiguous()
+    sharded = parallelize_module(module, mesh, ColumnParallel())
+    before = {name: tensor.to_local().clone() for name, tensor in sharded.state_dict().items()}
+
+    def forward() -> None:
+        assert_same_bits(sharded(x), expected)
+
+    def save_and_undo() -> None:
+        for name, tensor in sharded.state_dict().items():
+            assert_same_bits(tensor.to_local(), before[name])
+        module.unprepack_()  # the same module: it is sharded in place
+
+    for _ in range(5):
+        at_once(forward, forward, save_and_undo, save_and_undo)
+
+
 PROPERTIES: list[Callable[[DeviceMesh, Path], None]] = [
     column_gives_the_bits_of_one_process,
     row_adds_partial_sums_in_the_order_of_ranks,
@@ -219,6 +237,7 @@ PROPERTIES: list[Callable[[DeviceMesh, Path], None]] = [
     a_shard_holds_its_part_of_codes_and_scales,
     a_sharded_state_dict_is_saved_and_loaded,
     fsdp_gives_the_bits_of_one_process,
+    threads_share_a_shard,
     a_transformers_model_is_sharded_by_its_own_plan,
 ]
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4 on AMX int8 tiles. A tile of sums is 16 x 16; four of them, 32 rows by two strips, share two tiles of A and two of W. A
-// tile product takes K = 64, so an aligned quad is two chained products, a pair one; unaligned blocks take products of K = 32,
-// which cost as much. Sums leave through memory: tiles have no path to the vector registers. Between the tile products
+// W4A4 and W4A8 on AMX int8 tiles. A tile of sums is 16 x 16; four of them, 32 rows by two strips, share two tiles of A and two
+// of W. A tile product takes K = 64, so an aligned quad is two chained products, a pair one; unaligned blocks take products of
+// K = 32, which cost as much. Sums leave through memory: tiles have no path to the vector registers. Between the tile products
 // of an aligned quad, the sums of the quad before are added to the accumulators, so that both units work all the time.
 #pragma once
+#include "avx512_activations.h"
 #include "avx512_epilogue.h"
-#include "avx512_quantize.h"
 #include "avx512_tile.h"
 #include "loop_nest.h"
 
@@ -40,9 +40,7 @@ struct Amx {
   };
 
   static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
-    with_codes<quantize>(source, block, blocks, [&](const uint8_t* packed, const uint8_t* scale) {
-      expand_row(packed, scale, {0, kFactorExponent}, out, row);
-    });
+    expand_quad<0>(source, block, blocks, out, row);
   }
 
   // Rows that are missing from a tile are zero.

@@ -1,12 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4 on AVX2. vpmaddubsw multiplies unsigned by signed bytes and adds pairs to int16: with W's integers stored 12 too large a
-// block's sums stay below 2^14, so they are added in int16 and widened once a block. Shifts would overflow, so blocks are
+// W4A4 and W4A8 on AVX2. vpmaddubsw multiplies unsigned by signed bytes and adds pairs to int16, so W's integers are stored 12
+// too large. A block's eight pairs are added in int16, modulo 2^16, from -12 times the sum of A's integers on: what they end at
+// is the sum without the bias, at most 16 * 128 * 12 = 24576, and is widened once a block. Shifts would overflow, so blocks are
 // scaled one by one. A tile is four rows by sixteen columns.
 #pragma once
-#include "generic_w4a4.h"
+#include "avx2_quantize.h"
+#include "generic_output.h"
+#include "loop_nest.h"
+#include "operand_source.h"
 
 namespace xpu_fp4::cpu {
 namespace {
+
+// The integer of each e2m1 code, and a bias.
+constexpr std::array<int8_t, 16> integers_of_codes(int bias) {
+  std::array<int8_t, 16> table{};
+  for (unsigned code = 0; code < 16; ++code) table[code] = static_cast<int8_t>(bias + e2m1::twice(code));
+  return table;
+}
 
 struct Avx2 {
   static constexpr int kGroupRows = 4, kPanelStrips = 1, kPanelQuads = 8, kDirectRows = 0, kBlockRows = 512, kWeightBias = 12;
@@ -14,9 +25,23 @@ struct Avx2 {
   using StripQuad = WeightQuad;
   struct Session {};
 
+  // A block's start is a dword of two int16, one for each pair of every four K.
   static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
-    with_codes<quantize>(source, block, blocks, [&](const uint8_t* packed, const uint8_t* scale) {
-      expand_scalars(packed, scale, {kWeightBias, 0}, out, row);
+    with_codes<quantize>(source, block, blocks, [&](const uint8_t* codes, const uint8_t* scale) {
+      const Format format = source.to.format;
+      unsigned zero_blocks = 0;
+      int32_t starts[kQuad];
+      for (int b = 0; b < kQuad; ++b) {
+        const __m256i integers =
+            format == Format::mxint8 ? integers_of_int8(codes + b * kBlock) : integers_of_e2m1(codes + b * kBlockBytes);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.at(row, b * kBlock)), integers);
+        zero_blocks |= static_cast<unsigned>(_mm256_testz_si256(integers, integers)) << b;
+        starts[b] = start_of(integers);
+      }
+      const Alignment alignment = align(scale, zero_blocks, 0);
+      const IntegerForm form = integer_form(format, kWeightBias, 0);
+      for (int b = 0; b < kQuad; ++b) out.block[row][b] = block_factor(alignment.base[b], starts[b], form);
+      out.set_level(row, alignment.level);
     });
   }
   static void pad(GroupQuad&, int) {}
@@ -55,11 +80,30 @@ struct Avx2 {
   }
 
  private:
-  static constexpr auto kBiased = [] {
-    std::array<int8_t, 16> table{};
-    for (unsigned code = 0; code < 16; ++code) table[code] = static_cast<int8_t>(kWeightBias + e2m1::twice(code));
-    return table;
-  }();
+  static constexpr auto kBiased = integers_of_codes(kWeightBias), kTwice = integers_of_codes(0);
+
+  // The integers of a block of A in the order of panels.h.
+  static __m256i integers_of_e2m1(const uint8_t* packed) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)), nibble = _mm_set1_epi8(15);
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kTwice.data()));
+    const __m128i low = _mm_shuffle_epi8(table, _mm_and_si128(bytes, nibble));
+    const __m128i high = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble));
+    return _mm256_set_m128i(_mm_unpackhi_epi32(low, high), _mm_unpacklo_epi32(low, high));
+  }
+  static __m256i integers_of_int8(const uint8_t* codes) {
+    const __m128i even_then_odd = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
+    return _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)),
+                               _mm256_broadcastsi128_si256(even_then_odd));
+  }
+
+  // -kWeightBias times the sum of the block's integers in the first two and in the last two of every four K.
+  static int32_t start_of(__m256i integers) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), integers);
+    __m128i sums = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0x4E));
+    sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0xB1));
+    return _mm_cvtsi128_si32(_mm_mullo_epi16(sums, _mm_set1_epi16(-kWeightBias)));
+  }
 
   using Tile = void (*)(const GroupQuad&, const StripQuad&, float*, int64_t);
 
@@ -81,7 +125,7 @@ struct Avx2 {
     __m256 pair[2][R][2];
     for (int b = 0; b < kQuad; ++b) {
       __m256i sum[R][2];
-      for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+      for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm256_set1_epi32(a.block[r][b].start);
       for (int step = b * kBlock / 4; step < (b + 1) * kBlock / 4; ++step) {
         const __m256i left = _mm256_load_si256(reinterpret_cast<const __m256i*>(w.codes[step][0]));
         const __m256i right = _mm256_load_si256(reinterpret_cast<const __m256i*>(w.codes[step][8]));
@@ -100,7 +144,7 @@ struct Avx2 {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           const __m256i wide = _mm256_madd_epi16(sum[r][half], _mm256_set1_epi16(1));
-          const __m256i bits = _mm256_add_epi32(wide, _mm256_set1_epi32(f.start));
+          const __m256i bits = _mm256_add_epi32(wide, _mm256_set1_epi32(kMagicBits));
           __m256& out = pair[b / 2][r][half];
           out = product<kGeneral>(bits, f, _mm256_load_ps(w.factor[b] + 8 * half), b % 2 != 0, out);
         }

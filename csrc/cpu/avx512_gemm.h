@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4 on AVX-512 VNNI. A tile is up to eight rows by three strips of sixteen columns: 24 integer accumulators in registers, so
-// that each step of four K costs 24 vpdpbusd for 3 loads of W and 8 broadcasts of A. The float accumulators stay in the
-// first-level cache: they are read and written once a quad, beside 32 steps.
+// W4A4 and W4A8 on AVX-512 VNNI. A tile is up to eight rows by three strips of sixteen columns: 24 integer accumulators in
+// registers, so that each step of four K costs 24 vpdpbusd for 3 loads of W and 8 broadcasts of A. The float accumulators stay
+// in the first-level cache: they are read and written once a quad, beside 32 steps.
 //
 // vpdpbusd multiplies unsigned by signed bytes: W's integers are stored 96 too large, and the sums start 96 * sum(a) too low.
 #pragma once
+#include "avx512_activations.h"
 #include "avx512_epilogue.h"
-#include "avx512_quantize.h"
 #include "avx512_tile.h"
 #include "loop_nest.h"
 
@@ -14,7 +14,6 @@ namespace xpu_fp4::cpu {
 namespace {
 
 constexpr int kWeightBias = 12 << kMaxShift;
-constexpr IntegerForm kBiasedForm = {kWeightBias, kFactorExponent};
 constexpr int kLanes = strips::kColumns;
 
 constexpr int kBlockSteps = kBlock / 4;
@@ -151,9 +150,7 @@ struct Vnni {
   struct Session {};
 
   static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
-    with_codes<quantize>(source, block, blocks, [&](const uint8_t* packed, const uint8_t* scale) {
-      expand_row(packed, scale, kBiasedForm, out, row);
-    });
+    expand_quad<kWeightBias>(source, block, blocks, out, row);
   }
   static void pad(GroupQuad&, int) {}
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4 operands for AVX-512: packed codes to the integers of panels.h. Included after a target pragma (AVX-512 F, BW, DQ, VL,
-// VNNI; with VBMI where the Isa says so); all of it has internal linkage.
+// W for AVX-512: packed codes to the integers of panels.h. Included after a target pragma (AVX-512 F, BW, DQ, VL, VNNI; with
+// VBMI where the Isa says so); all of it has internal linkage.
 #pragma once
 #include "simd_includes.h"
 
@@ -15,8 +15,6 @@ constexpr auto kTwiceSigned = [] {
 
 __m512i twice_table() { return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kTwiceSigned.data()))); }
 
-// ---- A ----
-
 // Signed bytes shifted left by 0 .. 3, the count repeated in every byte of a dword: bits that cross into the next byte are
 // cleared.
 __m512i shift_bytes(__m512i bytes, __m512i counts) {
@@ -24,82 +22,10 @@ __m512i shift_bytes(__m512i bytes, __m512i counts) {
   return _mm512_and_si512(_mm512_sllv_epi32(bytes, _mm512_and_si512(counts, _mm512_set1_epi32(3))), kept);
 }
 
-// The factors of a row whose blocks have one base, a safe one: set_factors() for what is common. Lane b of sums is block b's.
-void set_shared_factors(uint8_t base, __m512i sums, const IntegerForm& weight, QuadFactor& quad, BlockFactor (&block)[kQuad]) {
-  const BlockFactor shared = block_factor(base, 0, weight);
-  const __m512i start =
-      _mm512_sub_epi32(_mm512_set1_epi32(kMagicBits), _mm512_mullo_epi32(_mm512_set1_epi32(weight.bias), sums));
-  constexpr __mmask16 kStart = 0x8888;  // the last member of four
-  static_assert(offsetof(BlockFactor, start) == 12 && sizeof(BlockFactor) == 16);
-  _mm512_storeu_si512(
-      block,
-      _mm512_mask_mov_epi32(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(&shared))), kStart, start));
-  const int32_t sum = _mm512_mask_reduce_add_epi32(kStart, sums);
-  quad = {shared.scale, -kMagic * shared.scale, kMagicBits - weight.bias * sum};
-}
-
-// Whether four blocks share a safe scale whatever their codes are; then `least` is its byte.
-bool share_safe_scale(const uint8_t* scale, uint8_t& least) {
-  const auto [low, high] = std::minmax({scale[0], scale[1], scale[2], scale[3]});
-  least = low;
-  return low >= kLeastSafeByte && high <= kLargestSafeByte && high - low <= kMaxShift;
-}
-
-// One row's quad: 64 packed bytes (zero beyond K) and its scales.
-template <class GroupQuad>
-void expand_row(const uint8_t* packed, const uint8_t* scale, const IntegerForm& weight, GroupQuad& out, int row) {
-  const __m512i bytes = _mm512_loadu_si512(packed);
-  Alignment alignment;
-  uint8_t least;
-  const bool shared = share_safe_scale(scale, least);
-  if (shared) {
-    alignment.level = Level::quad;
-    for (int b = 0; b < kQuad; ++b) alignment.shift[b] = static_cast<uint8_t>(scale[b] - least);
-  } else {
-    // A block is one 128-bit lane, four of the sixteen dwords.
-    const __mmask16 nonzero = _mm512_test_epi32_mask(bytes, _mm512_set1_epi8(0x77));
-    unsigned zero_blocks = 0;
-    for (int b = 0; b < kQuad; ++b) zero_blocks |= ((nonzero >> (4 * b) & 15u) == 0 ? 1u : 0u) << b;
-    alignment = align(scale, zero_blocks, kMaxShift);
-  }
-
-  const __m512i nibble = _mm512_set1_epi8(15);
-  __m512i low = _mm512_shuffle_epi8(twice_table(), _mm512_and_si512(bytes, nibble));
-  __m512i high = _mm512_shuffle_epi8(twice_table(), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble));
-  uint32_t shifts;
-  std::memcpy(&shifts, alignment.shift, sizeof(shifts));
-  if (shifts != 0) {
-    const __m512i lane = _mm512_set_epi64(0x0303030303030303, 0x0303030303030303, 0x0202020202020202, 0x0202020202020202,
-                                          0x0101010101010101, 0x0101010101010101, 0, 0);
-    const __m512i counts = _mm512_shuffle_epi8(_mm512_set1_epi32(static_cast<int>(shifts)), lane);
-    low = shift_bytes(low, counts);
-    high = shift_bytes(high, counts);
-  }
-  const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  _mm512_store_si512(out.at(row, 0), _mm512_permutex2var_epi32(low, first, high));
-  _mm512_store_si512(out.at(row, 64), _mm512_permutex2var_epi32(low, second, high));
-
-  const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, low), ones, high);
-  sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_CDAB));
-  sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_BADC));
-  if (shared) {
-    set_shared_factors(least, sum, weight, out.quad[row], out.block[row]);
-  } else {
-    alignas(16) int32_t sums[kQuad];
-    _mm_store_si128(reinterpret_cast<__m128i*>(sums), _mm512_castsi512_si128(_mm512_maskz_compress_epi32(0x1111, sum)));
-    set_factors(alignment, sums, weight, out.quad[row], out.block[row]);
-  }
-  out.level = row == 0 ? alignment.level : std::max(out.level, alignment.level);
-}
-
-// ---- W ----
-
 // How far ahead of its use a record of prepacked weights is fetched.
 constexpr int kPrefetchQuads = 4;
 
-// W4A4's factors are twice 2^ew, so that they are never subnormal.
+// The factors of integer products are twice 2^ew, so that they are never subnormal.
 constexpr int kFactorExponent = 1;
 
 // A quad of a strip: dword d of every column's packed bytes, and the dwords of four scale bytes. Of prepacked weights the codes

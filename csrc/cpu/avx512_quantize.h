@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantize and dequantize on AVX-512, four blocks at a time, in 16-bit lanes: a block is one vector of bfloat16. Wider inputs
-// are cut to bfloat16, with the last bit set where anything was cut off. No rounding of MXFP4 can tell the difference: all of
-// them look at the first two bits of a mantissa, and at whether the others are zero.
+// Quantize and dequantize on AVX-512.
+//
+// MXFP4 is quantized four blocks at a time, in 16-bit lanes: a block is one vector of bfloat16. Wider inputs are cut to
+// bfloat16, with the last bit set where anything was cut off. No rounding of MXFP4 can tell the difference: all of them look at
+// the first two bits of a mantissa, and at whether the others are zero. MXINT8 is quantized as float32, a group at a time.
 #pragma once
 #include "avx512_output.h"
 #include "generic_group_quant.h"
+#include "mxint8_groups.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -73,13 +76,13 @@ __m512i pack_two(__m512i a, __m512i b) {
   return _mm512_maddubs_epi16(_mm512_packus_epi16(a, b), _mm512_set1_epi16(0x1001));  // even + 16 * odd
 }
 
+// Bytes that four vectors of dwords (or words, by twos) were packed to: dword b of lane i is dword i of vector b.
+__m512i packed_order() { return _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0); }
+
 // Four blocks of codes to packed bytes; dwords outside the mask are zero.
 __m512i pack(const __m512i (&codes)[4], __mmask16 mask) {
   const __m512i ab = pack_two(codes[0], codes[1]), cd = pack_two(codes[2], codes[3]);
-  const __m512i bytes = _mm512_packus_epi16(ab, cd);
-  // Dword b of lane i is dword i of block b.
-  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  return _mm512_maskz_permutexvar_epi32(mask, order, bytes);
+  return _mm512_maskz_permutexvar_epi32(mask, packed_order(), _mm512_packus_epi16(ab, cd));
 }
 
 // Up to four blocks. Returns whether any may be wrong: one so small that 2^kLeastExponent * scale, or an element beside it, is
@@ -116,8 +119,7 @@ template <DType T>
   }
 }
 
-void quantize(const Quantize& given, Range blocks) {
-  const Quantize args = given;  // a copy: the bytes that are stored cannot change it
+void quantize_mxfp4(const Quantize& args, Range blocks) {
   with_dtype(args.dtype, [&](auto dtype) __attribute__((flatten)) {
     const __m512i rounding = _mm512_set1_epi16(static_cast<int16_t>(e8m0::rounding(args.to.mode) >> 16));
     int64_t block = blocks.begin;
@@ -126,6 +128,51 @@ void quantize(const Quantize& given, Range blocks) {
     if (block < blocks.end) small |= quantize_blocks<dtype>(args, rounding, block, static_cast<int>(blocks.end - block));
     if (small) requantize_small<dtype>(args, blocks);
   });
+}
+
+// ---- MXINT8 ----
+
+// Elements times the scale's reciprocal, which is two factors (format/mxint8.h), as the nearest integers.
+__m512i to_integers(__m512 x, const mxint8::Reciprocal& reciprocal) {
+  return _mm512_cvtps_epi32(
+      _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(reciprocal.first)), _mm512_set1_ps(reciprocal.second)));
+}
+
+// A group of kBlocks blocks, two vectors each.
+template <DType T, int kBlocks>
+[[gnu::always_inline]] inline void quantize_group(const Quantize& args, int64_t first) {
+  const char* const ahead = static_cast<const char*>(args.x) + first * kBlock * size_of(T) + kPrefetchBytes;
+  for (int line = 0; line < kBlocks * kBlock * size_of(T); line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+  __m512 x[2 * kQuad];
+  __m512i most = _mm512_setzero_si512();
+#pragma GCC unroll 8
+  for (int i = 0; i < 2 * kQuad; ++i) {
+    x[i] = i < 2 * kBlocks ? load_floats<T>(args.x, first * kBlock + 16 * i, 0xFFFF) : _mm512_setzero_ps();
+    most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(x[i]), _mm512_set1_epi32(0x7FFFFFFF)));
+  }
+  const uint8_t scale = mxint8::scale_byte(_mm512_reduce_max_epu32(most));
+  const mxint8::Reciprocal reciprocal = mxint8::reciprocal(scale);
+  const __mmask16 finite = scale == e8m0::kNan ? 0 : 0xFFFF;
+#pragma GCC unroll 2
+  for (int i = 0; i < 2 * kBlocks; i += 4) {
+    const __m512i ab = _mm512_packs_epi32(to_integers(x[i], reciprocal), to_integers(x[i + 1], reciprocal));
+    const __m512i cd = _mm512_packs_epi32(to_integers(x[i + 2], reciprocal), to_integers(x[i + 3], reciprocal));
+    const __m512i bytes = _mm512_maskz_permutexvar_epi32(finite, packed_order(), _mm512_packs_epi16(ab, cd));
+    const __mmask16 present = 2 * kBlocks - i >= 4 ? 0xFFFF : 0x00FF;
+    _mm512_mask_storeu_epi32(args.codes + first * kBlock + 16 * i, present, _mm512_max_epi8(bytes, _mm512_set1_epi8(-127)));
+  }
+  std::memset(args.scale + first, scale, kBlocks);
+}
+
+void quantize_mxint8(const Quantize& args, Range blocks) {
+  with_dtype(args.dtype, [&](auto dtype) {
+    for_groups(args, blocks, [&](int64_t first, auto count) { quantize_group<dtype, count>(args, first); });
+  });
+}
+
+void quantize(const Quantize& given, Range blocks) {
+  const Quantize args = given;  // a copy: the bytes that are stored cannot change it
+  args.to.format == Format::mxint8 ? quantize_mxint8(args, blocks) : quantize_mxfp4(args, blocks);
 }
 
 // ---- dequantize ----
@@ -156,10 +203,23 @@ void dequantize_block(const Dequantize& args, int64_t block) {
   }
 }
 
+// The same for a block of int8 codes. A code times 2^(e - 6) is exact, or Inf.
+template <DType T>
+void dequantize_int8_block(const Dequantize& args, int64_t block) {
+  const uint8_t scale = args.scale[block];
+  const float unit = scale == e8m0::kNan ? float_of(kNanBits) : pow2(e8m0::exponent(scale) + integer_exponent(Format::mxint8));
+  for (int64_t i = block * kBlock; i < (block + 1) * kBlock; i += 16) {
+    const __m512i codes = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(args.codes + i)));
+    store_floats<T>(args.out, i, 0xFFFF, _mm512_mul_ps(_mm512_cvtepi32_ps(codes), _mm512_set1_ps(unit)));
+  }
+}
+
 void dequantize(const Dequantize& given, Range blocks) {
   const Dequantize args = given;
   with_dtype(args.dtype, [&](auto dtype) {
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) dequantize_block<dtype>(args, block);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      args.format == Format::mxint8 ? dequantize_int8_block<dtype>(args, block) : dequantize_block<dtype>(args, block);
+    }
   });
 }
 

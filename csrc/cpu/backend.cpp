@@ -23,7 +23,7 @@ namespace {
 // Blocks per task: 64 KiB of float32 input, so that starting a task costs little beside it.
 constexpr int64_t kBlocksPerTask = 512;
 // Rows whose activations are expanded at a time, which bounds the memory of a call: for each 1024 of K, 1.7 KiB a row for W4A4
-// and 4 KiB for W4A16.
+// and W4A8, 4 KiB for W4A16.
 constexpr int64_t kChunkRows = 1024;
 // Multiplications that are worth a thread, and blocks of A.
 constexpr int64_t kTaskWork = int64_t{1} << 18, kExpandBlocks = 2048;
@@ -49,12 +49,11 @@ class NativeBackend final : public Backend {
   NativeBackend(const KernelTable& kernels, ParallelFor parallel_for)
       : kernels_(kernels), parallel_for_(std::move(parallel_for)) {}
 
-  void quantize(const Quantize& args) const override { over_blocks(args, kernels_.quantize); }
-  void dequantize(const Dequantize& args) const override { over_blocks(args, kernels_.dequantize); }
-  void group_quantize(const GroupQuantize& args) const override { over_blocks(args, kernels_.group_quantize); }
+  void quantize(const Quantize& args) const override { over_blocks(args, group_blocks(args.to), kernels_.quantize); }
+  void dequantize(const Dequantize& args) const override { over_blocks(args, 1, kernels_.dequantize); }
+  void group_quantize(const GroupQuantize& args) const override { over_blocks(args, 1, kernels_.group_quantize); }
 
   std::optional<std::string> refusal(const Product& product) const override {
-    if (product.activations.to.format == Format::mxint8) return "cannot be multiplied with MXINT8 activations yet";
     if (product.weight.form != WeightForm::expanded) return std::nullopt;
     return kNoExpandedForm;
   }
@@ -113,11 +112,15 @@ class NativeBackend final : public Backend {
     });
   }
 
+  // All blocks; no group of neighbours in a row is cut.
   template <class Args>
-  void over_blocks(const Args& args, void (*kernel)(const Args&, Range)) const {
-    parallel_for_(args.rows * (args.k / kBlock), kBlocksPerTask, [&](int64_t begin, int64_t end) {
+  void over_blocks(const Args& args, int group, void (*kernel)(const Args&, Range)) const {
+    const int64_t row_blocks = args.k / kBlock, row_groups = ceil_div(row_blocks, group);
+    if (row_blocks == 0) return;
+    const auto first_block = [&](int64_t i) { return i / row_groups * row_blocks + i % row_groups * group; };
+    parallel_for_(args.rows * row_groups, ceil_div(kBlocksPerTask, group), [&](int64_t begin, int64_t end) {
       const DefaultFloatEnvironment environment;
-      kernel(args, {begin, end});
+      kernel(args, {first_block(begin), first_block(end)});
     });
   }
 

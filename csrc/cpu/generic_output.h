@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The end of a row of output, one element at a time.
 #pragma once
-#include "simd_includes.h"
+#include "with_dtype.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -14,6 +14,12 @@ void finish_scalars(const Output& out, int64_t n, int64_t row, Range columns, co
     if (bias.data != nullptr) value += bias.data[row * bias.row_stride + column * bias.column_stride];
     store<T>(out.y, row * n + column, value);
   }
+}
+
+void finish_row_scalars(const Product& product, int64_t row, int64_t column, int columns, const float* acc) {
+  with_dtype(product.output.dtype, [&](auto dtype) {
+    finish_scalars<dtype>(product.output, product.weight.n, row, {column, column + columns}, acc);
+  });
 }
 
 }  // namespace

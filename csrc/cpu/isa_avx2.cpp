@@ -5,7 +5,6 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 #include "avx2_gemm.h"
-#include "generic_quantize.h"
 #include "generic_w4a16.h"
 
 namespace xpu_fp4::cpu {
@@ -18,7 +17,7 @@ const ProductKernels& product(Format activations, int64_t) {
 }
 }  // namespace
 
-const KernelTable kAvx2 = {"avx2", supported, quantize, group_quantize, dequantize, product};
+const KernelTable kAvx2 = {"avx2", supported, quantize, group_quantize, dequantize_scalars, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "generic_quantize.h"
+#include "generic_gemm.h"
 #include "generic_w4a16.h"
-#include "generic_w4a4.h"
 
 namespace xpu_fp4::cpu {
 
@@ -12,6 +11,6 @@ const ProductKernels& product(Format activations, int64_t) {
 }
 }  // namespace
 
-const KernelTable kPortable = {"portable", [] { return true; }, quantize, group_quantize, dequantize, product};
+const KernelTable kPortable = {"portable", [] { return true; }, quantize_scalars, group_quantize, dequantize_scalars, product};
 
 }  // namespace xpu_fp4::cpu

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../backend.h"
+#include "../format/block.h"
 
 namespace xpu_fp4::cpu {
 
@@ -14,6 +15,9 @@ namespace xpu_fp4::cpu {
 struct Range {
   int64_t begin, end;
 };
+
+/// Neighbouring blocks of a row that are quantized together, so that they share a scale; the last of a row may be fewer.
+constexpr int group_blocks(const Quantizer& to) { return to.format == Format::mxint8 ? to.group / kBlock : 1; }
 
 class Rectangles;
 
@@ -35,7 +39,7 @@ struct ProductKernels {
 struct KernelTable {
   const char* isa;
   bool (*supported)();
-  /// Blocks [begin, end) of the rows * k / 32 blocks of the input.
+  /// Blocks [begin, end) of the rows * k / 32 blocks of the input; quantize: whole groups of them.
   void (*quantize)(const Quantize&, Range blocks);
   void (*group_quantize)(const GroupQuantize&, Range blocks);
   void (*dequantize)(const Dequantize&, Range blocks);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loop nest of W4A4 and W4A16 around an instruction set's tile. Included by the files that are compiled for one instruction
+// The loop nest of all products around an instruction set's tile. Included by the files that are compiled for one instruction
 // set; all of it has internal linkage.
 //
 // A is expanded once, group of rows by group of rows. Then a thread takes one rectangle of Y after the other: for each of its
@@ -47,24 +47,6 @@ void expand_group(const Activations& source, int64_t first_row, int rows, void* 
     }
     Isa::pad(*out, rows);
   }
-}
-
-// Calls function(packed, scale) with 64 packed bytes and the four scales of a row's quad, which begins at a block of A and has
-// so many: as they lie, padded with zeros, or quantized on the way.
-template <void (*quantize)(const Quantize&, Range), class Function>
-void with_codes(const Activations& source, int64_t block, int blocks, const Function& function) {
-  const auto* codes = static_cast<const uint8_t*>(source.data) + block * kBlockBytes;
-  const uint8_t* scales = source.scale + block;
-  if (source.are_codes && blocks == kQuad) return function(codes, scales);
-  alignas(64) uint8_t packed[kQuadBytes] = {}, scale[kQuad] = {e8m0::kBias, e8m0::kBias, e8m0::kBias, e8m0::kBias};
-  if (source.are_codes) {
-    std::memcpy(packed, codes, static_cast<size_t>(blocks * kBlockBytes));
-    std::memcpy(scale, scales, static_cast<size_t>(blocks));
-  } else {
-    const void* x = static_cast<const char*>(source.data) + block * kBlock * size_of(source.dtype);
-    quantize({x, source.dtype, source.to, 1, blocks * kBlock, packed, scale}, {0, blocks});
-  }
-  function(packed, scale);
 }
 
 template <class Isa>

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the W4A4 kernels multiply: both operands as small integers with float32 factors, a quad (K = 128) at a time.
+// What the W4A4 and W4A8 kernels multiply: both operands as small integers with float32 factors, a quad (K = 128) at a time.
 //
-// A stored integer is twice the element, shifted left by up to three bits so that neighbouring blocks share a scale. Where all
+// A stored integer of MXFP4 is twice the element, shifted left by up to three bits so that neighbouring blocks share a scale;
+// one of MXINT8 is the code, which fills its byte, so that neighbours share a scale only where theirs are equal. Where all
 // blocks of a quad do (Level::quad), the quad's sum is one integer and costs one conversion; Level::pair and Level::block
 // convert two and four sums; Level::general also guards against overflow and underflow. All four give the bits of
 // format/accumulate.h: while the four scales of a quad share an exponent window, no addition but the defined ones rounds.
 //
-// K is stored in the order of the packed bytes: the low nibbles of four bytes (elements 0 2 4 6 of eight), then the high ones.
+// K is stored in the order of W's packed bytes: the low nibbles of four bytes (elements 0 2 4 6 of eight), then the high ones.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -21,10 +22,12 @@ namespace xpu_fp4::cpu {
 
 enum class Level : uint8_t { quad, pair, block, general };
 
-/// Shifts of up to three bits: 12 << 3 = 96 fits int8.
+/// Shifts of up to three bits: 12 << 3 = 96 fits int8. Integers of MXINT8 cannot be shifted.
 constexpr int kMaxShift = 3;
-/// Scale bytes with which no product and no sum of four leaves the normal float32 range: 2^(-55-55-2) up, and
-/// 2^(55+55-2) * 4 * 4608 < 2^123 down.
+constexpr int max_shift(Format format) { return format == Format::mxint8 ? 0 : kMaxShift; }
+
+/// Scale bytes with which no product and no sum of four leaves the normal float32 range. Of W4A4: 2^(-55-55-2) up to
+/// 2^(55+55-2) * 4 * 4608 < 2^123. Of W4A8: 2^(-55-55-7) up to 2^(55+55-7) * 4 * 49152 < 2^121.
 constexpr uint8_t kLeastSafeByte = e8m0::kBias - 55, kLargestSafeByte = e8m0::kBias + 55;
 
 /// 1.5 * 2^23: an integer below 2^22 added to its bits gives the float 1.5 * 2^23 + integer, so a sum that starts here needs
@@ -32,6 +35,13 @@ constexpr uint8_t kLeastSafeByte = e8m0::kBias - 55, kLargestSafeByte = e8m0::kB
 constexpr float kMagic = 12582912.0f;
 constexpr int32_t kMagicBits = 0x4B400000;
 static_assert(bits_of(kMagic) == kMagicBits);
+
+/// The largest sum of a quad's integers: 128 * 96 * 96 = 1179648 of W4A4, 128 * 128 * 96 = 1572864 of W4A8.
+constexpr int largest_sum(Format activations) {
+  const int a = largest_integer(activations) << max_shift(activations), w = largest_integer(Format::mxfp4) << kMaxShift;
+  return kQuadElements * a * w;
+}
+static_assert(largest_sum(Format::mxfp4) < 1 << 22 && largest_sum(Format::mxint8) < 1 << 22);
 
 /// What the four blocks of a quad of one row share, or do not. Block b's integers are shifted left by shift[b] and its
 /// remaining scale is byte base[b].
@@ -61,8 +71,8 @@ constexpr Alignment align(const uint8_t* scale, unsigned zero_blocks, int max_sh
   };
   if (least(0, 4) < kLeastSafeByte || spread(0, 4) > kLargestSafeByte - least(0, 4)) {
     out.level = Level::general;
-  } else if (spread(0, 4) > max_shift || max_shift == 0) {
-    out.level = spread(0, 2) > max_shift || spread(2, 2) > max_shift || max_shift == 0 ? Level::block : Level::pair;
+  } else if (spread(0, 4) > max_shift) {
+    out.level = spread(0, 2) > max_shift || spread(2, 2) > max_shift ? Level::block : Level::pair;
   }
   const int shared = out.level == Level::quad ? 4 : out.level == Level::pair ? 2 : 1;
   for (int b = 0; b < kQuad; ++b) {
@@ -72,10 +82,15 @@ constexpr Alignment align(const uint8_t* scale, unsigned zero_blocks, int max_sh
   return out;
 }
 
-/// How W is stored: integers so much too large, and factors 2^(ew + factor_exponent), which is at most 2^127.
+/// How a product's integers are stored: W's are `bias` too large, and a sum of products times 2^(ea + exponent) times W's
+/// factor is what it stands for.
 struct IntegerForm {
-  int bias, factor_exponent;
+  int bias, exponent;
 };
+/// W's factors are 2^(ew + factor_exponent), which is at most 2^127.
+constexpr IntegerForm integer_form(Format activations, int bias, int factor_exponent) {
+  return {bias, integer_exponent(activations) + integer_exponent(Format::mxfp4) - factor_exponent};
+}
 
 /// Scales and corrections of a row of A where its quad is summed as one integer. `offset` undoes kMagic; `start` is where the
 /// integer sum starts, kMagicBits less the bias of W's integers.
@@ -84,9 +99,9 @@ struct QuadFactor {
   int32_t start;
 };
 
-/// The same for one block. The factors two of the integers are undone here: with W's factors 2^ew, scale * rest is 2^(ea - 2).
-/// The scale is normal and an integer below 2^22 times it is finite: rest is 1 but for the least and the largest scales. A
-/// column's factor below `underflow` may give a subnormal product.
+/// The same for one block. What the integers are too large by is undone here: with W's factors 2^ew, scale * rest is 2^(ea - 2)
+/// of MXFP4 and 2^(ea - 7) of MXINT8. The scale is normal and an integer below 2^22 times it is finite: rest is 1 but for the
+/// least and the largest scales. A column's factor below `underflow` may give a subnormal product.
 struct BlockFactor {
   float scale, rest, underflow;
   int32_t start;
@@ -106,21 +121,25 @@ struct alignas(64) ActivationQuad {
 
   int8_t* at(int row, int position) { return codes[position / kRun][row] + position % kRun; }
   const int8_t* at(int row, int position) const { return codes[position / kRun][row] + position % kRun; }
+
+  /// The quad's level is its rows' highest; rows are set in ascending order.
+  void set_level(int row, Level of_row) { level = row == 0 ? of_row : std::max(level, of_row); }
 };
 
-constexpr BlockFactor block_factor(uint8_t base, int32_t start, const IntegerForm& weight) {
+/// The factor of a block whose remaining scale is byte `base`; e is -135 .. 125.
+constexpr BlockFactor block_factor(uint8_t base, int32_t start, const IntegerForm& form) {
   if (base == e8m0::kNan) return {float_of(kNanBits), 1.0f, 0.0f, start};
-  const int e = e8m0::exponent(base) - 2 - weight.factor_exponent, kept = std::clamp(e, -126, 100);
+  const int e = e8m0::exponent(base) + form.exponent, kept = std::clamp(e, -126, 100);
   const int underflow = -126 - e;
   return {pow2(kept), pow2(e - kept), underflow < -149 ? 0.0f : pow2(underflow), start};
 }
 
 /// Fills a row's factors. sums[b] is the sum of block b's stored integers.
-constexpr void set_factors(const Alignment& row, const int32_t* sums, const IntegerForm& weight, QuadFactor& quad,
+constexpr void set_factors(const Alignment& row, const int32_t* sums, const IntegerForm& form, QuadFactor& quad,
                            BlockFactor* block) {
-  for (int b = 0; b < kQuad; ++b) block[b] = block_factor(row.base[b], kMagicBits - weight.bias * sums[b], weight);
+  for (int b = 0; b < kQuad; ++b) block[b] = block_factor(row.base[b], kMagicBits - form.bias * sums[b], form);
   const float scale = block[0].scale * block[0].rest;
-  quad = {scale, -kMagic * scale, kMagicBits - weight.bias * (sums[0] + sums[1] + sums[2] + sums[3])};
+  quad = {scale, -kMagic * scale, kMagicBits - form.bias * (sums[0] + sums[1] + sums[2] + sums[3])};
 }
 
 /// A quad of a strip of W as the inner loops read it: step s holds, of every column, four K whose activations are dword s of a

@@ -15,6 +15,7 @@
 
 #include "../format/accumulate.h"
 #include "../format/block.h"
+#include "../format/mxint8.h"
 #include "kernels.h"
 #include "panels.h"
 #include "prepack.h"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MXFP4 (OCP Microscaling Formats v1.0) for PyTorch on Intel XPUs and CPUs: quantize, W4A4 and W4A16 linear layers.
+"""MXFP4 (OCP Microscaling Formats v1.0) for PyTorch on Intel XPUs and CPUs: quantize, linear layers in W4A4, W4A8 and W4A16.
 
 The ops are `torch.ops.xpu_fp4.*`; importing this package registers them, and the names that vLLM calls (see `compat`).
 """
@@ -12,7 +12,7 @@ from ._version import __version__
 from .backends import Backend, backends, cpu_backend
 from .compat import override_vllm_ops
 from .convert import expand_, quantize_
-from .functional import Mode, ScaleMode, dequantize, expand, linear, linear_prepacked, prepack, quantize, unprepack
+from .functional import Group, Mode, ScaleMode, dequantize, expand, linear, linear_prepacked, prepack, quantize, unprepack
 from .modules import MXFP4Linear
 from .warmup import warmup
 
@@ -31,6 +31,7 @@ else:
 
 __all__ = [
     "Backend",
+    "Group",
     "MXFP4Linear",
     "Mode",
     "ScaleMode",

@@ -6,7 +6,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from .functional import Mode, ScaleMode
+from ._library import BLOCK
+from .functional import Group, Mode, ScaleMode, modes_of
 from .modules import MXFP4Linear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,6 +24,7 @@ def quantize_(
     *,
     mode: Mode = "w4a4",
     scale_mode: ScaleMode = "even",
+    group: Group = 128,
     filter_fn: Filter = all_but_lm_head,
     progress: bool = False,
 ) -> Model:
@@ -30,7 +32,7 @@ def quantize_(
 
     Args:
         model: any module that contains nn.Linear; subclasses of nn.Linear are left alone, since their owners look inside them.
-        mode, scale_mode: as for MXFP4Linear.
+        mode, scale_mode, group: as for MXFP4Linear.
         filter_fn: called with (module, its dotted name) for every nn.Linear; those for which it is false stay.
         progress: whether to draw a progress bar.
 
@@ -43,9 +45,9 @@ def quantize_(
     linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear]
     chosen = [(name, linear) for name, linear in linears if filter_fn(linear, name)]
     for name, linear in chosen:
-        if linear.in_features % 32 != 0:
+        if linear.in_features % BLOCK != 0:
             raise ValueError(
-                f"{name} has in_features {linear.in_features}, expected a multiple of 32: leave it out by filter_fn"
+                f"{name} has in_features {linear.in_features}, expected a multiple of {BLOCK}: leave it out by filter_fn"
             )
     if progress:
         from rich.progress import track
@@ -56,14 +58,14 @@ def quantize_(
     replacement: dict[nn.Linear, MXFP4Linear] = {}
     for name, linear in steps:
         if linear not in replacement:
-            replacement[linear] = MXFP4Linear.from_linear(linear, mode=mode, scale_mode=scale_mode)
+            replacement[linear] = MXFP4Linear.from_linear(linear, mode=mode, scale_mode=scale_mode, group=group)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, replacement[linear])
     return model
 
 
 def expand_(model: Model) -> Model:
-    """Calls `expand_` of every MXFP4Linear of mode `w4a4`, and returns the model.
+    """Calls `expand_` of every MXFP4Linear of mode `w4a4` or `w4a8`, and returns the model.
 
     On a GPU that is faster prefill for three times the memory of weights.
 
@@ -71,6 +73,6 @@ def expand_(model: Model) -> Model:
         RuntimeError: a weight's device has no expanded form.
     """
     for module in model.modules():
-        if isinstance(module, MXFP4Linear) and module.mode == "w4a4":
+        if isinstance(module, MXFP4Linear) and module.mode in modes_of("expanded"):
             module.expand_()
     return model

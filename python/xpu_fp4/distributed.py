@@ -24,11 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from .backends import cpu_backend_name
-from .functional import linear, linear_prepacked, unprepack
+from ._library import BLOCK
 from .modules import _WEIGHTS, MXFP4Linear
-
-BLOCK = 32
 
 
 class _ShardedLinear(MXFP4Linear):
@@ -37,34 +34,20 @@ class _ShardedLinear(MXFP4Linear):
     mesh: DeviceMesh
     placement: Shard
 
-    def local_features(self) -> tuple[int, int]:
-        """N and K of this rank's shard."""
+    def _shape(self) -> tuple[int, int]:
         shape = [self.out_features, self.in_features]
         shape[self.placement.dim] //= self.mesh.size()
         return shape[0], shape[1]
 
-    def _unprepacked(self) -> tuple[Tensor, Tensor]:
-        assert self._prepacked is not None
-        shards = unprepack(self._prepacked, *self.local_features())
-        packed, scale = (DTensor.from_local(t, self.mesh, [self.placement], run_check=False) for t in shards)
-        return packed, scale
+    def _to_local(self, parameter: Tensor) -> Tensor:
+        local: Tensor = cast(DTensor, parameter).to_local()
+        return local
 
-    def _stored_weight(self) -> tuple[Tensor, Tensor]:
-        packed, scale = (cast(DTensor, getattr(self, name)).to_local() for name in _WEIGHTS)
-        return packed, scale
+    def _from_local(self, tensor: Tensor) -> Tensor:
+        return DTensor.from_local(tensor, self.mesh, [self.placement], run_check=False)
 
-    def _can_prepack(self) -> bool:
-        return self.mesh.device_type == "cpu" and cpu_backend_name() == "native"
-
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        unpacked = self._prepacked is None and self._expanded is None
-        if unpacked and not torch.compiler.is_compiling() and self._can_prepack():
-            self.prepack_()
-        if self._prepacked is None:
-            weight, mode, scale_mode = self._stored_weight(), self.mode, self.scale_mode
-            return linear(x, *weight, bias, mode=mode, scale_mode=scale_mode, expanded=self._expanded)
-        n, _ = self.local_features()
-        return linear_prepacked(x, self._prepacked, n, bias, mode=self.mode, scale_mode=self.scale_mode)
+    def _may_prepack(self) -> bool:
+        return True  # the DTensors are its own
 
     def _local_bias(self) -> Tensor | None:
         return self.bias.to_local() if isinstance(self.bias, DTensor) else None

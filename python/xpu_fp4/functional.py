@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops as typed functions. The same as `torch.ops.xpu_fp4.*`; errors are RuntimeError and name the argument."""
 
-from typing import Literal, get_args
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +13,77 @@ ScaleMode = Literal["floor", "ceil", "even", "rceil"]
 """How a block's scale follows from its largest magnitude f * 2^E: 2^(E-2), doubled if f > 1 (ceil), f >= 1.75 (even) or f > 1.5
 (rceil). floor is the OCP specification's rule, even that of compressed-tensors and Quark checkpoints."""
 
-Mode = Literal["w4a4", "w4a16"]
-"""Whether a linear quantizes its input to MXFP4 as well as its weight."""
+Mode = Literal["w4a4", "w4a8", "w4a16"]
+"""What a linear with MXFP4 weights makes of its input: MXFP4, MXINT8 (8-bit integers under the scales of MXFP4), nothing."""
+
+Group = Literal[32, 128]
+"""Elements of the input that share an MXINT8 scale: one block, as OCP has it, or four neighbouring blocks."""
+
+Form = Literal["stored", "prepacked", "expanded"]
+"""How a weight lies in memory: as checkpoints store it, as `prepack` gives it, or as stored and as `expand` gives it."""
+
+
+class _Product(NamedTuple):
+    """A mode's ops. Each takes (x, the weight's operands, bias, options)."""
+
+    options: tuple[str, ...]  # how x is quantized
+    ops: dict[Form, Any]
+
+
+_PRODUCTS: dict[Mode, _Product] = {
+    "w4a4": _Product(
+        ("scale_mode",),
+        {"stored": ops.mxfp4_linear, "prepacked": ops.mxfp4_linear_prepacked, "expanded": ops.mxfp4_linear_expanded},
+    ),
+    "w4a8": _Product(
+        ("group",),
+        {
+            "stored": ops.mxfp4_linear_w4a8,
+            "prepacked": ops.mxfp4_linear_w4a8_prepacked,
+            "expanded": ops.mxfp4_linear_w4a8_expanded,
+        },
+    ),
+    "w4a16": _Product((), {"stored": ops.mxfp4_linear_w4a16, "prepacked": ops.mxfp4_linear_w4a16_prepacked}),
+}
 
 
 def check_mode(mode: str) -> None:
-    if mode not in get_args(Mode):
-        raise ValueError(f'mode is {mode!r}, expected "w4a4" or "w4a16"')
+    if mode not in _PRODUCTS:
+        raise ValueError(f"mode is {mode!r}, expected {_either(_PRODUCTS)}")
+
+
+def options_of(mode: Mode) -> tuple[str, ...]:
+    """The arguments of `linear` that say how x is quantized in that mode."""
+    return _PRODUCTS[mode].options
+
+
+def modes_of(form: Form) -> list[Mode]:
+    """The modes that have a product with a weight of that form."""
+    return [mode for mode, product in _PRODUCTS.items() if form in product.ops]
+
+
+def multiply(
+    form: Form, operands: tuple[Tensor | int, ...], x: Tensor, bias: Tensor | None, mode: Mode, **options: object
+) -> Tensor:
+    """The product of x and a weight, by the op for that mode and form.
+
+    Args:
+        operands: what the op takes of the weight.
+        options: those of every mode; the mode's own are passed on.
+
+    Raises:
+        ValueError: there is no such mode, or it has no product with a weight of that form.
+    """
+    check_mode(mode)
+    product = _PRODUCTS[mode]
+    if form not in product.ops:
+        raise ValueError(f"an {form} weight is for mode {_either(modes_of(form))}, got mode {mode!r}")
+    out: Tensor = product.ops[form](x, *operands, bias, *[options[name] for name in product.options])
+    return out
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(f'"{name}"' for name in names)
 
 
 def quantize(x: Tensor, scale_mode: ScaleMode = "even") -> tuple[Tensor, Tensor]:
@@ -45,28 +110,22 @@ def linear(
     *,
     mode: Mode = "w4a4",
     scale_mode: ScaleMode = "even",
+    group: Group = 128,
     expanded: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] @ weight [N, K]^T + bias [N] -> [..., N] of x's dtype; weight as codes [N, K/2] and scales [N, K/32].
 
-    `w4a4` quantizes x with scale_mode, and its result is defined to the bit; `w4a16` takes x as it is and sums in float32.
-    expanded: what `expand` gave for this weight, for mode `w4a4`; the result is the same bits.
+    `w4a4` quantizes x to MXFP4 with scale_mode, `w4a8` to MXINT8 with a scale for each `group` of a row; their results are
+    defined to the bit. `w4a16` takes x as it is and sums in float32.
+    expanded: what `expand` gave for this weight, for modes `w4a4` and `w4a8`; the result is the same bits.
 
     Raises:
-        ValueError: mode is neither, or `w4a16` with an expanded weight.
+        ValueError: there is no such mode, or it has no product with an expanded weight.
         RuntimeError: an argument does not fit; the message names it.
     """
-    check_mode(mode)
-    out: Tensor
-    if expanded is not None:
-        if mode != "w4a4":
-            raise ValueError(f'an expanded weight is for mode "w4a4", got mode {mode!r}')
-        out = ops.mxfp4_linear_expanded(x, weight, weight_scale, expanded, bias, scale_mode)
-    elif mode == "w4a4":
-        out = ops.mxfp4_linear(x, weight, weight_scale, bias, scale_mode)
-    else:
-        out = ops.mxfp4_linear_w4a16(x, weight, weight_scale, bias)
-    return out
+    form: Form = "stored" if expanded is None else "expanded"
+    operands = (weight, weight_scale) if expanded is None else (weight, weight_scale, expanded)
+    return multiply(form, operands, x, bias, mode, scale_mode=scale_mode, group=group)
 
 
 def expand(weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -105,12 +164,7 @@ def linear_prepacked(
     *,
     mode: Mode = "w4a4",
     scale_mode: ScaleMode = "even",
+    group: Group = 128,
 ) -> Tensor:
     """`linear` with a weight from `prepack` of out_features rows."""
-    check_mode(mode)
-    out: Tensor
-    if mode == "w4a4":
-        out = ops.mxfp4_linear_prepacked(x, weight, out_features, bias, scale_mode)
-    else:
-        out = ops.mxfp4_linear_w4a16_prepacked(x, weight, out_features, bias)
-    return out
+    return multiply("prepacked", (weight, out_features), x, bias, mode, scale_mode=scale_mode, group=group)

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """A drop-in for nn.Linear whose weight is MXFP4."""
 
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .backends import cpu_backend_name
-from .functional import Mode, ScaleMode, check_mode, dequantize, expand, linear, linear_prepacked, prepack, quantize, unprepack
+from ._library import BLOCK
+from .functional import Group, Mode, ScaleMode, check_mode, dequantize, modes_of, options_of, quantize
+from .weight import PackedWeight
 
 _WEIGHTS = ("weight_packed", "weight_scale")
 
 
 class MXFP4Linear(nn.Module):
-    """y = x @ W^T + bias with W in MXFP4 and, in mode `w4a4`, x quantized to MXFP4 on the way in.
+    """y = x @ W^T + bias with W in MXFP4; x is quantized to MXFP4 (mode `w4a4`), to MXINT8 (`w4a8`) or not (`w4a16`).
 
     Parameters carry the names and the layout of compressed-tensors' `mxfp4-pack-quantized`, so a state_dict is that checkpoint
     format: `weight_packed` uint8 [N, K/2], `weight_scale` uint8 [N, K/32] (2^(byte - 127)), `bias` [N]. A new module is all
@@ -25,11 +28,15 @@ class MXFP4Linear(nn.Module):
     reading them, `state_dict` and `load_state_dict` go on as before. On a GPU the weight stays as it is; `expand_` keeps a
     second form beside it.
 
+    Threads may share a module: run its first forward together, and copy, pickle, move, save, load, prepack and expand it
+    meanwhile. Where the weight stays as it is, loading and moving change tensors in place, as nn.Linear does.
+
     Args:
         in_features, out_features: K (a multiple of 32) and N.
         bias: whether there is one.
-        mode: `w4a4` or `w4a16`.
+        mode: `w4a4`, `w4a8` or `w4a16`. The weight is the same, so the attribute may be set later.
         scale_mode: the scale rule for x in mode `w4a4`.
+        group: how many elements of x share a scale in mode `w4a8`, 32 or 128.
         device, dtype: of the parameters; dtype is the bias's.
     """
 
@@ -43,24 +50,27 @@ class MXFP4Linear(nn.Module):
         *,
         mode: Mode = "w4a4",
         scale_mode: ScaleMode = "even",
+        group: Group = 128,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if in_features % 32 != 0:
-            raise ValueError(f"in_features is {in_features}, expected a multiple of 32")
+        if in_features % BLOCK != 0:
+            raise ValueError(f"in_features is {in_features}, expected a multiple of {BLOCK}")
         check_mode(mode)
         self.in_features = in_features
         self.out_features = out_features
         self.mode = mode
         self.scale_mode = scale_mode
-        self.weight_packed = _frozen(torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
-        self.weight_scale = _frozen(torch.zeros(out_features, in_features // 32, dtype=torch.uint8, device=device))
-        self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.group = group
+        self._lock = threading.RLock()
         self._prepacked: Tensor | None
         self.register_buffer("_prepacked", None, persistent=False)
         self._expanded: Tensor | None
         self.register_buffer("_expanded", None, persistent=False)
+        self.weight_packed = _frozen(torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
+        self.weight_scale = _frozen(torch.zeros(out_features, in_features // BLOCK, dtype=torch.uint8, device=device))
+        self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
     def from_linear(
@@ -69,6 +79,7 @@ class MXFP4Linear(nn.Module):
         *,
         mode: Mode = "w4a4",
         scale_mode: ScaleMode = "even",
+        group: Group = 128,
     ) -> "MXFP4Linear":
         """Quantizes the weight of an nn.Linear (round to nearest, scale_mode for its scales too). Copies the bias."""
         module = cls(
@@ -77,6 +88,7 @@ class MXFP4Linear(nn.Module):
             source.bias is not None,
             mode=mode,
             scale_mode=scale_mode,
+            group=group,
             device="meta",
         )
         codes, scale = quantize(source.weight.detach(), scale_mode)
@@ -97,25 +109,23 @@ class MXFP4Linear(nn.Module):
         Memory stays what it was, with N rounded up to a multiple of 16 and K to one of 128. The weight must be on the CPU
         (RuntimeError). Does nothing the second time.
         """
-        if self._prepacked is None:
-            self._drop_expanded()
-            self._prepacked = prepack(*self._stored_weight())
-            for name in _WEIGHTS:
-                delattr(self, name)
+        with self._locked():
+            self._hold_prepacked(self._weight().prepacked())
         return self
 
     def unprepack_(self) -> "MXFP4Linear":
         """Makes `weight_packed` and `weight_scale` parameters again: to shard them, to move the module to another device."""
-        if self._prepacked is not None:
-            tensors = self._unprepacked()
-            self._prepacked = None
-            for name, tensor in zip(_WEIGHTS, tensors, strict=True):
-                setattr(self, name, _frozen(tensor))
+        with self._locked():
+            if self._prepacked is not None:
+                # A dict of its own, and before the strips go: other threads may be reading either.
+                weights = zip(_WEIGHTS, map(_frozen, self._stored()), strict=True)
+                self._parameters = {**dict(weights), **self._parameters}
+                self._prepacked = None
         return self
 
     @property
     def is_expanded(self) -> bool:
-        """Whether the weight is also kept in the form that W4A4 products for many rows read on a GPU."""
+        """Whether the weight is also kept in the form that W4A4 and W4A8 products for many rows read on a GPU."""
         return self._expanded is not None
 
     def expand_(self) -> "MXFP4Linear":
@@ -126,88 +136,134 @@ class MXFP4Linear(nn.Module):
         it anew.
 
         Raises:
-            ValueError: mode is not `w4a4`.
+            ValueError: mode is `w4a16`.
             RuntimeError: the weight's device has no such form (see `xpu_fp4.expand`).
         """
-        if self.mode != "w4a4":
-            raise ValueError(f"an expanded weight is for mode 'w4a4', got a module of mode {self.mode!r}")
-        self.unprepack_()
-        self._expanded = expand(*self._stored_weight())
+        modes = modes_of("expanded")
+        if self.mode not in modes:
+            expected = " or ".join(map(repr, modes))
+            raise ValueError(f"an expanded weight is for mode {expected}, got a module of mode {self.mode!r}")
+        with self._locked():
+            self.unprepack_()
+            self._expanded = self._weight().expanded().tensors[-1]
         return self
 
-    def _stored_weight(self) -> tuple[Tensor, Tensor]:
-        return self.weight_packed.detach(), self.weight_scale.detach()
+    def _locked(self) -> AbstractContextManager[object]:
+        """What every change of the weight's form holds. A trace cannot take a lock, and changes no form."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
 
-    def _unprepacked(self) -> tuple[Tensor, Tensor]:
-        assert self._prepacked is not None
-        return unprepack(self._prepacked, self.out_features, self.in_features)
+    def _weight(self) -> PackedWeight:
+        """The weight in the form that it has now; with the lock held, since it takes several reads."""
+        if self._prepacked is not None:
+            return PackedWeight("prepacked", *self._shape(), (self._prepacked,))
+        return PackedWeight.stored(self._to_local(self.weight_packed), self._to_local(self.weight_scale), self._expanded)
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """What the parameters hold or, of a prepacked module, would hold; with the lock held."""
+        codes, scale = self._weight().stored_tensors()
+        return self._from_local(codes), self._from_local(scale)
+
+    def _hold_prepacked(self, weight: PackedWeight) -> None:
+        # The strips are there before the parameters go, and those go with their dict: other threads may be reading either.
+        self._prepacked, self._expanded = weight.tensors[0], None
+        self._parameters = {name: p for name, p in self._parameters.items() if name not in _WEIGHTS}
+
+    def _as_stored(self) -> None:
+        """The parameters, and nothing that was made of them; with the lock held."""
+        self.unprepack_()
+        self._expanded = None
+
+    def _shape(self) -> tuple[int, int]:
+        """N and K of what this process has."""
+        return self.out_features, self.in_features
+
+    def _to_local(self, parameter: Tensor) -> Tensor:
+        """What the kernels take of a parameter."""
+        return parameter
+
+    def _from_local(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401, as nn.Module's
-        # Called for what is not found: of a prepacked module also the weights.
-        if name in _WEIGHTS and self.__dict__.get("_buffers", {}).get("_prepacked") is not None:
-            return self._unprepacked()[_WEIGHTS.index(name)]
-        return super().__getattr__(name)
+        # Called for what is not found: parameters and, of a prepacked module, the weights that it has not as such.
+        if name not in _WEIGHTS:
+            return super().__getattr__(name)
+        with self._locked():
+            return super().__getattr__(name) if self._prepacked is None else self._stored()[_WEIGHTS.index(name)]
 
     def __setattr__(self, name: str, value: object) -> None:
-        # Whoever puts a tensor subclass there, like FSDP its DTensors, manages the weight from then on.
-        if name in _WEIGHTS:
+        if name not in _WEIGHTS:
+            return super().__setattr__(name, value)  # type: ignore[arg-type]  # nn.Module takes any value
+        with self._locked():
+            self._as_stored()
+            # Whoever puts a tensor subclass there, like FSDP its DTensors, manages the weight from then on.
             self._is_managed |= type(value) not in (nn.Parameter, Tensor)
-            self._drop_expanded()
-        super().__setattr__(name, value)  # type: ignore[arg-type]  # nn.Module takes any value
-
-    def _drop_expanded(self) -> None:
-        if self.__dict__.get("_buffers", {}).get("_expanded") is not None:
-            self._expanded = None
+            super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
-        # What another device's kernels could not read does not belong into a file.
-        return self.__dict__ | {"_buffers": self._buffers | {"_expanded": None}}
+        with self._locked():
+            # What another device's kernels could not read does not belong into a file.
+            state = self.__dict__ | {
+                "_parameters": self._parameters.copy(),
+                "_buffers": self._buffers | {"_expanded": None},
+            }
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._lock = threading.RLock()
+        super().__setstate__(state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MXFP4Linear":
         # .to(), .cuda(), .share_memory() and the like are for the weight as it is stored.
-        self.unprepack_()
-        self._drop_expanded()
-        super()._apply(fn, recurse)
+        with self._locked():
+            self._as_stored()
+            super()._apply(fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._prepacked is not None:
-            destination.update(zip((prefix + name for name in _WEIGHTS), self._unprepacked(), strict=True))
+        with self._locked():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            if self._prepacked is not None:
+                destination.update(zip((prefix + name for name in _WEIGHTS), self._stored(), strict=True))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        self.unprepack_()
-        self._drop_expanded()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with self._locked():
+            self._as_stored()
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes and scales stand for."""
-        return dequantize(self.weight_packed, self.weight_scale, dtype)
+        with self._locked():
+            return dequantize(*self._stored(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] float32, float16 or bfloat16 -> [..., N] of the same dtype."""
-        unpacked = self._prepacked is None and self._expanded is None
-        if unpacked and not torch.compiler.is_compiling() and self._can_prepack():
-            self.prepack_()
-        mode, scale_mode = self.mode, self.scale_mode
-        if self._prepacked is not None:
-            return linear_prepacked(x, self._prepacked, self.out_features, self.bias, mode=mode, scale_mode=scale_mode)
-        weight = (self.weight_packed, self.weight_scale)
-        return linear(x, *weight, self.bias, mode=mode, scale_mode=scale_mode, expanded=self._expanded)
+        return self._multiply(x, self.bias)
 
-    def _can_prepack(self) -> bool:
-        return not self._is_managed and _can_prepack(self.weight_packed)
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._snapshot().linear(x, bias, mode=self.mode, scale_mode=self.scale_mode, group=self.group)
+
+    def _snapshot(self) -> PackedWeight:
+        """The weight for one forward, whatever other threads do to the module meanwhile. The first one prepacks it."""
+        strips = self._prepacked  # read once: it may go
+        if strips is not None:
+            return PackedWeight("prepacked", *self._shape(), (strips,))
+        with self._locked():
+            weight = self._weight()
+            if self._may_prepack() and not torch.compiler.is_compiling():
+                weight = weight.best()
+            if weight.form == "prepacked":
+                self._hold_prepacked(weight)
+            return weight
+
+    def _may_prepack(self) -> bool:
+        """Whether the parameters are the module's own and real: no DTensor or other subclass, no fake."""
+        return not self._is_managed and type(self.weight_packed) is nn.Parameter
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"mode={self.mode}, scale_mode={self.scale_mode}"
-        )
-
-
-def _can_prepack(weight: Tensor) -> bool:
-    """Plain CPU memory of the native kernels' own: not a DTensor or another subclass, not a fake."""
-    return type(weight) is nn.Parameter and weight.device.type == "cpu" and cpu_backend_name() == "native"
+        how = ", ".join(f"{name}={getattr(self, name)}" for name in ("mode", *options_of(self.mode)))
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {how}"
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

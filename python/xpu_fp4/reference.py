@@ -8,9 +8,9 @@ block's product from exact float64 arithmetic that is rounded to float32 once. N
 import torch
 from torch import Tensor
 
+from ._library import BLOCK
 from .functional import ScaleMode
 
-BLOCK = 32
 QUAD = 4
 NAN_SCALE = 0xFF
 MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)

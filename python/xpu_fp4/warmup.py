@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 import torch
 
-from .functional import Mode, check_mode, expand, linear
+from ._library import BLOCK
+from .functional import Mode, check_mode
+from .weight import PackedWeight
 
 
 def warmup(
@@ -23,19 +25,21 @@ def warmup(
     Args:
         shapes: (M, N, K) of the layers: rows of x, out features, in features (a multiple of 32).
         dtype: of x and of the result: float32, float16 or bfloat16.
-        mode: "w4a4" or "w4a16".
+        mode: "w4a4", "w4a8" or "w4a16".
         device: where the layers will run.
         expanded: whether their weights will be expanded (`xpu_fp4.expand`), which can mean other kernels.
 
     Raises:
-        ValueError: mode is neither, or `w4a16` with expanded weights.
+        ValueError: there is no such mode, or it is `w4a16` with expanded weights.
         RuntimeError: a shape that the layer does not take.
     """
     check_mode(mode)
     for m, n, k in shapes:
-        weight = torch.zeros(n, k // 2, dtype=torch.uint8, device=device)
-        scale = torch.full((n, k // 32), 127, dtype=torch.uint8, device=device)
-        kept = expand(weight, scale) if expanded else None
-        linear(torch.zeros(m, k, dtype=dtype, device=device), weight, scale, mode=mode, expanded=kept)
+        codes = torch.zeros(n, k // 2, dtype=torch.uint8, device=device)
+        scale = torch.full((n, k // BLOCK), 127, dtype=torch.uint8, device=device)
+        weight = PackedWeight.stored(codes, scale)
+        if expanded:
+            weight = weight.expanded()
+        weight.linear(torch.zeros(m, k, dtype=dtype, device=device), mode=mode)
     if torch.device(device).type == "xpu":
         torch.xpu.synchronize()

@@ -7,6 +7,7 @@
 #include "definition.h"
 #include "format/accumulate.h"
 #include "format/block.h"
+#include "format/mxint8.h"
 
 using namespace xpu_fp4;
 
@@ -15,6 +16,7 @@ static_assert(e2m1::twice(0xF) == -12 && e2m1::value(0x9) == -0.5f);
 static_assert(e2m1::encode_magnitude(2.5f) == 4 && e2m1::encode_magnitude<e2m1::Ties::toward_zero>(0.75f) == 1);
 static_assert(e8m0::from_amax(bits_of(1.75f), ScaleMode::even) == 126 && e8m0::value(127) == 1.0f);
 static_assert(block_product(4608.0f, row_factor(Format::mxfp4, 127), weight_factor(127)) == 1152.0f);
+static_assert(block_product(-49152.0f, row_factor(Format::mxint8, 127), weight_factor(127)) == -384.0f);
 
 TEST(FloatBits, EveryFloat16ConvertsExactlyAndBack) {
   for (unsigned h = 0; h < 0x10000; ++h) {
@@ -96,6 +98,36 @@ TEST(E8m0, ScaleRulesHoldAroundEveryThreshold) {
   EXPECT_EQ(e8m0::from_amax(kInfBits, ScaleMode::floor), e8m0::kNan);
 }
 
+TEST(Mxint8, ScaleIsDoubledFrom255Over128OnAtEveryExponent) {
+  for (int exponent = -149; exponent <= 127; ++exponent) {
+    for (const double f : {1.0, 1.5, 254.0 / 128, 255.0 / 128}) {
+      const auto middle = static_cast<float>(std::ldexp(f, exponent));
+      for (const float amax :
+           {std::nextafter(middle, 0.0f), middle, std::nextafter(middle, std::numeric_limits<float>::infinity())}) {
+        const double x = amax;
+        int8_t code = 0;
+        EXPECT_EQ(mxint8::scale_byte(magnitude_bits(amax)), definition::quantize_int8(&x, 1, &code)) << amax;
+      }
+    }
+  }
+  EXPECT_EQ(mxint8::scale_byte(magnitude_bits(std::numeric_limits<float>::max())), 254);
+  EXPECT_EQ(mxint8::scale_byte(magnitude_bits(std::numeric_limits<float>::quiet_NaN())), e8m0::kNan);
+}
+
+TEST(Mxint8, ElementsRoundToTheNearestCodeAroundEveryTieUnderEveryScale) {
+  for (int byte = 0; byte < 255; ++byte) {
+    const mxint8::Reciprocal reciprocal = mxint8::reciprocal(static_cast<uint8_t>(byte));
+    for (int halves = -258; halves <= 258; ++halves) {
+      const auto tie = static_cast<float>(std::ldexp(halves, byte - 127 - 7));
+      for (const float x : {std::nextafter(tie, -INFINITY), tie, std::nextafter(tie, INFINITY)}) {
+        if (std::isinf(x)) continue;
+        const double expected = std::clamp(std::nearbyint(std::ldexp(static_cast<double>(x), 6 - (byte - 127))), -127.0, 127.0);
+        ASSERT_EQ(mxint8::quantize_element(x, reciprocal), expected) << x << " " << byte;
+      }
+    }
+  }
+}
+
 TEST(GroupQuant, EpsBoundsTheScaleFromBelow) {
   EXPECT_EQ(group_quant::floor_from_eps(1e-10), 127 - 33);
   EXPECT_EQ(group_quant::floor_from_eps(0.25), 125);
@@ -107,18 +139,25 @@ TEST(GroupQuant, EpsBoundsTheScaleFromBelow) {
   EXPECT_EQ(group_quant::scale_byte(kInfBits, 3), e8m0::kNan);
 }
 
-TEST(Accumulate, ProductOfEveryPairOfScalesRoundsOnce) {
-  for (const int d : {0, 1, -1, 3, 5, 97, -1025, 3071, 4095, 4607, 4608, -4608}) {
-    for (int a = 0; a < 255; ++a) {
-      for (int w = 0; w < 255; ++w) {
-        // Exact in double, then one conversion.
-        const auto expected = static_cast<float>(std::ldexp(static_cast<double>(d), a + w - 256));
-        const float got = block_product(static_cast<float>(d), row_factor(Format::mxfp4, static_cast<uint8_t>(a)),
-                                        weight_factor(static_cast<uint8_t>(w)));
-        ASSERT_EQ(bits_of(got), bits_of(expected)) << d << " " << a << " " << w;
-      }
+void expect_products_of_all_scales_to_round_once(Format format, int d, int integer_exponent) {
+  for (int a = 0; a < 255; ++a) {
+    for (int w = 0; w < 255; ++w) {
+      // Exact in double, then one conversion.
+      const auto expected = static_cast<float>(std::ldexp(static_cast<double>(d), a + w - 254 + integer_exponent));
+      const float got = block_product(static_cast<float>(d), row_factor(format, static_cast<uint8_t>(a)),
+                                      weight_factor(static_cast<uint8_t>(w)));
+      ASSERT_EQ(bits_of(got), bits_of(expected)) << d << " " << a << " " << w;
     }
   }
-  EXPECT_TRUE(std::isnan(block_product(0.0f, row_factor(Format::mxfp4, 255), weight_factor(127))));
-  EXPECT_TRUE(std::isnan(block_product(0.0f, row_factor(Format::mxfp4, 127), weight_factor(255))));
+  EXPECT_TRUE(std::isnan(block_product(0.0f, row_factor(format, 255), weight_factor(127))));
+  EXPECT_TRUE(std::isnan(block_product(0.0f, row_factor(format, 127), weight_factor(255))));
+}
+
+TEST(Accumulate, ProductOfEveryPairOfScalesRoundsOnce) {
+  for (const int d : {0, 1, -1, 3, 5, 97, -1025, 3071, 4095, 4607, 4608, -4608}) {
+    expect_products_of_all_scales_to_round_once(Format::mxfp4, d, -2);
+  }
+  for (const int d : {0, 1, -1, 3, 5, 97, -1025, 32767, 32769, 49151, 49152, -49152}) {
+    expect_products_of_all_scales_to_round_once(Format::mxint8, d, -7);
+  }
 }

@@ -2,6 +2,7 @@
 """The kernel class by itself: what vLLM asks it, what it answers, what it computes."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,31 @@ def random_layer() -> tuple[Any, Tensor, Tensor]:
     weight, scale = reference.quantize(torch.randn(N, K))
     layer = layer_with(weight.clone(), scale.clone())
     return layer, weight, scale
+
+
+ROTATED: dict[str, Any] = {
+    "transform_config": {
+        "quant_method": "compressed-tensors",
+        "transform_config": {
+            "config_groups": {"v": {"type": "hadamard", "apply": [{"location": "input", "targets": ["Linear"]}]}}
+        },
+    },
+    "algo_config": {"quant_method": "quark", "algo_config": [{"name": "rotation", "r4": True}]},
+}
+
+
+@pytest.mark.parametrize("key", ROTATED)
+@pytest.mark.parametrize("where", ["model", "language model"])
+def test_a_rotated_checkpoint_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, key: str, where: str) -> None:
+    inner = SimpleNamespace(quantization_config=ROTATED[key])
+    outer = inner if where == "model" else SimpleNamespace()
+    outer.get_text_config = lambda: inner
+    loading = SimpleNamespace(model_config=SimpleNamespace(model="some/model", hf_config=outer))
+    monkeypatch.setattr(kernel, "get_current_vllm_config_or_none", lambda: loading)
+    with pytest.raises(ValueError, match=rf"some/model/config.json: quantization_config.{key}.* xpu_fp4 cannot do"):
+        init_mxfp4_linear_kernel(activation_quant_key=kMxfp4Dynamic)
+    inner.quantization_config = ROTATED[key] | {key: None}
+    assert isinstance(init_mxfp4_linear_kernel(activation_quant_key=kMxfp4Dynamic), XpuFp4LinearKernel)
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -124,15 +150,13 @@ def test_w4a16_is_within_its_bound(dtype: torch.dtype, with_bias: bool, leading:
 
 
 @pytest.mark.parametrize("key", [None, kMxfp4Dynamic])
-def test_the_sycl_backend_serves_the_checkpoints_own_layout_with_the_same_bits(
-    key: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sycl_backend_serves_the_checkpoints_own_layout_with_the_same_bits(key: object) -> None:
     layer, weight, scale = random_layer()
     served, x = init_mxfp4_linear_kernel(key), torch.randn(5, K)
     served.process_weights_after_loading(layer)
-    monkeypatch.setattr(kernel, "cpu_backend_name", lambda: "sycl")
     unpacked = layer_with(weight, scale)
-    served.process_weights_after_loading(unpacked)
+    with cpu_backend("sycl"):
+        served.process_weights_after_loading(unpacked)
     assert unpacked.weight.shape == weight.shape
     assert torch.equal(served.apply_weights(unpacked, x), served.apply_weights(layer, x))
 
@@ -143,7 +167,6 @@ def test_a_gpu_expands_the_weights_of_w4a4_where_it_is_asked_to(
 ) -> None:
     layer, _, _ = random_layer()
     served, x = init_mxfp4_linear_kernel(key), torch.randn(40, K)
-    monkeypatch.setattr(kernel, "cpu_backend_name", lambda: "sycl")
     monkeypatch.setenv("XPU_FP4_SYCL_VARIANT", "bmg:large")
     with cpu_backend("sycl"):
         served.process_weights_after_loading(layer)

@@ -44,8 +44,11 @@ LAYERS = {
 }
 # Multiples of the kernels' tiles and their neighbours.
 SMALL_M = (2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64)
-CONVERSIONS = ("quantize", "dequantize", "limit-copy-quantize", "limit-copy-dequantize")
-W4A4 = ("w4a4-linear", "w4a4-linear-prepacked", "w4a4-linear-expanded", "w4a4-gemm", "w4a4-gemm-prepacked")
+_CONVERTED = ("quantize", "quantize-mxint8", "dequantize")
+CONVERSIONS = (*_CONVERTED, *(f"limit-copy-{name}" for name in _CONVERTED))
+FORMS = ("linear", "linear-prepacked", "linear-expanded", "gemm", "gemm-prepacked")
+QUANTIZED = tuple(f"{mode}-{form}" for mode in ("w4a4", "w4a8") for form in FORMS)
+"""Our products with quantized activations."""
 LIMITS = ("limit-vpdpbusd", "limit-tdpbusd", "limit-vpmaddubsw", "limit-vpdpbusd-256", "limit-read")
 
 
@@ -54,12 +57,13 @@ def _targets(threads: int) -> list[Case]:
         return Case("targets", 4096, 4096, data, threads, m, only)
 
     down = [Case("targets", 4096, 14336, "gaussian", threads, m) for m in (1, 512)]
-    small = [square(m, *W4A4, "torch-bf16") for m in SMALL_M]
-    unaligned = [square(1024, *W4A4, *LIMITS, data=data) for data in DATA[1:]]
-    scaling = [square(1024, *W4A4, threads=t) for t in {1, 2} - {threads}]
+    of_modes = [Case("targets", 4096, 14336, "gaussian", threads, m, QUANTIZED) for m in (16, 128, 1024)]
+    small = [square(m, *QUANTIZED, "torch-bf16") for m in SMALL_M]
+    unaligned = [square(1024, *QUANTIZED, *LIMITS, data=data) for data in DATA[1:]]
+    scaling = [square(1024, *QUANTIZED, threads=t) for t in {1, 2} - {threads}]
     conversions = [square(1024, *CONVERSIONS)]
     # The conversions are a case of their own, and so must differ from the product of the same size.
-    return [*(square(m) for m in (1, 128, 256, 512, 1024)), *small, *unaligned, *scaling, *conversions, *down]
+    return [*(square(m) for m in (1, 128, 256, 512, 1024)), *small, *unaligned, *scaling, *conversions, *down, *of_modes]
 
 
 def _threads(most: int, data: Data, ms: Sequence[int]) -> list[Case]:

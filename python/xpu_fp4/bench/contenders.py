@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who takes part: our ops, and what torch has. What needs another package is in `peers`, limits of the machine in `limits`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .._library import ops
+from .._library import BLOCK, ops
 from .cases import CONVERSIONS, Case
 from .measure import Job, Run
-from .operands import BLOCK, Problem
+from .operands import Problem
 
 Kind = Literal["ours", "peer", "limit"]
 
@@ -45,73 +45,119 @@ class Contender:
         return self.name not in CONVERSIONS and (self.kind != "peer" or case.data == "gaussian")
 
 
-def _linear_op(op: Callable[..., Tensor]) -> Callable[[Problem], Run]:
+@dataclass(frozen=True)
+class Mode:
+    """What our products of a mode are called, and how their activations are made."""
+
+    name: Literal["w4a4", "w4a8", "w4a16"]
+    linear: str
+    """The op for a stored weight; those for other forms have a suffix."""
+    quantize: str | None = None
+    """The op that makes the codes of a product of codes."""
+
+    def op(self, form: str = "") -> Callable[..., Tensor]:
+        name = self.linear + form
+        if not hasattr(ops, name):
+            raise Unavailable(f"this build has no {name}")
+        return getattr(ops, name)  # type: ignore[no-any-return]
+
+    def activations(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        assert self.quantize is not None
+        codes, scale = getattr(ops, self.quantize)(problem.x)
+        return codes, scale
+
+
+MODES = (
+    Mode("w4a4", "mxfp4_linear", "mxfp4_quantize"),
+    Mode("w4a8", "mxfp4_linear_w4a8", "mxint8_quantize"),
+    Mode("w4a16", "mxfp4_linear_w4a16"),
+)
+
+
+def _linear(mode: Mode) -> Callable[[Problem], Run]:
     def setup(problem: Problem) -> Run:
         weight = problem.weights.tensors_in_turn("checkpoint", problem.weights.codes, problem.weights.scale)
-        x = problem.x
+        op, x = mode.op(), problem.x
         return lambda: op(x, *weight())
 
     return setup
 
 
-def _gemm(problem: Problem) -> Run:
+def _linear_prepacked(mode: Mode) -> Callable[[Problem], Run]:
+    def setup(problem: Problem) -> Run:
+        op, weight, x, n = mode.op("_prepacked"), _prepacked(problem), problem.x, problem.case.n
+        return lambda: op(x, *weight(), n)
+
+    return setup
+
+
+def _linear_expanded(mode: Mode) -> Callable[[Problem], Run]:
+    def setup(problem: Problem) -> Run:
+        op, weights, x = mode.op("_expanded"), problem.weights, problem.x
+        codes, scale = weights.codes.to(weights.device), weights.scale.to(weights.device)
+        try:
+            expanded = ops.mxfp4_expand(codes, scale)
+        except RuntimeError as error:
+            raise Unavailable(str(error)) from error
+        weight = weights.tensors_in_turn("expanded", codes, scale, expanded)
+        return lambda: op(x, *weight())
+
+    return setup
+
+
+def _gemm(mode: Mode) -> Callable[[Problem], Run]:
     """The operands as `fp4_gemm` gets them: codes as the .t() view, scales [K/32, N]."""
-    weights = problem.weights
-    weight = weights.tensors_in_turn("fp4_gemm", weights.codes.t(), weights.scale.t().contiguous())
-    a, a_scale = ops.mxfp4_quantize(problem.x)
 
-    def run() -> Tensor:
-        b, b_scale = weight()
-        return ops.mxfp4_gemm(a, b, a_scale, b_scale, torch.bfloat16)  # type: ignore[no-any-return]
+    def setup(problem: Problem) -> Run:
+        weights = problem.weights
+        weight = weights.tensors_in_turn("fp4_gemm", weights.codes.t(), weights.scale.t().contiguous())
+        a, a_scale = mode.activations(problem)
 
-    return run
+        def run() -> Tensor:
+            b, b_scale = weight()
+            return ops.mxfp4_gemm(a, b, a_scale, b_scale, torch.bfloat16)  # type: ignore[no-any-return]
+
+        return run
+
+    return setup
 
 
-def _prepacked(problem: Problem, op: str) -> Callable[[], tuple[Tensor, ...]]:
-    """Repacked copies of the weight in turn, for one of the ops that take them."""
-    if not (hasattr(ops, op) and hasattr(ops, "mxfp4_prepack")):
-        raise Unavailable(f"this build has no {op}")
+def _gemm_prepacked(mode: Mode) -> Callable[[Problem], Run]:
+    def setup(problem: Problem) -> Run:
+        weight, n = _prepacked(problem), problem.case.n
+        a, a_scale = mode.activations(problem)
+        return lambda: ops.mxfp4_gemm_prepacked(a, a_scale, *weight(), n, torch.bfloat16)
+
+    return setup
+
+
+def _prepacked(problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
+    """Repacked copies of the weight in turn."""
+    if not hasattr(ops, "mxfp4_prepack"):
+        raise Unavailable("this build has no mxfp4_prepack")
     weights = problem.weights
     codes, scale = weights.codes.to(weights.device), weights.scale.to(weights.device)
     return weights.tensors_in_turn("prepacked", ops.mxfp4_prepack(codes, scale))
 
 
-def _linear_prepacked(problem: Problem) -> Run:
-    weight, x, n = _prepacked(problem, "mxfp4_linear_prepacked"), problem.x, problem.case.n
-    return lambda: ops.mxfp4_linear_prepacked(x, *weight(), n, None, "even")
-
-
-def _linear_w4a16_prepacked(problem: Problem) -> Run:
-    weight, x, n = _prepacked(problem, "mxfp4_linear_w4a16_prepacked"), problem.x, problem.case.n
-    return lambda: ops.mxfp4_linear_w4a16_prepacked(x, *weight(), n, None)
-
-
-def _gemm_prepacked(problem: Problem) -> Run:
-    weight, n = _prepacked(problem, "mxfp4_gemm_prepacked"), problem.case.n
-    a, a_scale = ops.mxfp4_quantize(problem.x)
-    return lambda: ops.mxfp4_gemm_prepacked(a, a_scale, *weight(), n, torch.bfloat16, None)
-
-
-def _linear_expanded(problem: Problem) -> Run:
-    weights, x = problem.weights, problem.x
-    codes, scale = weights.codes.to(weights.device), weights.scale.to(weights.device)
-    try:
-        expanded = ops.mxfp4_expand(codes, scale)
-    except RuntimeError as error:
-        raise Unavailable(str(error)) from error
-    weight = weights.tensors_in_turn("expanded", codes, scale, expanded)
-    return lambda: ops.mxfp4_linear_expanded(x, *weight())
-
-
 def quantize_bytes(problem: Problem) -> tuple[int, int]:
-    """Bytes of x [m, k] in bfloat16, and of its codes and scales."""
+    """Bytes of x [m, k] in bfloat16, and of its MXFP4 codes and scales."""
     elements = problem.case.m * problem.case.k
     return 2 * elements, elements // 2 + elements // BLOCK
 
 
-def _quantize(problem: Problem) -> Run:
-    x = problem.xs
-    return lambda: ops.mxfp4_quantize(*x())
+def quantize_mxint8_bytes(problem: Problem) -> tuple[int, int]:
+    """The same for MXINT8."""
+    elements = problem.case.m * problem.case.k
+    return 2 * elements, elements + elements // BLOCK
+
+
+def _quantize(op: Callable[..., object]) -> Callable[[Problem], Run]:
+    def setup(problem: Problem) -> Run:
+        x = problem.xs
+        return lambda: op(*x())
+
+    return setup
 
 
 def _dequantize(problem: Problem) -> Run:
@@ -120,29 +166,39 @@ def _dequantize(problem: Problem) -> Run:
     return lambda: ops.mxfp4_dequantize(*packed(), torch.bfloat16)
 
 
-def _conversion(name: str, about: str, setup: Callable[[Problem], Run]) -> Contender:
-    return Contender(name, "ours", about, setup, ops=lambda _: 0, bytes=lambda problem: sum(quantize_bytes(problem)))
+def _conversion(
+    name: str,
+    about: str,
+    setup: Callable[[Problem], Run],
+    sizes: Callable[[Problem], tuple[int, int]] = quantize_bytes,
+) -> Contender:
+    return Contender(name, "ours", about, setup, ops=lambda _: 0, bytes=lambda problem: sum(sizes(problem)))
 
 
-def _prepacked_contender(name: str, about: str, setup: Callable[[Problem], Run]) -> Contender:
-    return Contender(f"{name}-prepacked", "ours", about, setup, device="cpu")
+def _products_of(mode: Mode) -> Iterator[Contender]:
+    op, how = mode.linear, "quantizes x, " if mode.quantize else ""
+    linear_name, gemm_name = f"{mode.name}-linear", f"{mode.name}-gemm"
+    yield Contender(linear_name, "ours", f"{op}: {how}weight as in a checkpoint", _linear(mode))
+    about = f"{op}_prepacked: {how}weight repacked"
+    yield Contender(f"{linear_name}-prepacked", "ours", about, _linear_prepacked(mode), device="cpu")
+    if mode.quantize is None:
+        return
+    about = f"{op}_expanded: {how}weight kept expanded"
+    yield Contender(f"{linear_name}-expanded", "ours", about, _linear_expanded(mode), device="xpu")
+    yield Contender(gemm_name, "ours", "mxfp4_gemm: x quantized before, weight as fp4_gemm gets it", _gemm(mode))
+    about = "mxfp4_gemm_prepacked: x quantized before, weight repacked"
+    yield Contender(f"{gemm_name}-prepacked", "ours", about, _gemm_prepacked(mode), device="cpu")
 
 
 OURS = (
-    Contender("w4a4-linear", "ours", "mxfp4_linear: quantizes x, weight as in a checkpoint", _linear_op(ops.mxfp4_linear)),
-    _prepacked_contender("w4a4-linear", "mxfp4_linear_prepacked: quantizes x, weight repacked", _linear_prepacked),
-    Contender(
-        "w4a4-linear-expanded",
-        "ours",
-        "mxfp4_linear_expanded: quantizes x, weight kept expanded",
-        _linear_expanded,
-        device="xpu",
+    *(contender for mode in MODES for contender in _products_of(mode)),
+    _conversion("quantize", "mxfp4_quantize of x [M, K] bfloat16, even", _quantize(ops.mxfp4_quantize)),
+    _conversion(
+        "quantize-mxint8",
+        "mxint8_quantize of x [M, K] bfloat16, groups of 128",
+        _quantize(ops.mxint8_quantize),
+        quantize_mxint8_bytes,
     ),
-    Contender("w4a4-gemm", "ours", "mxfp4_gemm: x quantized before, weight as fp4_gemm gets it", _gemm),
-    _prepacked_contender("w4a4-gemm", "mxfp4_gemm_prepacked: x quantized before, weight repacked", _gemm_prepacked),
-    Contender("w4a16-linear", "ours", "mxfp4_linear_w4a16, weight as in a checkpoint", _linear_op(ops.mxfp4_linear_w4a16)),
-    _prepacked_contender("w4a16-linear", "mxfp4_linear_w4a16_prepacked, weight repacked", _linear_w4a16_prepacked),
-    _conversion("quantize", "mxfp4_quantize of x [M, K] bfloat16, even", _quantize),
     _conversion("dequantize", "mxfp4_dequantize to [M, K] bfloat16", _dequantize),
 )
 

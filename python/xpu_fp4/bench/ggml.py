@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operands import BLOCK
+from .._library import BLOCK
 
 DIR_VARIABLE = "XPU_FP4_BENCH_GGML_DIR"
 MXFP4, F32 = 39, 0  # enum ggml_type

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from .._library import ops
-from .contenders import Contender, quantize_bytes
+from .contenders import Contender, quantize_bytes, quantize_mxint8_bytes
 from .measure import Run
 from .operands import Problem
 
@@ -55,6 +55,7 @@ def limits() -> tuple[Contender, ...]:
     )
     copies = (
         _copy("quantize", quantize_bytes),
+        _copy("quantize-mxint8", quantize_mxint8_bytes),
         _copy("dequantize", lambda problem: quantize_bytes(problem)[::-1]),
     )
     return (*map(_compute, ops._limit_instructions()), read, *copies)

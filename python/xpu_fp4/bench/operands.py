@@ -9,12 +9,12 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from .._library import BLOCK
 from ..functional import dequantize, quantize
 from .cases import Case, Data
 
 T = TypeVar("T")
 
-BLOCK = 32
 _BYTES = {"random-scales": (0, 255), "random-scales-20": (107, 148)}
 """The scale bytes that are drawn from, the end excluded."""
 

@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
+from .._library import BLOCK
 from . import ggml
 from .contenders import Contender, Unavailable
 from .measure import Job, Run
-from .operands import BLOCK, Problem
+from .operands import Problem
 
 
 @contextmanager
@@ -27,19 +28,24 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _torchao(problem: Problem) -> Run:
+def _torchao(problem: Problem, *, activations: torch.dtype) -> Run:
     try:
         with _quiet():
             from torchao.prototype.mx_formats.config import ScaleCalculationMode
             from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
     except ImportError as error:
         raise Unavailable(f"torchao cannot be imported: {error}") from error
-    fp4, even = torch.float4_e2m1fn_x2, ScaleCalculationMode.EVEN
-    quantize_x = QuantizeTensorToMXKwargs(elem_dtype=fp4, block_size=BLOCK, scaling_mode=even)
-    # One copy: beside its time, that of fetching the weight is nothing.
-    weight = MXTensor.to_mx(problem.weights.bf16, fp4, BLOCK, even, act_quant_kwargs=quantize_x)
+    even = ScaleCalculationMode.EVEN
+    quantize_x = QuantizeTensorToMXKwargs(elem_dtype=activations, block_size=BLOCK, scaling_mode=even)
+    # Its products take both operands in one format. One copy: beside its time, that of fetching the weight is nothing.
+    weight = MXTensor.to_mx(problem.weights.bf16, activations, BLOCK, even, act_quant_kwargs=quantize_x)
     x = problem.x
     return lambda: linear(x, weight)
+
+
+def _torchao_contender(name: str, about: str, dtype: torch.dtype) -> Contender:
+    setup = partial(_torchao, activations=dtype)
+    return Contender(name, "peer", f"torchao MXTensor F.linear, {about}, emulated", setup, device="cpu")
 
 
 def _ggml(problem: Problem, *, repacked: bool) -> Job:
@@ -63,7 +69,8 @@ def _ggml_contender(name: str, about: str, repacked: bool) -> Contender:
 
 
 PEERS = (
-    Contender("torchao-mx", "peer", "torchao MXTensor F.linear, W4A4, emulated", _torchao, device="cpu"),
+    _torchao_contender("torchao-mx", "W4A4", torch.float4_e2m1fn_x2),
+    _torchao_contender("torchao-mxfp8", "MXFP8 weight and activations", torch.float8_e4m3fn),
     _ggml_contender("ggml-mxfp4", "MXFP4 weight as in a GGUF file", False),
     _ggml_contender("ggml-mxfp4-repacked", "MXFP4 weight repacked, as llama.cpp loads it where it can", True),
 )

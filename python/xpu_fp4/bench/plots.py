@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 COLOURS = {
     "w4a4-linear": "tab:blue",
     "w4a4-gemm": "tab:cyan",
+    "w4a8-linear": "black",
+    "w4a8-gemm": "dimgray",
     "w4a16-linear": "tab:green",
     "torch-bf16": "tab:red",
     "torch-f32": "tab:pink",
     "torch-int8": "tab:orange",
     "emulation": "tab:gray",
     "torchao-mx": "tab:brown",
+    "torchao-mxfp8": "rosybrown",
     "ggml-mxfp4": "tab:purple",
     "ggml-mxfp4-repacked": "tab:olive",
 }

@@ -14,7 +14,7 @@ from .measure import speedup
 from .runner import Record, Result
 from .targets import Verdict, threads_of, verdicts
 
-OURS_IN_SHORT = ("w4a4-gemm", "w4a4-linear", "w4a16-linear")
+OURS_IN_SHORT = ("w4a4-gemm", "w4a4-linear", "w4a8-linear", "w4a16-linear")
 Rows = list[list[str]]
 
 STEADY = 0.1
@@ -51,7 +51,7 @@ def _share(result: Result, limit: Result | None) -> str:
 
 
 def _best_forms(results: dict[str, Result]) -> dict[str, Result]:
-    """Our three products, with the weight in the kernels' own form where that was measured."""
+    """Our products in short, with the weight in the kernels' own form where that was measured."""
     best: dict[str, Result] = {}
     for name in OURS_IN_SHORT:
         forms = (results.get(name + form) for form in ("-prepacked", "-expanded", ""))
@@ -89,7 +89,10 @@ def case_table(record: Record, case: Case) -> Table:
 def _verdict_row(verdict: Verdict) -> list[str]:
     bound = f"{'≤' if verdict.at_most else '≥'} {verdict.target:g}"
     measured = verdict.note if verdict.measured is None else f"{verdict.measured:.2f}"
-    answer = {True: "yes", False: "**no**", None: "not measured"}[verdict.reached]
+    if verdict.disturbed:
+        measured, answer = f"{measured}, more than {verdict.possible:g}", "disturbed"
+    else:
+        answer = {True: "yes", False: "**no**", None: "not measured"}[verdict.reached]
     return [verdict.work, verdict.measure, bound, measured, answer]
 
 

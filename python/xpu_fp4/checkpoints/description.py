@@ -2,25 +2,32 @@
 """The one description of an MXFP4 checkpoint, whatever format it came in."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from torch import Tensor
 
-from ..functional import Mode, ScaleMode
+from .._library import BLOCK
+from ..functional import Group, Mode, ScaleMode, check_mode, options_of
 from .errors import CheckpointError
 from .tensor_files import TensorFiles, TensorInfo
-
-BLOCK = 32
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a layer computes: `scale_mode` is the rule for its activations, of which `w4a16` quantizes none."""
+    """How a layer computes: the mode, and how it quantizes activations, by the names of `xpu_fp4.linear`'s arguments."""
 
     mode: Mode
     scale_mode: ScaleMode = "even"
+    group: Group = 128
+
+    def arguments(self) -> dict[str, Any]:
+        """The mode and its own options: what `linear` and MXFP4Linear take."""
+        return {name: getattr(self, name) for name in ("mode", *options_of(self.mode))}
+
+    def __str__(self) -> str:
+        return " ".join([self.mode, *(f"{name} {getattr(self, name)}" for name in options_of(self.mode))])
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,16 @@ class Checkpoint:
     """`compressed-tensors`, `quark` or `mxfp4` (gpt-oss): config.json's quant_method."""
     files: TensorFiles
     layers: dict[str, Layer]
+    left_aside: tuple[str, ...]
+    """Keys of the quantization_config that are not acted on, each with the reason."""
+
+    def in_mode(self, mode: Mode | None) -> "Checkpoint":
+        """The same weights, every layer in that mode; None: as it is. Raises ValueError if there is no such mode."""
+        if mode is None:
+            return self
+        check_mode(mode)
+        layers = {name: replace(layer, scheme=replace(layer.scheme, mode=mode)) for name, layer in self.layers.items()}
+        return replace(self, layers=layers)
 
     def weight(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes uint8 [*, N, K/2] and scales uint8 [*, N, K/32] of a layer, memory-mapped."""

@@ -7,8 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .._library import BLOCK
 from ..functional import linear
-from .description import BLOCK, Scheme
+from .description import Scheme
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
@@ -53,8 +54,14 @@ class MXFP4Experts(nn.Module):
                 parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
                 self.register_parameter(f"{name}_{part}", parameter)
 
+    def flatten_blocks(self) -> None:
+        """Gives codes the shape [E, N, K/2], in which those of single experts are stacked, until `fold_blocks`."""
+        for name in (f"{GATE_UP}_blocks", f"{DOWN}_blocks"):
+            blocks = self.get_parameter(name)
+            blocks.data = blocks.data.flatten(2)
+
     def fold_blocks(self) -> None:
-        """Gives codes that were set as [E, N, K/2] their shape [E, N, K/32, 16]."""
+        """Gives codes their shape [E, N, K/32, 16] back, if they have another."""
         for name in (f"{GATE_UP}_blocks", f"{DOWN}_blocks"):
             blocks = self.get_parameter(name)
             blocks.data = blocks.data.view(*blocks.shape[:2], -1, BLOCK // 2)
@@ -79,7 +86,7 @@ class MXFP4Experts(nn.Module):
         scales = self.get_parameter(f"{name}_scales")[expert]
         bias = getattr(self, f"{name}_bias")
         bias = None if bias is None else bias[expert]
-        return linear(x, blocks, scales, bias, mode=self.scheme.mode, scale_mode=self.scheme.scale_mode)
+        return linear(x, blocks, scales, bias, **self.scheme.arguments())
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, mode={self.scheme.mode}"
+        return f"num_experts={self.num_experts}, scheme={self.scheme}"

@@ -9,10 +9,16 @@ from typing import Any
 
 from .description import Layer, Scheme, describe_layer
 from .errors import CheckpointError
+from .keys import unknown_keys
 from .tensor_files import TensorFiles
 
 METHOD = "mxfp4"
 PACKED, SCALE = "_blocks", "_scales"
+
+
+def check_keys(config: dict[str, Any], where: str) -> list[str]:
+    """What is left aside of a `quantization_config`, which has no key that changes what a layer computes."""
+    return unknown_keys(config, {"quant_method", "modules_to_not_convert", "dequantize"})
 
 
 def read_layers(config: dict[str, Any], files: TensorFiles) -> dict[str, Layer]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..functional import Mode
 from .description import Checkpoint
 from .errors import CheckpointError
 from .placement import Place, names_in_model, replace_layers
@@ -19,57 +20,68 @@ from .tensor_files import read_json
 
 Model = TypeVar("Model", bound=nn.Module)
 
+# The versions of Transformers that `make test-transformers` ran with, as the extra in pyproject.toml has them. 5.8 is the first
+# that lets a quantizer say how the weights of single experts are stacked.
+OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 8), (5, 24)
 
-def load_model(folder: str | PathLike[str], **kwargs: Any) -> Any:
+
+def load_model(folder: str | PathLike[str], *, mode: Mode | None = None, **kwargs: Any) -> Any:
     """A Transformers model out of an MXFP4 model directory, its quantized layers as MXFP4Linear.
 
-    The class is the one that config.json names; weights are never there in high precision. Keyword arguments go to
-    Transformers' `from_pretrained` (dtype, device_map, attn_implementation, ...).
+    The class is the one that config.json names; weights are never there in high precision. Every layer computes in `mode`, by
+    default in the one that the checkpoint has for it. Other keyword arguments go to Transformers' `from_pretrained` (dtype,
+    device_map, attn_implementation, ...).
 
     Raises:
+        ValueError: there is no such mode.
         CheckpointError: the directory is damaged, not MXFP4, or does not fit the model.
-        ImportError: transformers is missing.
+        ImportError: transformers is missing, or of a version that is not tested.
     """
     folder = Path(folder)
-    open_checkpoint(folder)  # before Transformers builds anything
-    load = model_class(folder).from_pretrained
-    model, info = load(folder, config=transformers_config(folder), output_loading_info=True, **kwargs)
+    config = transformers_config(folder, mode=mode)
+    model, info = model_class(folder).from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
     # Transformers would go on with random numbers.
     if absent := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
         raise CheckpointError(f"{folder} has no tensors, or of another shape, for {_some(absent)}")
     return model
 
 
-def transformers_config(folder: str | PathLike[str]) -> Any:
+def transformers_config(folder: str | PathLike[str], *, mode: Mode | None = None) -> Any:
     """The model's configuration, naming us as its quantizer: `AutoModelForCausalLM.from_pretrained(folder, config=...)`.
 
     Registers our quantizer with Transformers. Needed because a checkpoint names the quantizer that wrote it, and Transformers
-    lets nobody else register under that name.
+    lets nobody else register under that name. mode: as for load_model.
+
+    Raises:
+        ValueError, CheckpointError, ImportError: as load_model does, before Transformers builds anything.
     """
+    open_checkpoint(folder).in_mode(mode)
+    auto_config = require_transformers().AutoConfig
     from .transformers_quantizer import METHOD
 
-    config = require_transformers().AutoConfig.from_pretrained(folder)
+    config = auto_config.from_pretrained(folder)
     text_config = config.get_text_config()
     if text_config is not config and hasattr(text_config, "quantization_config"):
         del text_config.quantization_config
-    config.quantization_config = {"quant_method": METHOD}
+    config.quantization_config = {"quant_method": METHOD, "mode": mode}
     return config
 
 
-def apply_checkpoint(model: Model, folder: str | PathLike[str]) -> Model:
+def apply_checkpoint(model: Model, folder: str | PathLike[str], *, mode: Mode | None = None) -> Model:
     """Loads an MXFP4 model directory into a model, in place, and returns the model.
 
     Each nn.Linear (and Transformers' experts module) that the checkpoint quantizes is replaced; all other tensors are loaded
     too. Parameters on the meta device get the checkpoint's memory and keep their dtype, so a model built under
-    `torch.device("meta")` costs what the checkpoint holds; others are copied into.
+    `torch.device("meta")` costs what the checkpoint holds; others are copied into. mode: as for load_model.
 
     Raises:
+        ValueError: there is no such mode.
         CheckpointError: a quantized layer that the model does not have as an nn.Linear of that shape, a tensor of another
             shape, or a parameter of the model that the checkpoint lacks.
 
     Tensors that the model has no place for are named in a warning.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder).in_mode(mode)
     places = replace_layers(model, checkpoint)
     for name, place in places.items():
         _load_layer(model, checkpoint, name, place)
@@ -105,10 +117,19 @@ def model_class(folder: Path) -> Any:
 
 
 def require_transformers() -> Any:
+    """The package transformers. Raises ImportError, with the remedy, if it is missing or of a version that is not tested."""
     try:
-        return importlib.import_module("transformers")
+        transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError(f"transformers is needed for this: pip install 'xpu_fp4[transformers]' ({error})") from error
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    if not OLDEST_TRANSFORMERS <= (major, minor) <= NEWEST_TRANSFORMERS:
+        oldest, newest = (".".join(map(str, version)) for version in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
+        raise ImportError(
+            f"transformers {transformers.__version__} is not supported, xpu_fp4 is tested with {oldest} to {newest}: "
+            f"pip install 'transformers~={newest}.0'"
+        )
+    return transformers
 
 
 def _load_layer(model: nn.Module, checkpoint: Checkpoint, name: str, place: Place) -> None:

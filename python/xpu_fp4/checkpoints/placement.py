@@ -109,8 +109,7 @@ def _linear(module: nn.Module, checkpoint: Checkpoint, name: str, name_in_model:
         layer.in_features,
         layer.out_features,
         module.bias is not None,
-        mode=layer.scheme.mode,
-        scale_mode=layer.scheme.scale_mode,
+        **layer.scheme.arguments(),
         device="meta",
         dtype=module.weight.dtype,
     ).train(module.training)

@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..functional import Mode, ScaleMode, quantize
+from .._library import BLOCK
+from ..functional import Mode, ScaleMode, check_mode, quantize
 from . import compressed_tensors
-from .description import BLOCK
+from .description import Scheme
 from .errors import CheckpointError
 from .models import skeleton
 from .placement import names_in_model
@@ -96,10 +97,12 @@ def quantize_checkpoint(
     again with the same arguments to go on.
 
     Raises:
+        ValueError: there is no such mode.
         FileExistsError: `out` is there and not empty.
         CheckpointError: a weight holds NaN or Inf.
         BlockingIOError: another process is writing the same output.
     """
+    check_mode(mode)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already: give a new directory")
@@ -117,7 +120,7 @@ def quantize_checkpoint(
         _copy_small_files(plan.source, partial)
         _write_index(partial, [partial / file.name for file in plan.files.files])
         config = read_json(plan.source / CONFIG)
-        config["quantization_config"] = compressed_tensors.write_config(mode, scale_mode, plan.kept)
+        config["quantization_config"] = compressed_tensors.write_config(Scheme(mode, scale_mode), plan.kept)
         _write_atomically(partial / CONFIG, json.dumps(config, indent=2))
         for name in (_JOB, _LOCK):
             (partial / name).unlink()

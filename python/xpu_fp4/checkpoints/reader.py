@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens a model directory: which format it is in, and what it holds."""
 
-from collections.abc import Callable
+import warnings
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from . import compressed_tensors, gpt_oss, quark
 from .description import Checkpoint, Layer
 from .errors import CheckpointError
+from .keys import refusal
 from .tensor_files import TensorFiles, read_json
 
 CONFIG = "config.json"
-_READERS: dict[str, Callable[[dict[str, Any], TensorFiles], dict[str, Layer]]] = {
-    compressed_tensors.METHOD: compressed_tensors.read_layers,
-    quark.METHOD: quark.read_layers,
-    gpt_oss.METHOD: gpt_oss.read_layers,
-}
+
+
+class _Format(Protocol):
+    METHOD: str
+
+    def check_keys(self, config: dict[str, Any], where: str) -> list[str]: ...
+
+    def read_layers(self, config: dict[str, Any], files: TensorFiles) -> dict[str, Layer]: ...
+
+
+_FORMATS: dict[str, _Format] = {format.METHOD: format for format in (compressed_tensors, quark, gpt_oss)}
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
@@ -29,22 +36,45 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def check_keys(config: dict[str, Any], where: str) -> list[str]:
+    """What is left aside of a quantization_config, nothing for a quant_method that is not read here.
+
+    Raises CheckpointError for a key that changes what a layer computes in a way that is not done here.
+    """
+    method = config.get("quant_method")
+    if method == "fp_quant":
+        raise refusal(f"{where}.quant_method 'fp_quant'", "rotates the inputs of layers before they are quantized")
+    return _FORMATS[method].check_keys(config, where) if isinstance(method, str) and method in _FORMATS else []
+
+
 def open_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
     """Reads the headers of an MXFP4 model directory (config.json, *.safetensors), and no weights.
 
     Raises CheckpointError, naming the file and the tensor: nothing quantized, another scheme than MXFP4, a damaged or missing
-    file, a tensor whose dtype or shape does not fit.
+    file, a tensor whose dtype or shape does not fit, a key that changes what a layer computes in a way that is not done here.
+
+    Keys that are not acted on are named in a warning.
     """
+    checkpoint = read_checkpoint(folder)
+    if checkpoint.left_aside:
+        notes = ", ".join(checkpoint.left_aside)
+        warnings.warn(f"{checkpoint.folder / CONFIG}: left aside in quantization_config: {notes}", stacklevel=2)
+    return checkpoint
+
+
+def read_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
+    """open_checkpoint without its warning."""
     folder = Path(folder)
     config = quantization_config(folder)
     if config is None:
         raise CheckpointError(f"{folder / CONFIG} has no quantization_config: the model is not quantized")
     method = config.get("quant_method")
-    if method not in _READERS:
-        known = ", ".join(_READERS)
+    left_aside = check_keys(config, f"{folder / CONFIG}: quantization_config")
+    if not isinstance(method, str) or method not in _FORMATS:
+        known = ", ".join(_FORMATS)
         raise CheckpointError(f"{folder / CONFIG} has the quant_method {method!r}, which is not MXFP4; expected one of {known}")
     files = TensorFiles(folder)
-    layers = _READERS[method](config, files)
+    layers = _FORMATS[method].read_layers(config, files)
     if not layers:
         raise CheckpointError(f"{folder} has no MXFP4 weights, but {CONFIG} says that it is quantized by {method}")
-    return Checkpoint(folder, method, files, layers)
+    return Checkpoint(folder, method, files, layers, tuple(left_aside))

@@ -8,28 +8,30 @@ configuration: `from_pretrained(folder, config=xpu_fp4.transformers_config(folde
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..functional import Mode
 from . import compressed_tensors, quark
 from .errors import CheckpointError
 from .experts import MXFP4Experts
 from .placement import replace_layers
-from .reader import open_checkpoint
+from .reader import read_checkpoint
 
 METHOD = "xpu_fp4"
 
 
 @register_quantization_config(METHOD)
 class XpuFp4Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
-    """Says only that xpu_fp4 loads the checkpoint; how it is quantized is read from the checkpoint itself."""
+    """Says that xpu_fp4 loads the checkpoint. How it is quantized is read from the checkpoint itself, but for another mode."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, mode: Mode | None = None, **kwargs: Any) -> None:
         self.quant_method = METHOD
+        self.mode = mode
 
 
 @register_quantizer(METHOD)
@@ -42,8 +44,10 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
         files = kwargs.get("checkpoint_files")
         if not files:
             raise CheckpointError("an MXFP4 model is loaded from a directory, expected one in from_pretrained")
-        self.checkpoint = open_checkpoint(Path(files[0]).parent)
-        replace_layers(model, self.checkpoint)
+        self.checkpoint = read_checkpoint(Path(files[0]).parent).in_mode(self.quantization_config.mode)
+        places = replace_layers(model, self.checkpoint)
+        for name in {place.module for place in places.values() if place.expert is not None}:
+            cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()
 
     def get_weight_conversions(self) -> list[Any]:
         if self.checkpoint.format != quark.METHOD:
@@ -51,10 +55,11 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
         names = "|".join(map(re.escape, self.checkpoint.layers))
         return [WeightRenaming(rf"^({names})\.{quark.PACKED}$", rf"\1.{compressed_tensors.PACKED}")]
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Where Transformers stacks the weights of single experts, their codes and scales are stacked in the same way.
 
-        First in the list: the first pattern that is found in a name counts, and theirs is found in ours.
+        Transformers 5.21 and later pass the model too, which this does without. Ours come first in the list: the first pattern
+        that is found in a name counts, and theirs is found in ours.
         """
         stacked = [
             WeightConverter(

@@ -4,15 +4,23 @@
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, get_args
 
 import click
 from rich.console import Console
+
+from ..functional import Mode
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+SCHEME = click.Choice(get_args(Mode))
+
+run_in_scheme = click.option(
+    "--scheme", "mode", type=SCHEME, help="How layers compute, on the same weights. [default: as DIR has it for each]"
+)
+"""For the commands that load a model, its `mode`."""
 
 
 def wide_console() -> Console:

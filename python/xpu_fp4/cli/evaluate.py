@@ -13,7 +13,9 @@ from rich.table import Table
 from ..checkpoints import load_model
 from ..checkpoints.evaluation import LayerNoise, embedding_similarity, layer_noise, perplexity, sentence_embeddings
 from ..checkpoints.models import model_class, require_transformers
-from .common import DIRECTORY, errors_as_messages, wide_console
+from ..checkpoints.reader import read_checkpoint
+from ..functional import Mode
+from .common import DIRECTORY, errors_as_messages, run_in_scheme, wide_console
 
 NOISE_TOKENS = 256
 NOISE_SENTENCES = 16
@@ -45,9 +47,12 @@ class Evaluation:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write a report too: .html with tables and a plot, or .png with the plot of noise by layer.",
 )
+@run_in_scheme
 @errors_as_messages
 @torch.inference_mode()
-def command(folder: Path, text: Path, original: Path | None, window: int, windows: int, report: Path | None) -> None:
+def command(
+    folder: Path, text: Path, original: Path | None, window: int, windows: int, report: Path | None, mode: Mode | None
+) -> None:
     """Evaluate the MXFP4 model in DIR.
 
     A language model: perplexity. Any other: cosine similarity of sentence embeddings (mean of the last hidden states) with the
@@ -59,13 +64,14 @@ def command(folder: Path, text: Path, original: Path | None, window: int, window
     transformers.logging.disable_progress_bar()
     console = wide_console()
     content = text.read_text(encoding="utf-8")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with console.status("Loading"):
-        quantized = load_model(folder)
+        quantized = load_model(folder, mode=mode)
         unquantized = None if original is None else model_class(original).from_pretrained(original).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if unquantized is not None and type(unquantized) is not type(quantized):
         raise ValueError(f"--original is a {type(unquantized).__name__}, expected a {type(quantized).__name__} as in {folder}")
-    found = Evaluation(folder, original)
+    schemes = {str(layer.scheme) for layer in read_checkpoint(folder).in_mode(mode).layers.values()}
+    found = Evaluation(folder, original, {"scheme": ", ".join(sorted(schemes))})
     if quantized.can_generate():
         _language_model(found, quantized, unquantized, _windows(tokenizer, content, window, windows), console)
     elif unquantized is not None:

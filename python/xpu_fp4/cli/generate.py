@@ -9,7 +9,8 @@ import torch
 
 from ..checkpoints import load_model
 from ..checkpoints.models import require_transformers
-from .common import DIRECTORY, errors_as_messages
+from ..functional import Mode
+from .common import DIRECTORY, errors_as_messages, run_in_scheme
 
 
 @click.command("generate")
@@ -17,13 +18,14 @@ from .common import DIRECTORY, errors_as_messages
 @click.option("--prompt", required=True, help="Taken as a chat message where the model has a chat template.")
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the chat template.")
+@run_in_scheme
 @errors_as_messages
 @torch.inference_mode()
-def command(folder: Path, prompt: str, max_new_tokens: int, raw: bool) -> None:
+def command(folder: Path, prompt: str, max_new_tokens: int, raw: bool, mode: Mode | None) -> None:
     """Answer a prompt with the MXFP4 language model in DIR, greedily, so that the answer is always the same."""
     transformers = require_transformers()
     transformers.logging.disable_progress_bar()
-    model = load_model(folder)
+    model = load_model(folder, mode=mode)
     if not model.can_generate():
         raise ValueError(f"{folder} is a {type(model).__name__}, which generates no text")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -37,7 +37,7 @@ def command(folder: Path, as_json: bool) -> None:
 
 def _as_json(checkpoint: Checkpoint, statistics: dict[str, ScaleStatistics]) -> dict[str, object]:
     layers = {
-        name: {"shape": layer.shape, **dataclasses.asdict(layer.scheme), **dataclasses.asdict(statistics[name])}
+        name: {"shape": layer.shape, **layer.scheme.arguments(), **dataclasses.asdict(statistics[name])}
         for name, layer in checkpoint.layers.items()
     }
     return {"format": checkpoint.format, "layers": layers, "other_tensors": list(checkpoint.other_tensors())}
@@ -54,9 +54,8 @@ def _print(checkpoint: Checkpoint, statistics: dict[str, ScaleStatistics]) -> No
         table.add_column(column, justify="right", no_wrap=True)
     for name, layer in checkpoint.layers.items():
         found = statistics[name]
-        scheme = layer.scheme.mode if layer.scheme.mode == "w4a16" else f"{layer.scheme.mode} {layer.scheme.scale_mode}"
         shares = (f"{share:.3f}" for share in (found.pairs, found.quads, found.tile_pairs, found.tile_quads))
-        table.add_row(name, "x".join(map(str, layer.shape)), scheme, histogram(found), *shares)
+        table.add_row(name, "x".join(map(str, layer.shape)), str(layer.scheme), histogram(found), *shares)
     console.print(table)
     console.print(f"{len(list(checkpoint.other_tensors()))} other tensors")
 

@@ -11,19 +11,25 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ..checkpoints import Plan, plan_quantization, quantize_checkpoint
 from ..functional import Mode, ScaleMode
-from .common import DIRECTORY, errors_as_messages
+from .common import DIRECTORY, SCHEME, errors_as_messages
 
 
 @click.command("quantize")
 @click.argument("source", type=DIRECTORY)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--scheme", type=click.Choice(get_args(Mode)), default="w4a4", show_default=True, help="Quantize inputs too?")
+@click.option(
+    "--scheme",
+    type=SCHEME,
+    default="w4a4",
+    show_default=True,
+    help="What layers make of their inputs: MXFP4, MXINT8 (w4a8), nothing. The weights are the same.",
+)
 @click.option(
     "--scale-mode",
     type=click.Choice(get_args(ScaleMode)),
     default="even",
     show_default=True,
-    help="How scales are chosen. Other readers than xpu_fp4 know even only, for the inputs of w4a4.",
+    help="How scales of MXFP4 are chosen. Other readers than xpu_fp4 know even only, for the inputs of w4a4.",
 )
 @click.option(
     "--ignore",

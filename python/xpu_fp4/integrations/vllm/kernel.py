@@ -3,10 +3,12 @@
 
 import functools
 import os
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.kernels.linear import MxFp4LinearKernel, MxFp4LinearLayerConfig
 from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Dynamic
 from vllm.model_executor.utils import replace_parameter
@@ -14,7 +16,17 @@ from vllm.platforms import current_platform
 
 from ..._library import BLOCK
 from ...backends import Backend, backend, cpu_backend_name
+<<<<<<< HEAD
+from ...functional import Mode, modes_of
+from ...weight import PackedWeight
+
+_TENSORS = ("weight", "weight_scale", "xpu_fp4_expanded")
+"""Where a layer has the tensors of its PackedWeight, in that order; those that its form lacks are None."""
+=======
+from ...checkpoints.errors import CheckpointError
+from ...checkpoints.reader import CONFIG, check_keys
 from ...functional import Mode, expand, linear, linear_prepacked, prepack
+>>>>>>> w-checkpoints
 
 
 @functools.cache
@@ -24,6 +36,25 @@ def _platform_backend() -> Backend | None:
         return backend("xpu")
     if current_platform.is_cpu():
         return backend(cpu_backend_name())
+    return None
+
+
+def _refusal_of_checkpoint() -> str | None:
+    """Why the checkpoint that vLLM is loading would compute noise here, None if it would not or nothing is being loaded.
+
+    vLLM skips some keys that change what a layer computes (Quark's rotations), and its own transforms do not run on CPU.
+    """
+    loading = get_current_vllm_config_or_none()
+    model = None if loading is None else loading.model_config
+    if model is None:
+        return None
+    # Of a model with several parts, it may stand with the language model.
+    parts = (model.hf_config, model.hf_config.get_text_config())
+    config = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+    try:
+        check_keys(config if isinstance(config, dict) else {}, f"{model.model}/{CONFIG}: quantization_config")
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
@@ -52,27 +83,29 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
                 f"the checkpoint asks for activations quantized as {key}; xpu_fp4 has dynamic MXFP4 activations (W4A4) and "
                 "unquantized ones (W4A16): quantize the model to one of these"
             )
-        return True, None
+        refusal = _refusal_of_checkpoint()
+        return refusal is None, refusal
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Prepacks the weight where the backend can. Raises ValueError if its blocks and scales do not match."""
-        weight, scale = layer.weight.data, layer.weight_scale.data
-        _check_blocks(getattr(layer, "prefix", type(layer).__name__), weight, scale)
-        if current_platform.is_cpu() and cpu_backend_name() == "native":
-            layer.xpu_fp4_out_features = len(weight)
-            replace_parameter(layer, "weight", prepack(weight, scale))
-            layer.weight_scale = None  # it is in the prepacked weight
-        else:
-            replace_parameter(layer, "weight", weight)
-            replace_parameter(layer, "weight_scale", scale)
-            expands = self._mode == "w4a4" and os.environ.get("XPU_FP4_EXPAND_WEIGHTS") == "1"
-            layer.xpu_fp4_expanded = expand(weight, scale) if expands else None
+        codes, scale = layer.weight.data, layer.weight_scale.data
+        _check_blocks(getattr(layer, "prefix", type(layer).__name__), codes, scale)
+        weight = PackedWeight.stored(codes, scale).best()
+        if weight.form == "stored" and self._mode in modes_of("expanded") and os.environ.get("XPU_FP4_EXPAND_WEIGHTS") == "1":
+            weight = weight.expanded()
+        layer.xpu_fp4_form = (weight.form, weight.n, weight.k)
+        for name, tensor in zip_longest(_TENSORS, weight.tensors):
+            if tensor is not None and name in layer._parameters:
+                replace_parameter(layer, name, tensor)
+            else:
+                setattr(layer, name, tensor)
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N] of x's dtype."""
-        if layer.weight_scale is None:
-            return linear_prepacked(x, layer.weight, layer.xpu_fp4_out_features, bias, mode=self._mode)
-        return linear(x, layer.weight, layer.weight_scale, bias, mode=self._mode, expanded=layer.xpu_fp4_expanded)
+        form, n, k = layer.xpu_fp4_form
+        tensors = [getattr(layer, name) for name in _TENSORS]
+        weight = PackedWeight(form, n, k, tuple(tensor for tensor in tensors if tensor is not None))
+        return weight.linear(x, bias, mode=self._mode)
 
     @property
     def _mode(self) -> Mode:

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4 operands and tile in plain C++: no shifts, blocks scaled one by one. A block's sum fits int16, which every vector
-// instruction set multiplies and adds well.
+// W4A4 and W4A8 in plain C++: operands and tile. No shifts, blocks scaled one by one. The sum of half a block fits int16, which
+// every vector instruction set multiplies and adds well: of W4A8 it is at most 16 * 128 * 12 = 24576.
 #pragma once
 #include "generic_output.h"
 #include "generic_quantize.h"
 #include "loop_nest.h"
+#include "operand_source.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -16,26 +17,9 @@ constexpr unsigned code_at(const uint8_t* packed, int i) {
   return i % 2 == 0 ? e2m1::low(packed[i / 2]) : e2m1::high(packed[i / 2]);
 }
 
-template <int kRows>
-void expand_scalars(const uint8_t* packed, const uint8_t* scale, const IntegerForm& weight, ActivationQuad<kRows>& out,
-                    int row) {
-  unsigned zero_blocks = (1u << kQuad) - 1u;
-  int32_t sums[kQuad] = {};
-  for (int i = 0; i < kQuadElements; ++i) {
-    const int twice = e2m1::twice(code_at(packed, i));
-    *out.at(row, position(i)) = static_cast<int8_t>(twice);
-    sums[i / kBlock] += twice;
-    if (twice != 0) zero_blocks &= ~(1u << (i / kBlock));
-  }
-  const Alignment alignment = align(scale, zero_blocks, 0);
-  set_factors(alignment, sums, weight, out.quad[row], out.block[row]);
-  out.level = row == 0 ? alignment.level : std::max(out.level, alignment.level);
-}
-
-void finish_row_scalars(const Product& product, int64_t row, int64_t column, int columns, const float* acc) {
-  with_dtype(product.output.dtype, [&](auto dtype) {
-    finish_scalars<dtype>(product.output, product.weight.n, row, {column, column + columns}, acc);
-  });
+// Element i of a quad as an integer: an int8 code, or twice what an MXFP4 code stands for.
+constexpr int integer_at(Format format, const uint8_t* codes, int i) {
+  return format == Format::mxint8 ? static_cast<int8_t>(codes[i]) : e2m1::twice(code_at(codes, i));
 }
 
 struct Portable {
@@ -50,8 +34,19 @@ struct Portable {
   };
 
   static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
-    with_codes<quantize>(source, block, blocks,
-                         [&](const uint8_t* packed, const uint8_t* scale) { expand_scalars(packed, scale, {0, 0}, out, row); });
+    with_codes<quantize_scalars>(source, block, blocks, [&](const uint8_t* codes, const uint8_t* scale) {
+      const Format format = source.to.format;
+      unsigned zero_blocks = (1u << kQuad) - 1u;
+      for (int i = 0; i < kQuadElements; ++i) {
+        const int integer = integer_at(format, codes, i);
+        *out.at(row, position(i)) = static_cast<int8_t>(integer);
+        if (integer != 0) zero_blocks &= ~(1u << (i / kBlock));
+      }
+      const Alignment alignment = align(scale, zero_blocks, 0);
+      const IntegerForm form = integer_form(format, 0, 0);
+      for (int b = 0; b < kQuad; ++b) out.block[row][b] = block_factor(alignment.base[b], 0, form);
+      out.set_level(row, alignment.level);
+    });
   }
   static void pad(GroupQuad&, int) {}
 
@@ -89,9 +84,13 @@ struct Portable {
 
   static void dot_block(const int8_t* a, const int16_t (*w)[strips::kColumns], const BlockFactor& f, const float* factor,
                         float* p) {
-    int16_t sum[strips::kColumns] = {};
-    for (int k = 0; k < kBlock; ++k) {
-      for (int c = 0; c < strips::kColumns; ++c) sum[c] = static_cast<int16_t>(sum[c] + a[k] * w[k][c]);
+    int32_t sum[strips::kColumns] = {};
+    for (int half = 0; half < kBlock; half += kBlock / 2) {
+      int16_t part[strips::kColumns] = {};
+      for (int k = half; k < half + kBlock / 2; ++k) {
+        for (int c = 0; c < strips::kColumns; ++c) part[c] = static_cast<int16_t>(part[c] + a[k] * w[k][c]);
+      }
+      for (int c = 0; c < strips::kColumns; ++c) sum[c] += part[c];
     }
     for (int c = 0; c < strips::kColumns; ++c)
       p[c] = static_cast<float>(sum[c]) * (f.scale * f.before()) * factor[c] * f.after();
