@@ -65,14 +65,20 @@ class Architecture:
         return found[0]
 
 
-def described() -> list[dict[str, Any]]:
-    """What the SYCL backend says of itself. Asking xpu_fp4 loads it, and SYCL's runtime, which it needs, before."""
+@cache
+def sycl_backend() -> ctypes.CDLL:
+    """The library. Asking xpu_fp4 loads it, and SYCL's runtime, which it needs, before."""
     sycl = xpu_fp4.backends()["sycl"]
     if not sycl.available:
-        sys.exit(f"the list of GPU programs is in the SYCL backend: {sycl.detail}")
-    library = ctypes.CDLL(str(Path(xpu_fp4.__file__).with_name("_sycl_backend.abi3.so")))
-    library.xpu_fp4_sycl_variants.restype = ctypes.c_char_p
-    found: list[dict[str, Any]] = json.loads(library.xpu_fp4_sycl_variants())
+        sys.exit(f"the tools for GPU kernels ask the SYCL backend: {sycl.detail}")
+    return ctypes.CDLL(str(Path(xpu_fp4.__file__).with_name("_sycl_backend.abi3.so")))
+
+
+def described() -> list[dict[str, Any]]:
+    """What the SYCL backend says of its programs."""
+    variants = sycl_backend().xpu_fp4_sycl_variants
+    variants.restype = ctypes.c_char_p
+    found: list[dict[str, Any]] = json.loads(variants())
     return found
 
 

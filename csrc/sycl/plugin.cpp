@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "backend.h"
+#include "kernels/alignment.hpp"
 
 #define XPU_FP4_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -30,6 +31,16 @@ class SyclPlugin final : public Plugin {
 XPU_FP4_EXPORT const Plugin* xpu_fp4_sycl_plugin() {
   static const SyclPlugin plugin;
   return &plugin;
+}
+
+// For tools/level_mix.py: the levels that each of so many quads, of four scale bytes and no block of zeros, rules out.
+XPU_FP4_EXPORT void xpu_fp4_sycl_levels(const uint8_t* scales, int64_t quads, int arrangement, int format, uint32_t* levels) {
+  const AlignmentRule rule = alignment_rule(static_cast<Arrangement>(arrangement), static_cast<Format>(format));
+  for (int64_t quad = 0; quad < quads; ++quad) {
+    uint32_t scale[kQuad];
+    for (int b = 0; b < kQuad; ++b) scale[b] = scales[quad * kQuad + b];
+    levels[quad] = align(rule, scale, {}).levels;
+  }
 }
 
 // For `make isa` (tools/gpu_programs.py).

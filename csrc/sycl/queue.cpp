@@ -17,6 +17,14 @@ namespace {
 
 namespace syclexp = sycl::ext::oneapi::experimental;
 
+void set_argument(sycl::handler& handler, int index, const Argument& argument) {
+  if (argument.is_pointer) {
+    handler.set_arg(index, *static_cast<void* const*>(argument.value));
+  } else {
+    handler.set_arg(index, syclexp::raw_kernel_arg(argument.value, argument.size));
+  }
+}
+
 class SyclQueue final : public Queue {
  public:
   SyclQueue(sycl::queue queue, Allocate allocate, bool wait)
@@ -35,8 +43,8 @@ class SyclQueue final : public Queue {
   std::shared_ptr<void> allocate(int64_t bytes) const override { return allocate_(bytes); }
 
  private:
-  void submit(const Variant& variant, const char* kernel, const Range& range, const void* arguments,
-              size_t size) const override {
+  void submit(const Variant& variant, const char* kernel, const Range& range,
+              const std::vector<Argument>& arguments) const override {
     if (range.global[0] == 0 || range.global[1] == 0) return;
     const auto pair = [](const std::array<int64_t, 2>& of) {
       return sycl::range<2>(static_cast<size_t>(of[0]), static_cast<size_t>(of[1]));
@@ -46,7 +54,7 @@ class SyclQueue final : public Queue {
     try {
       const sycl::kernel compiled = get_kernel(queue_, variant, kernel);
       const sycl::event event = sycl::queue(queue_).submit([&](sycl::handler& handler) {
-        handler.set_arg(0, syclexp::raw_kernel_arg(arguments, size));
+        for (size_t i = 0; i < arguments.size(); ++i) set_argument(handler, static_cast<int>(i), arguments[i]);
         if (range.dimensions == 1) {
           handler.parallel_for(sycl::nd_range<1>(pair(range.global)[1], pair(range.group)[1]), compiled);
         } else {

@@ -14,6 +14,13 @@
 
 namespace xpu_fp4::syclrt {
 
+/// One argument of a kernel, passed by value.
+struct Argument {
+  const void* value;
+  size_t size;
+  bool is_pointer;  // to device memory
+};
+
 /// Work-items of a kernel, in one dimension or in two (rows, lanes), and those of a work-group.
 struct Range {
   int dimensions;
@@ -33,16 +40,21 @@ class Queue {
   virtual Target target() const = 0;
   virtual std::shared_ptr<void> allocate(int64_t bytes) const = 0;
 
-  /// Submits a kernel, compiled if need be; nothing if the range is empty. Throws std::runtime_error if that fails.
+  /// Submits a kernel, compiled if need be; nothing if the range is empty. `arguments`: its struct of kernels/arguments.hpp.
+  /// Throws std::runtime_error if that fails.
   template <class Arguments>
   void launch(const Variant& variant, const char* kernel, const Range& range, const Arguments& arguments) const {
-    static_assert(std::is_trivially_copyable_v<Arguments>);
-    submit(variant, kernel, range, &arguments, sizeof arguments);
+    std::vector<Argument> list;
+    list.reserve(16);
+    arguments.each([&](const auto& value) {
+      list.push_back({&value, sizeof value, std::is_pointer_v<std::remove_reference_t<decltype(value)>>});
+    });
+    submit(variant, kernel, range, list);
   }
 
  private:
-  virtual void submit(const Variant& variant, const char* kernel, const Range& range, const void* arguments,
-                      size_t size) const = 0;
+  virtual void submit(const Variant& variant, const char* kernel, const Range& range,
+                      const std::vector<Argument>& arguments) const = 0;
 };
 
 /// Of Intel's OpenCL CPU device; launches return when the kernel has run. Throws if there is no such device.

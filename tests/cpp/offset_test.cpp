@@ -77,7 +77,8 @@ class Offsets : public testing::Test {
   void launch(const Variant& variant, const char* kernel, sycl::nd_range<2> range, const Arguments& arguments) {
     const sycl::kernel compiled = syclrt::get_kernel(queue, variant, kernel);
     queue.submit([&](sycl::handler& handler) {
-      handler.set_args(arguments);
+      int index = 0;
+      arguments.each([&](const auto& value) { handler.set_arg(index++, value); });
       handler.parallel_for(range, compiled);
     });
     queue.wait_and_throw();
@@ -245,7 +246,7 @@ class Offsets : public testing::Test {
     check_own_bits<uint16_t>(tile, lanes, m, n, k, Format::mxfp4,
                              [&](const Tall& a, const Tall& w, const uint16_t*, const Sparse& y) {
       launch(syclrt::gemm_bdpas_variant(kCri, tile, DType::bf16), "gemm_bdpas", last_tile(tile, lanes, a.rows, w.rows),
-             GemmBdpasArguments{a.stored(), w.stored(), output(y, a.rows, w.rows), k});
+             GemmArguments{a.stored(), w.stored(), output(y, a.rows, w.rows), k, 0});
     });
   }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device code: types, unaligned loads and the matrix primitive. Kernels are compiled at first use by SYCL's runtime compiler,
-// one program per variant; the host (sycl/backend.cpp) sets these macros:
+// one program per variant; the host (sycl/variants.cpp) sets these macros:
 //   XPU_FP4_SUB_GROUP    lanes of a sub-group: 16, or 8 on GPUs whose matrix unit is 8 wide (Alchemist)
 //   XPU_FP4_MATRIX_UNIT  1 where the device has Intel's int8 matrix unit, 0 for the stand-in
 //   XPU_FP4_ALIGNMENT    bytes to which the vector-accessed pointers are aligned: 16, or 1 if any of them is not

@@ -6,8 +6,7 @@ using namespace xpu_fp4;
 
 constexpr int kLaneBytes = 4;
 
-XPU_FP4_KERNEL(1) dequantize(DequantizeArguments args) {
-  const auto& [q, scales, out, lanes] = args;
+XPU_FP4_KERNEL(1) dequantize(const uint8_t* q, const uint8_t* scales, void* out, int64_t lanes) {
   const int64_t id = syclext::this_work_item::get_nd_item<1>().get_global_linear_id();
   if (id >= lanes) return;
   const uint8_t scale = scales[id / (kBlockBytes / kLaneBytes)];
@@ -19,8 +18,7 @@ XPU_FP4_KERNEL(1) dequantize(DequantizeArguments args) {
   }
 }
 
-XPU_FP4_KERNEL(1) dequantize_mxint8(DequantizeArguments args) {
-  const auto& [q, scales, out, lanes] = args;
+XPU_FP4_KERNEL(1) dequantize_mxint8(const uint8_t* q, const uint8_t* scales, void* out, int64_t lanes) {
   const int64_t id = syclext::this_work_item::get_nd_item<1>().get_global_linear_id();
   if (id >= lanes) return;
   const uint8_t scale = scales[id / (kBlock / 8)];

@@ -3,6 +3,7 @@
 // A lane does one row of one quad; a sub-group, the kLanes rows of a group. Memory traffic per quad and row: 68 bytes of MXFP4
 // or 132 of MXINT8 in (quantize_expand: the floats, of MXINT8 twice), 132 out.
 // Macros: XPU_FP4_FORMAT; XPU_FP4_ARRANGEMENT; XPU_FP4_ORDER, of elements; XPU_FP4_DTYPE for quantize_expand.
+#include "alignment.hpp"
 #ifdef XPU_FP4_DTYPE
 #include "quantizer.hpp"
 #else
@@ -17,54 +18,14 @@ typedef uint32_t Dwords8 __attribute__((ext_vector_type(8)));
 constexpr auto kArrangement = static_cast<Arrangement>(XPU_FP4_ARRANGEMENT);
 constexpr auto kOrder = static_cast<ElementOrder>(XPU_FP4_ORDER);
 constexpr int kLanes = kSubGroup;
-constexpr bool kColumns = kArrangement == Arrangement::column_fragments;
-constexpr Window kWindow = kColumns ? kWeightWindow : activations_window(kFormat);
-constexpr int kMaxShift = kFormat == Format::mxfp4 ? 3 : 0;  // 12 << 3 = 96 fits an int8; MXINT8's codes fill it
+constexpr AlignmentRule kRule = alignment_rule(kArrangement, kFormat);
 constexpr int kBlockDwords = code_bytes(kFormat, kBlock) / 4;
-// With the near level's addresses gemm_large would not fit in Alchemist's registers; its block level is fast enough. MXINT8's
-// sums are too large for it.
-constexpr bool kHasNear = kArrangement != Arrangement::row_fragments && kFormat == Format::mxfp4;
 
 /// One row's quad. Blocks beyond the last have codes 0.
 struct RowQuad {
   uint32_t codes[kQuad][kBlockDwords];
   uint32_t scale[kQuad];
 };
-
-/// How the quad is expanded: every block shifted left by scale - exponent.
-struct Alignment {
-  uint32_t exponent[kQuad];
-  uint32_t levels;  // that it rules out
-};
-
-struct Range {
-  uint32_t low = 255, high = 0;
-  inline void add(uint32_t scale) {
-    low = sycl::min(low, scale);
-    high = sycl::max(high, scale);
-  }
-  inline bool empty() const { return low > high; }
-  inline bool aligned() const { return high - low <= kMaxShift; }  // not if empty
-};
-
-/// The near levels that a row of A rules out (quad_sum.hpp says why): `scale`, within 8 from `least` + 3 on, is what blocks'
-/// sums are multiples of; `exponent`, at least `least`, is the unit of their chains.
-inline uint32_t not_near(const uint32_t (&scale)[kQuad], const uint32_t (&exponent)[kQuad], uint32_t least) {
-  uint32_t most[kQuad], unit[kQuad], applies = 0;
-#pragma unroll
-  for (int b = 0; b < kQuad; ++b) {
-    most[b] = 3u << scale[b] - least;
-    unit[b] = 1u << exponent[b] - least;
-  }
-#pragma unroll
-  for (uint32_t level = kNearLevel; level < kBlockLevel; ++level) {
-    const auto [first, second, third, fourth] = NearOrder(level).block;
-    if (first == second) continue;
-    const bool exact = unit[second] + unit[third] <= most[first] && unit[third] <= most[second];
-    if (exact && exponent[third] == exponent[fourth]) applies |= 1u << level;
-  }
-  return kNoNearLevel & ~applies;
-}
 
 inline bool is_zero(const uint32_t (&codes)[kBlockDwords]) {
   uint32_t any = 0;
@@ -73,55 +34,11 @@ inline bool is_zero(const uint32_t (&codes)[kBlockDwords]) {
   return (any & (kFormat == Format::mxfp4 ? 0x77777777u : 0xFFFFFFFFu)) == 0;  // -0 is zero too
 }
 
-/// Blocks of zeros take any exponent: their products are +0 whatever it is. All other blocks take the
-/// smallest exponent that fits, so that their integer sums share the largest power of two; the near level relies on it.
-inline Alignment align(const RowQuad& quad) {
-  Range all;
-  bool nan = false, zero[kQuad];
+inline Alignment alignment_of(const RowQuad& quad) {
+  bool zero[kQuad];
 #pragma unroll
-  for (int b = 0; b < kQuad; ++b) {
-    nan |= quad.scale[b] == e8m0::kNan;
-    zero[b] = is_zero(quad.codes[b]);
-    if (!zero[b]) all.add(quad.scale[b]);
-  }
-  if (all.empty()) all.add(e8m0::kBias);
-  Alignment result;
-  uint32_t scale[kQuad], (&exponent)[kQuad] = result.exponent;
-  const bool outside = all.low < kWindow.low || all.high > kWindow.high;
-#pragma unroll
-  for (int b = 0; b < kQuad; ++b) exponent[b] = scale[b] = nan ? uint32_t{e8m0::kNan} : zero[b] ? all.low : quad.scale[b];
-  if (nan || outside) {
-    // A row of A that is NaN becomes so on every level (gemm_large.cpp); a column does on the general one.
-    result.levels = nan && !kColumns ? 0 : kOnlyGeneral;
-    return result;
-  }
-  // Where not all four can share an exponent, the blocks of a column's pair may. A row of A has low blocks, and high ones with
-  // outliers in the same channels as other rows.
-  Range part[2];
-  bool second[kQuad];
-#pragma unroll
-  for (int b = 0; b < kQuad; ++b) {
-    second[b] = kColumns ? !all.aligned() && b >= 2 : scale[b] - all.low > kMaxShift;
-    if (!zero[b] && !second[b]) part[0].add(scale[b]);
-    if (!zero[b] && second[b]) part[1].add(scale[b]);
-  }
-#pragma unroll
-  for (int b = 0; b < kQuad; ++b) {
-    const Range own = second[b] ? part[1] : part[0];
-    exponent[b] = (own.aligned() ? own.high : scale[b]) - kMaxShift;
-  }
-  const uint32_t spread = all.high - all.low;
-  result.levels = 0;
-  if (!all.aligned()) {
-    result.levels = 1u << kQuadLevel;
-    if (exponent[0] != exponent[1] || exponent[2] != exponent[3]) result.levels |= 1u << kPairLevel;
-  }
-  if (!kHasNear || spread > (kColumns ? 2 : 8)) {
-    result.levels |= kNoNearLevel;
-  } else if (!kColumns && !all.aligned()) {
-    result.levels |= not_near(scale, exponent, all.low - kMaxShift);
-  }
-  return result;
+  for (int b = 0; b < kQuad; ++b) zero[b] = is_zero(quad.codes[b]);
+  return align(kRule, quad.scale, zero);
 }
 
 /// Codes 4 i .. 4 i + 3 of a block in kOrder, one in each byte.
@@ -130,15 +47,6 @@ inline uint32_t codes4(const uint32_t (&packed)[4], int i) {
   if (kOrder == ElementOrder::apart) return x >> 4 * (i % 2) & 0x0F0F0F0Fu;
   const uint32_t bytes = x >> 16 * (i % 2) & 0xFFFFu, spread = (bytes | bytes << 8) & 0x00FF00FFu;
   return (spread | spread << 4) & 0x0F0F0F0Fu;
-}
-
-/// The same of int8 codes.
-inline uint32_t bytes4(const uint32_t (&codes)[8], int i) {
-  if (kOrder == ElementOrder::packed) return codes[i];
-  // Every other byte of two dwords.
-  const auto half = [&](uint32_t x) { return x >> 8 * (i % 2) & 0x00FF00FFu; };
-  const auto close = [](uint32_t x) { return (x | x >> 8) & 0xFFFFu; };
-  return close(half(codes[i & ~1])) | close(half(codes[i | 1])) << 16;
 }
 
 /// Four codes, one in each byte, to four int8: twice the value, shifted left.
@@ -151,13 +59,24 @@ inline uint32_t expand4(uint32_t codes, uint32_t shift) {
   return ((magnitude ^ low_bits) + negative) ^ negative << 7;
 }
 
+/// Dword i of a block in kOrder: of MXFP4,
+inline uint32_t expanded4(const uint32_t (&codes)[4], int i, uint32_t shift) { return expand4(codes4(codes, i), shift); }
+/// and of MXINT8, which is not shifted.
+inline uint32_t expanded4(const uint32_t (&codes)[8], int i, uint32_t) {
+  if (kOrder == ElementOrder::packed) return codes[i];
+  // Every other byte of two dwords.
+  const auto half = [&](uint32_t x) { return x >> 8 * (i % 2) & 0x00FF00FFu; };
+  const auto close = [](uint32_t x) { return (x | x >> 8) & 0xFFFFu; };
+  return close(half(codes[i & ~1])) | close(half(codes[i | 1])) << 16;
+}
+
 struct Expanded : ExpandedOperand {
   int64_t rows, padded_rows;
   uint32_t quads;
 
   /// Whole sub-groups only: the levels are those of the group.
   inline void store(const RowQuad& in, int64_t row, uint32_t quad) const {
-    const Alignment alignment = align(in);
+    const Alignment alignment = alignment_of(in);
     const int64_t group = row / kLanes;
     const uint32_t* e = alignment.exponent;
     exponents[(group * quads + quad) * kLanes + row % kLanes] = e[0] | e[1] << 8 | e[2] << 16 | e[3] << 24;
@@ -170,15 +89,11 @@ struct Expanded : ExpandedOperand {
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
       // The shift of a block of zeros, whose exponent may be above its scale, does not matter; NaN's codes are not read.
-      const uint32_t shift = in.scale[b] - e[b] & kMaxShift;
+      const uint32_t shift = (in.scale[b] - e[b]) & kRule.shift;
       Dwords8 out;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        if constexpr (kFormat == Format::mxfp4) {
-          out[i] = expand4(codes4(in.codes[b], i), shift);
-        } else {
-          out[i] = bytes4(in.codes[b], i);
-        }
+        out[i] = expanded4(in.codes[b], i, shift);
       }
       store_block(out, row, quad, b);
     }
@@ -208,8 +123,9 @@ inline Place this_place() {
   return {static_cast<int64_t>(item.get_global_id(1)), static_cast<uint32_t>(item.get_global_id(0))};
 }
 
-XPU_FP4_KERNEL(2) expand(ExpandArguments args) {
-  const auto& [from, out, rows, padded_rows, k] = args;
+XPU_FP4_KERNEL(2)
+expand(XPU_FP4_STORED_PARAMETERS(in), XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, int64_t padded_rows, int64_t k) {
+  const StoredOperand from = XPU_FP4_STORED(in);
   const auto [row, quad] = this_place();
   if (row >= padded_rows) return;  // whole sub-groups
   const int64_t blocks = k / kBlock;
@@ -228,14 +144,15 @@ XPU_FP4_KERNEL(2) expand(ExpandArguments args) {
     }
     in.scale[b] = real ? from.scale[row * from.scale_row_stride + block * from.scale_block_stride] : uint8_t{e8m0::kBias};
   }
-  Expanded{out, rows, padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
+  Expanded{XPU_FP4_EXPANDED(out), rows, padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
 }
 
 #ifdef XPU_FP4_DTYPE
 using BlockValues = Values<kBlock>;
 
 /// The row's quad from x on, of which `blocks` exist.
-inline void quantize_quad(const uint8_t* x, int64_t blocks, const QuantizeExpandArguments& args, RowQuad& in) {
+template <class Quad>
+inline void quantize_quad(const uint8_t* x, int64_t blocks, const QuantizeExpandArguments& args, Quad& in) {
   constexpr int bytes = kBlock * size_of(kDType);
   if constexpr (kFormat == Format::mxfp4) {
 #pragma unroll
@@ -263,14 +180,17 @@ inline void quantize_quad(const uint8_t* x, int64_t blocks, const QuantizeExpand
   }
 }
 
-XPU_FP4_KERNEL(2) quantize_expand(QuantizeExpandArguments args) {
+XPU_FP4_KERNEL(2)
+quantize_expand(const void* x, XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, int64_t padded_rows, int64_t k, int mode,
+                int group) {
+  const QuantizeExpandArguments args = {x, XPU_FP4_EXPANDED(out), rows, padded_rows, k, mode, group};
   const auto [row, quad] = this_place();
   if (row >= args.padded_rows) return;  // whole sub-groups
   const int64_t blocks = args.k / kBlock, first = int64_t{quad} * kQuad;
   RowQuad in = {};
 #pragma unroll
   for (int b = 0; b < kQuad; ++b) in.scale[b] = e8m0::kBias;
-  const uint8_t* from = args.x + (row * blocks + first) * kBlock * size_of(kDType);
+  const uint8_t* from = static_cast<const uint8_t*>(args.x) + (row * blocks + first) * kBlock * size_of(kDType);
   if (row < args.rows) quantize_quad(from, blocks - first, args, in);
   Expanded{args.out, args.rows, args.padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
 }

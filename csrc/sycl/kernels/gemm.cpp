@@ -93,10 +93,11 @@ inline void add_rows(const Tile& tile, const uint8_t* a, const Quad& quad, int u
   for (int r = 0; r < kRowUnit; ++r) acc[r] = add_quad(acc[r], p[0][r], p[1][r], p[2][r], p[3][r]);
 }
 
-XPU_FP4_KERNEL(2) gemm(GemmArguments args) {
-  const auto& [bias, bias_row_stride, bias_column_stride, y, m, n] = args.output;
+XPU_FP4_KERNEL(2)
+gemm(XPU_FP4_STORED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k, int y_dtype) {
+  const StoredOperand w = XPU_FP4_STORED(w);
   const auto item = syclext::this_work_item::get_nd_item<2>();
-  const Tile tile = {{m, n, args.k},
+  const Tile tile = {{m, n, k},
                      static_cast<int64_t>(item.get_global_id(0)) * kSubGroup,
                      static_cast<int64_t>(item.get_global_id(1)) / kSubGroup * kSubGroup,
                      static_cast<int>(this_sub_group().get_local_linear_id())};
@@ -104,9 +105,9 @@ XPU_FP4_KERNEL(2) gemm(GemmArguments args) {
 
   float acc[kRowUnits][kRowUnit] = {};
   for (int64_t block = 0; block < tile.shape.row_blocks(); block += kQuad) {
-    const Quad quad = load_quad(tile, args.a.scale, args.w, block);
+    const Quad quad = load_quad(tile, a_scale, w, block);
 #pragma unroll
-    for (int unit = 0; unit < kRowUnits; ++unit) add_rows(tile, args.a.codes, quad, unit, acc[unit]);
+    for (int unit = 0; unit < kRowUnits; ++unit) add_rows(tile, a_codes, quad, unit, acc[unit]);
   }
 
   const int64_t column = tile.first_column + tile.lane;
@@ -117,6 +118,6 @@ XPU_FP4_KERNEL(2) gemm(GemmArguments args) {
     if (row >= m) break;
     float value = acc[i / kRowUnit][i % kRowUnit];
     if (bias != nullptr) value += bias[row * bias_row_stride + column * bias_column_stride];
-    store(static_cast<DType>(args.y_dtype), y, row * n + column, value);
+    store(static_cast<DType>(y_dtype), y, row * n + column, value);
   }
 }

@@ -101,26 +101,25 @@ struct Scales {
   }
 };
 
-XPU_FP4_KERNEL(2) gemm_bdpas(GemmBdpasArguments args) {
-  const StoredOperand &a = args.a, &w = args.w;
-  const int64_t m = args.output.m, n = args.output.n, k = args.k;
+XPU_FP4_KERNEL(2)
+gemm_bdpas(XPU_FP4_STORED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k, int) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kTileRows;
   const int64_t first_column = uniform(static_cast<int64_t>(item.get_global_id(1)) / kLanes) * kTileColumns;
   if (first_row >= m || first_column >= n) return;
   const auto blocks = static_cast<uint32_t>(k / kBlock);
-  const Codes rows = {(GlobalBytes)a.codes + first_row * (k / 2), k / 2, m - first_row};
-  const Codes columns = {(GlobalBytes)w.codes + first_column * (k / 2), k / 2, n - first_column};
+  const Codes rows = {(GlobalBytes)a_codes + first_row * (k / 2), k / 2, m - first_row};
+  const Codes columns = {(GlobalBytes)w_codes + first_column * (k / 2), k / 2, n - first_column};
   Scales row_scales[kRowUnits], column_scales[kColumnUnits];
 #pragma unroll
   for (int i = 0; i < kRowUnits; ++i) {
     const int64_t row = sycl::min(first_row + kRowUnit * i + lane_id() % kRowUnit, m - 1);
-    row_scales[i] = {(GlobalBytes)a.scale + row * blocks, 1, blocks};
+    row_scales[i] = {(GlobalBytes)a_scale + row * blocks, 1, blocks};
   }
 #pragma unroll
   for (int j = 0; j < kColumnUnits; ++j) {
     const int64_t column = sycl::min(first_column + kLanes * j + lane_id(), n - 1);
-    column_scales[j] = {(GlobalBytes)w.scale + column * w.scale_row_stride, w.scale_block_stride, blocks};
+    column_scales[j] = {(GlobalBytes)w_scale + column * w_scale_row_stride, w_scale_block_stride, blocks};
   }
 
   float8 acc[kRowUnits][kColumnUnits];
@@ -150,5 +149,5 @@ XPU_FP4_KERNEL(2) gemm_bdpas(GemmBdpasArguments args) {
       }
     }
   }
-  Output{args.output}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
+  Output{XPU_FP4_OUTPUT}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
 }

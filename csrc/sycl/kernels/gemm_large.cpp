@@ -90,9 +90,9 @@ struct Levels {
   }
 };
 
-XPU_FP4_KERNEL(2) gemm_large(GemmLargeArguments args) {
-  const int64_t m = args.output.m, n = args.output.n;
-  const uint32_t quads = args.quads;
+XPU_FP4_KERNEL(2)
+gemm_large(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_EXPANDED_PARAMETERS(b), XPU_FP4_OUTPUT_PARAMETERS, uint32_t quads,
+           uint32_t start_bits) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kTileRows;
   const int64_t first_column = uniform(static_cast<int64_t>(item.get_global_id(1)) / kLanes) * (kColumnUnits * kLanes);
@@ -103,13 +103,12 @@ XPU_FP4_KERNEL(2) gemm_large(GemmLargeArguments args) {
   Tile tile;
   tile.quads = quads;
   const auto rows = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kTileRows}));
-  tile.rows = ManyRowCodes({(GlobalBytes)args.a.codes + uint64_t(first_row) * quads * kQuadElements, quads, rows});
-  tile.row_exponents = (GlobalWords)args.a.exponents + row_group * quads * kLanes;
-  tile.column_exponents = (GlobalWords)args.b.exponents + column_group * quads * kLanes;
-  tile.columns = {(GlobalBytes)args.b.codes + column_group * quads * (kQuad * kColumnFragmentBytes), quads};
-  tile.start = start_of_lane(args.start_bits);
-  const Levels levels = {(GlobalWords)args.a.levels + row_group * pitch, (GlobalWords)args.b.levels + column_group * pitch,
-                         pitch};
+  tile.rows = ManyRowCodes({(GlobalBytes)a_codes + uint64_t(first_row) * quads * kQuadElements, quads, rows});
+  tile.row_exponents = (GlobalWords)a_exponents + row_group * quads * kLanes;
+  tile.column_exponents = (GlobalWords)b_exponents + column_group * quads * kLanes;
+  tile.columns = {(GlobalBytes)b_codes + column_group * quads * (kQuad * kColumnFragmentBytes), quads};
+  tile.start = start_of_lane(start_bits);
+  const Levels levels = {(GlobalWords)a_levels + row_group * pitch, (GlobalWords)b_levels + column_group * pitch, pitch};
 
   // The sub-groups of a work-group share the rows, or the columns, of their tiles; each prefetches a part.
   const uint32_t prefetched_unit = uniform(static_cast<uint32_t>(item.get_local_id(1))) / kLanes % kRowUnits;
@@ -142,5 +141,5 @@ XPU_FP4_KERNEL(2) gemm_large(GemmLargeArguments args) {
       }
     }
   }
-  Output{args.output}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
+  Output{XPU_FP4_OUTPUT}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
 }

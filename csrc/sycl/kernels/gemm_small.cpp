@@ -140,8 +140,9 @@ XPU_FP4_INLINE bool any_outside_of_window(const uint32_t (&rows)[kGroups], uint3
   return sycl::any_of_group(this_sub_group(), (outside & 0x80808080u) != 0);
 }
 
-XPU_FP4_KERNEL(2) gemm_small(GemmSmallArguments args) {
-  const int64_t m = args.output.m, n = args.output.n, k = args.k;
+XPU_FP4_KERNEL(2)
+gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k,
+           uint32_t start_bits) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   static syclexp::work_group_static<RoundTerms[2]> terms;
   const uint32_t split = uniform(this_sub_group().get_group_linear_id());
@@ -153,11 +154,11 @@ XPU_FP4_KERNEL(2) gemm_small(GemmSmallArguments args) {
   // Rows are padded to groups: a tile may start inside of one only where it is smaller, and then it is the first.
   const uint64_t row_group = first_row / kLanes;
   const auto height = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kRows}));
-  const Rows rows = {{(GlobalBytes)args.a.codes + uint64_t(first_row) * quads * kQuadElements, quads, height},
-                     (GlobalWords)args.a.exponents + row_group * quads * kLanes,
+  const Rows rows = {{(GlobalBytes)a_codes + uint64_t(first_row) * quads * kQuadElements, quads, height},
+                     (GlobalWords)a_exponents + row_group * quads * kLanes,
                      quads};
-  WeightColumn column(args.w, k, sycl::min(first_column + lane_id(), n - 1), split);
-  const int8 start = start_of_lane(args.start_bits);
+  WeightColumn column(XPU_FP4_STORED(w), k, sycl::min(first_column + lane_id(), n - 1), split);
+  const int8 start = start_of_lane(start_bits);
   const uint32_t first_own = split * kOwnRows;
 
   float acc[kOwnRows] = {};
@@ -195,7 +196,7 @@ XPU_FP4_KERNEL(2) gemm_small(GemmSmallArguments args) {
     column.step(kSplit);
     buffer ^= 1;  // the next round writes what the one before has read: one barrier is enough
   }
-  const Output output{args.output};
+  const Output output{XPU_FP4_OUTPUT};
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) {
     const uint32_t row = first_own + i;

@@ -22,9 +22,7 @@ inline float block_sum(const void* x, int64_t first, const Bytes16& packed) {
   return add_runs(sum[0], sum[1], sum[2], sum[3]);
 }
 
-XPU_FP4_KERNEL(2) gemm_w4a16(GemmW4a16Arguments args) {
-  const auto& [x, w, output, k] = args;
-  const auto& [bias, bias_row_stride, bias_column_stride, y, m, n] = output;
+XPU_FP4_KERNEL(2) gemm_w4a16(const void* x, XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const int64_t row = item.get_global_id(0), lane_column = item.get_global_id(1);
   // A lane beyond N repeats the last column: it must not leave before the sum is complete. For the lanes that remain, Intel's
@@ -38,8 +36,8 @@ XPU_FP4_KERNEL(2) gemm_w4a16(GemmW4a16Arguments args) {
     for (int b = 0; b < kQuad; ++b) {
       const int64_t block = quad + b;
       if (block < row_blocks) {
-        const float sum = block_sum(x, row * k + block * kBlock, load16(w.codes + column * (k / 2) + block * kBlockBytes));
-        p[b] = block_share(sum, weight_factor(w.scale[column * w.scale_row_stride + block * w.scale_block_stride]));
+        const float sum = block_sum(x, row * k + block * kBlock, load16(w_codes + column * (k / 2) + block * kBlockBytes));
+        p[b] = block_share(sum, weight_factor(w_scale[column * w_scale_row_stride + block * w_scale_block_stride]));
       }
     }
     acc = add_quad(acc, p[0], p[1], p[2], p[3]);

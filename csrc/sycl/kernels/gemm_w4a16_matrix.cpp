@@ -195,9 +195,8 @@ XPU_FP4_INLINE void add_splits(Sums& acc, uint32_t split) {
   }
 }
 
-XPU_FP4_KERNEL(2) gemm_w4a16_matrix(GemmW4a16Arguments args) {
-  const StoredOperand& w = args.w;
-  const int64_t m = args.output.m, n = args.output.n, k = args.k;
+XPU_FP4_KERNEL(2)
+gemm_w4a16_matrix(const void* x, XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   // One tile per sub-group, or per work-group of kSplit sub-groups.
   const auto tile_column = uniform(static_cast<int64_t>(item.get_global_id(1)) / (kLanes * kSplit));
@@ -207,13 +206,13 @@ XPU_FP4_KERNEL(2) gemm_w4a16_matrix(GemmW4a16Arguments args) {
   if (first_row >= m || first_column >= n) return;  // whole work-groups where they are split
   const int64_t row_bytes = 2 * k;
   const auto height = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kTileRows}));
-  const Rows rows = {(GlobalBytes)args.x + first_row * row_bytes, height, row_bytes};
+  const Rows rows = {(GlobalBytes)x + first_row * row_bytes, height, row_bytes};
   Column columns[kColumnUnits];
 #pragma unroll
   for (int j = 0; j < kColumnUnits; ++j) {
     const int64_t column = sycl::min(first_column + kLanes * j + lane_id(), n - 1);
-    columns[j] = {(GlobalBytes)w.codes + column * (k / 2), (GlobalBytes)w.scale + column * w.scale_row_stride,
-                  w.scale_block_stride};
+    columns[j] = {(GlobalBytes)w_codes + column * (k / 2), (GlobalBytes)w_scale + column * w_scale_row_stride,
+                  w_scale_block_stride};
   }
 
   Sums acc;
@@ -233,5 +232,5 @@ XPU_FP4_KERNEL(2) gemm_w4a16_matrix(GemmW4a16Arguments args) {
     add_splits(acc, split);
     if (split != 0) return;
   }
-  Output{args.output}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
+  Output{XPU_FP4_OUTPUT}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
 }

@@ -23,10 +23,9 @@ inline void store_codes(const LaneValues& in, uint8_t scale, uint8_t* q, const E
 }
 
 // A lane past the end repeats the last vector, so that whole sub-groups take part in the exchange, and stores nothing.
-XPU_FP4_KERNEL(1) quantize(QuantizeArguments args) {
-  const auto& [x, q, scales, vectors, mode] = args;
+XPU_FP4_KERNEL(1) quantize(const void* x, uint8_t* q, uint8_t* scales, int64_t vectors, int mode) {
   const int64_t id = syclext::this_work_item::get_nd_item<1>().get_global_linear_id();
-  const LaneValues in(x + sycl::min(id, vectors - 1) * 16);
+  const LaneValues in(static_cast<const uint8_t*>(x) + sycl::min(id, vectors - 1) * 16);
   const uint32_t amax_bits = largest_of_lanes(in.amax_bits, kLanesPerBlock);
   if (id >= vectors) return;
   const uint8_t scale = e8m0::from_amax(amax_bits, static_cast<ScaleMode>(mode));
@@ -34,10 +33,11 @@ XPU_FP4_KERNEL(1) quantize(QuantizeArguments args) {
   if (id % kLanesPerBlock == 0) scales[id / kLanesPerBlock] = scale;
 }
 
-XPU_FP4_KERNEL(1) group_quantize(GroupQuantizeArguments args) {
-  const auto& [x, q, scales, vectors, row_blocks, scale_row_stride, scale_block_stride, scale_floor] = args;
+XPU_FP4_KERNEL(1)
+group_quantize(const void* x, uint8_t* q, float* scales, int64_t vectors, int64_t row_blocks, int64_t scale_row_stride,
+               int64_t scale_block_stride, uint8_t scale_floor) {
   const int64_t id = syclext::this_work_item::get_nd_item<1>().get_global_linear_id();
-  const LaneValues in(x + sycl::min(id, vectors - 1) * 16);
+  const LaneValues in(static_cast<const uint8_t*>(x) + sycl::min(id, vectors - 1) * 16);
   const uint32_t amax_bits = largest_of_lanes(in.amax_bits, kLanesPerBlock);
   if (id >= vectors) return;
   const uint8_t scale = group_quant::scale_byte(amax_bits, scale_floor);
@@ -52,14 +52,14 @@ XPU_FP4_KERNEL(1) group_quantize(GroupQuantizeArguments args) {
 
 constexpr int kLaneElements = kQuadElements / kSubGroup;
 
-XPU_FP4_KERNEL(2) quantize_mxint8(QuantizeMxint8Arguments args) {
-  const auto& [x, q, scales, k, group] = args;
+XPU_FP4_KERNEL(2) quantize_mxint8(const void* x, uint8_t* q, uint8_t* scales, int64_t k, int group) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const int64_t row = item.get_global_id(0), first = static_cast<int64_t>(item.get_global_id(1)) * kLaneElements;
   if (first / kQuadElements >= ceil_div(k, kQuadElements)) return;  // whole sub-groups
   // A lane beyond K takes part in the exchange with a magnitude of 0, and stores nothing.
   const bool real = first < k;
-  const Values<kLaneElements> in(x + (row * k + (real ? first : k - kLaneElements)) * size_of(kDType));
+  const Values<kLaneElements> in(static_cast<const uint8_t*>(x) +
+                                 (row * k + (real ? first : k - kLaneElements)) * size_of(kDType));
   const uint8_t scale = mxint8::scale_byte(largest_of_lanes(real ? in.amax_bits : 0, group / kLaneElements));
   if (!real) return;
   uint32_t codes[kLaneElements / 4];

@@ -30,21 +30,19 @@ void quantize(const Queue& queue, const Quantize& args) {
   const Variant variant = quantize_variant(queue.target(), args.dtype, alignment_of({args.x}));
   if (args.to.format == Format::mxint8) {
     const int64_t lanes = ceil_div(args.k, kQuadElements) * queue.target().sub_group;  // of a row
-    return queue.launch(
-        variant, "quantize_mxint8", grid(args.rows, lanes),
-        QuantizeMxint8Arguments{static_cast<const uint8_t*>(args.x), args.codes, args.scale, args.k, args.to.group});
+    return queue.launch(variant, "quantize_mxint8", grid(args.rows, lanes),
+                        QuantizeMxint8Arguments{args.x, args.codes, args.scale, args.k, args.to.group});
   }
   const int64_t vectors = args.rows * args.k * size_of(args.dtype) / 16;
-  queue.launch(
-      variant, "quantize", line(vectors),
-      QuantizeArguments{static_cast<const uint8_t*>(args.x), args.codes, args.scale, vectors, static_cast<int>(args.to.mode)});
+  queue.launch(variant, "quantize", line(vectors),
+               QuantizeArguments{args.x, args.codes, args.scale, vectors, static_cast<int>(args.to.mode)});
 }
 
 void group_quantize(const Queue& queue, const GroupQuantize& args) {
   const int64_t vectors = args.rows * args.k * size_of(args.dtype) / 16;
   queue.launch(quantize_variant(queue.target(), args.dtype, alignment_of({args.x})), "group_quantize", line(vectors),
-               GroupQuantizeArguments{static_cast<const uint8_t*>(args.x), args.codes, args.scale, vectors, args.k / kBlock,
-                                      args.scale_row_stride, args.scale_block_stride, args.scale_floor});
+               GroupQuantizeArguments{args.x, args.codes, args.scale, vectors, args.k / kBlock, args.scale_row_stride,
+                                      args.scale_block_stride, args.scale_floor});
 }
 
 void dequantize(const Queue& queue, const Dequantize& args) {

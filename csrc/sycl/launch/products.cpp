@@ -41,8 +41,8 @@ Expanded expand_activations(const Queue& queue, Gpu gpu, const Activations& a, E
     queue.launch(variant, "expand", range, ExpandArguments{stored(a), out.arrays, layout.rows, layout.padded_rows, a.k});
   } else {
     queue.launch(variant, "quantize_expand", range,
-                 QuantizeExpandArguments{static_cast<const uint8_t*>(a.data), out.arrays, layout.rows, layout.padded_rows, a.k,
-                                         static_cast<int>(a.to.mode), a.to.group});
+                 QuantizeExpandArguments{a.data, out.arrays, layout.rows, layout.padded_rows, a.k, static_cast<int>(a.to.mode),
+                                         a.to.group});
   }
   return out;
 }
@@ -96,7 +96,7 @@ std::string gemm_bdpas(const Queue& queue, Gpu gpu, const GemmPlan& plan, const 
   const auto& [a, w, out] = product;
   const Variant variant = gemm_bdpas_variant(gpu, plan.tile, out.dtype);
   queue.launch(variant, "gemm_bdpas", tiles(product, plan.tile, gpu.architecture->sub_group, plan.group_columns),
-               GemmBdpasArguments{stored(a), stored(w), output_of(product), w.k});
+               GemmArguments{stored(a), stored(w), output_of(product), w.k, static_cast<int>(out.dtype)});
   return variant.label;
 }
 
