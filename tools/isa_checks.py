@@ -138,17 +138,21 @@ def check_small(result: Result, budgets: Mapping[str, Any]) -> None:
 
 def check_stream(result: Result, budgets: Mapping[str, Any]) -> None:
     """ALU clocks of a sub-group's pass through the kernel against the clocks of its memory traffic."""
-    size = 4 if dict(result.program.macros).get("DTYPE") == 0 else 2
+    macros = dict(result.program.macros)
+    size = 4 if macros.get("DTYPE") == 0 else 2
+    quad_of_lanes = 128 / macros["SUB_GROUP"]
     per_lane = {
         "quantize": 16 + 16 / size * 17 / 32,
+        "quantize_mxint8": quad_of_lanes * (size + 33 / 32),
         "dequantize": 4 + 0.25 + 8 * size,
-        "expand": 68 + 132,
+        "dequantize_mxint8": 8 + 0.25 + 8 * size,
+        "expand": (68 if macros.get("FORMAT", MXFP4) == MXFP4 else 132) + 132,
         "quantize_expand": 128 * size + 132,
     }
     whole = result.listing.whole
     moved = clocks_per_bytes(budgets["device"][result.device], per_lane[result.kernel] * result.program.macro("SUB_GROUP"))
     result.paths["all"] = {"int clocks": whole.clocks["int"], "float clocks": whole.clocks["float"], "memory clocks": moved}
-    if result.kernel == "quantize" and result.device in budgets["quantize"]["devices"]:
+    if result.kernel in ("quantize", "quantize_mxint8") and result.device in budgets["quantize"]["devices"]:
         result.exceed("ALU clocks per sub-group", max(whole.clocks["int"], whole.clocks["float"]), moved)
 
 
@@ -160,7 +164,9 @@ MATRIX_CHECKS: dict[str, Check] = {
     "bf16_peer": check_half,
     "gemm_bdpas": check_bdpas,
 }
-STREAM_CHECKS: dict[str, Check] = dict.fromkeys(("quantize", "dequantize", "expand", "quantize_expand"), check_stream)
+STREAM_CHECKS: dict[str, Check] = dict.fromkeys(
+    ("quantize", "quantize_mxint8", "dequantize", "dequantize_mxint8", "expand", "quantize_expand"), check_stream
+)
 
 
 def refuse(device: str, program: Program, errors: str) -> list[Result]:
