@@ -116,7 +116,6 @@ def test_mxint8_and_w4a8_give_the_cpus_bits(device: Any, variant: str) -> None: 
 
 
 def test_vllms_names_serve_xpu_tensors(device: Any, bmg: None) -> None:  # noqa: ANN401
-    device.override_compat_ops()
     x, weight, scale, _ = layer()
     q, q_scale = torch.empty(M, K // 2, dtype=torch.uint8), torch.empty(M, K // 32)
     arguments = moved(device, (x, q, q_scale))
