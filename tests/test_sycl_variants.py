@@ -109,17 +109,20 @@ def assert_native_bits(operands: Operands, dtype: torch.dtype = torch.float32, b
         assert_same_bits(gemm(*operands, dtype, bias), expected)
 
 
-def assert_native_bits_with_scales_together(operands: Operands) -> None:
-    """A row's scales side by side, as a linear passes them; its x are A's values."""
+def linear_of_values(operands: Operands) -> Tensor:
+    """A linear whose x are A's values."""
     a, a_scale, w, w_scale = operands
     if a.dtype == torch.int8:
-        x, linear = own.mxint8_dequantize(a, a_scale, torch.float32), linear_w4a8
-    else:
-        x, linear = reference.values(a, a_scale).float(), linear_w4a4
+        return linear_w4a8(own.mxint8_dequantize(a, a_scale, torch.float32), w, w_scale)
+    return linear_w4a4(reference.values(a, a_scale).float(), w, w_scale)
+
+
+def assert_native_bits_with_scales_together(operands: Operands) -> None:
+    """A row's scales of W side by side, as a linear passes them."""
     with xpu_fp4.cpu_backend("native"):
-        expected = linear(x, w, w_scale)  # type: ignore[operator]
+        expected = linear_of_values(operands)
     with xpu_fp4.cpu_backend("sycl"):
-        assert_same_bits(linear(x, w, w_scale), expected)  # type: ignore[operator]
+        assert_same_bits(linear_of_values(operands), expected)
 
 
 def assert_every_spread(m: int, n: int, k: int, generator: torch.Generator, format: Format = "mxfp4") -> None:
