@@ -109,7 +109,8 @@ def float32_amaxes() -> Tensor:
 def test_float32_amax_at_every_threshold_and_exponent(backend: str, group: Group) -> None:
     amax = float32_amaxes()
     smaller = (torch.rand(len(amax), group - 1, dtype=torch.float64, generator=seeded(5)) * amax).int()
-    x = from_bits(with_amax(smaller, amax), torch.float32)
+    pattern = with_amax(smaller, amax)
+    x = from_bits(torch.cat([pattern, pattern | -(1 << 31)]), torch.float32)  # -127 is the least code, too
     expected = reference.mxint8_quantize(x, group)
     assert set(expected[1].flatten().tolist()) == set(range(256))
     assert_quantizes(x, group, expected)
