@@ -206,8 +206,12 @@ def _check_arguments(arguments: Any, expected: dict[str, Any], name: str, where:
 
 
 def _scheme_of(module: str, schemes: dict[str, Scheme], files: TensorFiles, tensor: str) -> Scheme:
-    """An exact name goes before a regex, and a regex before the class, as in compressed-tensors."""
-    named = sorted((target for target in schemes if matches(module, target)), key=lambda target: target.startswith("re:"))
+    """An exact name goes before a regex, the first regex of the alphabet before others, and any before the class.
+
+    So compressed-tensors decides; the order of groups does not matter.
+    """
+    found = (target for target in schemes if matches(module, target))
+    named = sorted(found, key=lambda target: (target.startswith("re:"), target))
     # The class of what is packed cannot be seen in the files; it is Linear for all that these layers can be.
     for target in [*named, "Linear"]:
         if target in schemes:
