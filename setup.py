@@ -138,7 +138,7 @@ def sycl_backend(sycl: Path) -> Extension:
     """A library of its own, loaded at first use: `_xpu_C` must load where SYCL is not installed."""
     embedded = Path("build/device_sources.cpp")
     runpy.run_path(str(ROOT / CSRC / "sycl/embed.py"))["embed"](ROOT / embedded)
-    files = [path for path in sources("sycl") if Path(path).name != "loader.cpp"]
+    files = [path for path in sources("sycl", "sycl/launch") if Path(path).name != "loader.cpp"]
     return Extension(
         f"{PACKAGE}.{SYCL_BACKEND}",
         [*files, str(embedded)],

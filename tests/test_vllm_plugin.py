@@ -36,7 +36,8 @@ def register_quantization_config(name):
 kMxfp4Dynamic = object()
 def GroupShape(*size): return size
 def ScaleDesc(*scale): return scale
-def QuantKey(*key): return key
+class QuantKey:
+    def __init__(self, *key): ...
 """,
     "model_executor/layers/quantization/compressed_tensors/compressed_tensors.py": "class CompressedTensorsConfig: ...",
     "model_executor/layers/quantization/compressed_tensors/schemes.py": """

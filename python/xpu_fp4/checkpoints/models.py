@@ -11,10 +11,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from .._text import shorten
 from ..functional import Mode
 from .description import Checkpoint
 from .errors import CheckpointError
-from .placement import Place, names_in_model, replace_layers
+from .names import names_in_model
+from .placement import Place, replace_layers
 from .reader import CONFIG, open_checkpoint
 from .tensor_files import read_json
 
@@ -42,7 +44,7 @@ def load_model(folder: str | PathLike[str], *, mode: Mode | None = None, **kwarg
     model, info = model_class(folder).from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
     # Transformers would go on with random numbers.
     if absent := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
-        raise CheckpointError(f"{folder} has no tensors, or of another shape, for {_some(absent)}")
+        raise CheckpointError(f"{folder} has no tensors, or of another shape, for {shorten(absent)}")
     return model
 
 
@@ -86,14 +88,15 @@ def apply_checkpoint(model: Model, folder: str | PathLike[str], *, mode: Mode | 
     for name, place in places.items():
         _load_layer(model, checkpoint, name, place)
     loaded, left_over = _load_others(model, checkpoint)
+    left_over += [layer.packed for name, layer in checkpoint.layers.items() if name not in places]
     if hasattr(model, "tie_weights"):
         cast(Callable[[], None], model.tie_weights)()
     for module in {place.module for place in places.values()}:
         loaded |= {f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters()}
     if missing := _missing(model, loaded):
-        raise CheckpointError(f"{checkpoint.folder} has no tensors for {_some(missing)}")
+        raise CheckpointError(f"{checkpoint.folder} has no tensors for {shorten(missing)}")
     if left_over:
-        warnings.warn(f"{checkpoint.folder}: the model has no place for {_some(left_over)}", stacklevel=2)
+        warnings.warn(f"{checkpoint.folder}: the model has no place for {shorten(left_over)}", stacklevel=2)
     return model
 
 
@@ -161,8 +164,8 @@ def _load_others(model: nn.Module, checkpoint: Checkpoint) -> tuple[set[str], li
     state = _state(model)
     loaded: set[str] = set()
     left_over = []
-    for name in checkpoint.other_tensors():
-        found = next((candidate for candidate in names_in_model(model, name) if candidate in state), None)
+    for name, candidates in names_in_model(model, checkpoint.other_tensors()).items():
+        found = next((candidate for candidate in candidates if candidate in state), None)
         if found is None:
             left_over.append(name)
             continue
@@ -191,11 +194,6 @@ def _state(model: nn.Module) -> Mapping[str, Tensor]:
     """Parameters and buffers, the ones that are not saved too."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: tensor.data for name, tensor in named}
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:
