@@ -3,6 +3,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -64,6 +65,31 @@ def names_in_model(model: nn.Module, name: str) -> list[str]:
     for old, new in _RENAMED.items():
         renamed = renamed.replace(old, new)
     return [variant for n in (name, renamed) for variant in (n, f"{prefix}.{n}", n.removeprefix(f"{prefix}."))]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, the ones that are not saved too."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tensor.data for name, tensor in named}
+
+
+def name_in(state: Mapping[str, Tensor], model: nn.Module, name: str) -> str | None:
+    """Where in a model's state a checkpoint's tensor belongs, None if nowhere."""
+    return next((candidate for candidate in names_in_model(model, name) if candidate in state), None)
+
+
+def check_shapes(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError, naming the tensor, if one that is not quantized has another shape than the model's.
+
+    Some would broadcast, and Transformers lets some pass.
+    """
+    state = state_of(model)
+    for name in checkpoint.other_tensors():
+        found, info = name_in(state, model, name), checkpoint.files[name]
+        if found is not None and info.shape != tuple(state[found].shape):
+            raise CheckpointError(
+                f"{info} has shape {list(info.shape)}, but the model's {found} has {list(state[found].shape)}"
+            )
 
 
 def _place(model: nn.Module, checkpoint: Checkpoint, name: str) -> Place:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,9 +29,11 @@ from . import compressed_tensors
 from .description import Scheme
 from .errors import CheckpointError
 from .models import skeleton
+from .patterns import PREFIX, NameSet, Patterns
 from .placement import names_in_model
-from .reader import CONFIG, quantization_config
-from .tensor_files import INDEX, TensorFiles, read_json
+from .reader import CONFIG, quantization_config, read_config
+from .tensor_files import INDEX, TensorFiles
+from .untrusted import model_files, open_file, read_json
 
 PARTIAL = ".partial"
 _JOB = "job.json"
@@ -119,7 +122,7 @@ def quantize_checkpoint(
             progress(done, total)
         _copy_small_files(plan.source, partial)
         _write_index(partial, [partial / file.name for file in plan.files.files])
-        config = read_json(plan.source / CONFIG)
+        config = read_config(plan.source)
         config["quantization_config"] = compressed_tensors.write_config(Scheme(mode, scale_mode), plan.kept)
         _write_atomically(partial / CONFIG, json.dumps(config, indent=2))
         for name in (_JOB, _LOCK):
@@ -156,10 +159,12 @@ def _linear_layers(source: Path, files: TensorFiles) -> tuple[list[str], list[st
 
 def _ignored(linears: Collection[str], ignore: Sequence[str], *, strict: bool) -> set[str]:
     kept: set[str] = set()
+    patterns = Patterns("ignore")
     for pattern in ignore:
-        matched = {name for name in linears if compressed_tensors.matches(name, pattern)}
+        entry = NameSet([pattern], patterns)
+        matched = {name for name in linears if name in entry}
         if not matched and strict:
-            raise ValueError(f"ignore has {pattern!r}, which matches no linear layer; a regex starts with re:")
+            raise ValueError(f"ignore has {pattern!r}, which matches no linear layer; a regex starts with {PREFIX}")
         kept |= matched
     return kept
 
@@ -230,23 +235,24 @@ def _write_shard(plan: Plan, file: Path, target: Path, scale_mode: ScaleMode) ->
         else:
             tensors[name] = tensor
     temporary = target.with_name(target.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{target} cannot be written: {error}. Finished shards are kept: make room and run it again") from error
     shutil.copymode(target.with_name(_JOB), temporary)  # safetensors' files are for their owner only
     _publish(temporary, target)
 
 
 def _copy_small_files(source: Path, partial: Path) -> None:
-    def skipped(_: str, names: list[str]) -> set[str]:
-        return {name for name in names if name.startswith(".") or name.endswith(_WEIGHT_FILES) or name == CONFIG}
-
-    for entry in source.iterdir():
-        if skipped("", [entry.name]):
+    # Subfolders hold parts like sentence-transformers' pooling; their config.json and their weights are theirs.
+    for path in model_files(source):
+        if path.parent == source and (path.name.endswith(_WEIGHT_FILES) or path.name == CONFIG):
             continue
-        if entry.is_dir():
-            # Subfolders hold parts like sentence-transformers' pooling; their config.json is theirs.
-            shutil.copytree(entry, partial / entry.name, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
-        else:
-            shutil.copyfile(entry, partial / entry.name)
+        target = partial / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open_file(path, source) as content, target.open("wb") as copy:
+            shutil.copyfileobj(content, copy)
 
 
 def _write_index(partial: Path, shards: list[Path]) -> None:

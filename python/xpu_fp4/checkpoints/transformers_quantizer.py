@@ -19,7 +19,7 @@ from ..functional import Mode
 from . import compressed_tensors, quark
 from .errors import CheckpointError
 from .experts import MXFP4Experts
-from .placement import replace_layers
+from .placement import check_shapes, replace_layers
 from .reader import read_checkpoint
 
 METHOD = "xpu_fp4"
@@ -46,6 +46,7 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
             raise CheckpointError("an MXFP4 model is loaded from a directory, expected one in from_pretrained")
         self.checkpoint = read_checkpoint(Path(files[0]).parent).in_mode(self.quantization_config.mode)
         places = replace_layers(model, self.checkpoint)
+        check_shapes(model, self.checkpoint)
         for name in {place.module for place in places.values() if place.expert is not None}:
             cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()
 

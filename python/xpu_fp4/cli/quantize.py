@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ..checkpoints import Plan, plan_quantization, quantize_checkpoint
 from ..functional import Mode, ScaleMode
-from .common import DIRECTORY, SCHEME, errors_as_messages
+from .common import DIRECTORY, SCHEME, errors_as_messages, plain
 
 
 @click.command("quantize")
@@ -62,5 +62,5 @@ def command(source: Path, out: Path, scheme: Mode, scale_mode: ScaleMode, ignore
 def _report(console: Console, plan: Plan, out: Path) -> None:
     before, after = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (plan.source, out))
     kept = ", ".join(plan.kept) or "none"
-    console.print(f"{len(plan.quantized)} linear layers are MXFP4; kept as they are: {kept}", highlight=False, soft_wrap=True)
-    console.print(f"{out}: {decimal(after)}, from {decimal(before)}", highlight=False, soft_wrap=True)
+    console.print(plain(f"{len(plan.quantized)} linear layers are MXFP4; kept as they are: {kept}"), soft_wrap=True)
+    console.print(plain(f"{out}: {decimal(after)}, from {decimal(before)}"), soft_wrap=True)
