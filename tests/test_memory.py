@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors without the memory that they are said to have: a RuntimeError with op and argument, and no signal."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,3 +183,45 @@ def test_autocast_gives_what_a_linear_gives(mode: Mode) -> None:
         assert ours(x).dtype == linear(x).dtype == torch.bfloat16
         assert torch.equal(ours(x), ours(x.bfloat16()))
     assert ours(x).dtype == torch.float32
+
+
+def test_a_trace_multiplies_as_the_module_does() -> None:
+    module = xpu_fp4.MXFP4Linear.from_linear(torch.nn.Linear(K, N).requires_grad_(False))
+    x = torch.randn(M, K)
+    traced = torch.jit.trace(module, x)
+    assert not module.is_prepacked
+    assert torch.equal(traced(x), module(x))
+
+
+# ---- the kernel cache ----
+
+
+def quantize_by_sycl(cache: Path) -> "subprocess.CompletedProcess[str]":
+    command = "import torch, xpu_fp4; xpu_fp4.quantize(torch.zeros(1, 32))"
+    environment = {name: value for name, value in os.environ.items() if name != "SYCL_CACHE_DIR"}
+    environment |= {"XPU_FP4_CACHE_DIR": str(cache), "XPU_FP4_CPU_BACKEND": "sycl"}
+    return subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=600)
+
+
+needs_sycl = pytest.mark.skipif(not xpu_fp4.backends()["sycl"].available, reason="no SYCL CPU device")
+
+
+@needs_sycl
+def test_the_kernel_cache_is_private_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    cache = tmp_path / "new" / "cache"
+    assert quantize_by_sycl(cache).returncode == 0
+    assert cache.stat().st_mode & 0o777 == 0o700
+    for file in (path for path in cache.rglob("*.bin") if path.is_file()):
+        file.write_bytes(b"\xa5" * file.stat().st_size)
+    done = quantize_by_sycl(cache)
+    assert done.returncode == 1
+    assert "RuntimeError: xpu_fp4: SYCL cannot build quantize.cpp" in done.stderr
+    assert str(cache) in done.stderr.splitlines()[-1]
+
+
+@needs_sycl
+def test_a_kernel_cache_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    done = quantize_by_sycl(tmp_path)
+    assert done.returncode == 1
+    assert f"the kernel cache {tmp_path} is not a folder of this user's that others cannot write to" in done.stderr

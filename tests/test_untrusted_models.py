@@ -15,6 +15,7 @@ import xpu_fp4
 from checkpoint_files import LINEARS, compressed_tensors_config, llama_json, packed_llama, save_llama, write_checkpoint
 from click.testing import CliRunner
 from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 from xpu_fp4.checkpoints import CheckpointError, open_checkpoint, plan_quantization, quantize_checkpoint
 from xpu_fp4.checkpoints.errors import printable
 from xpu_fp4.checkpoints.patterns import LONGEST, MOST_PATTERNS, NameSet, Patterns, ShellPatterns
@@ -106,6 +107,13 @@ def test_pickles_are_named_and_not_read(tmp_path: Path) -> None:
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin and no safetensors files: pickles run code"):
         plan_quantization(source)
+
+
+def test_a_model_without_linear_layers_says_what_it_has(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no nn\.Linear to quantize; its weights are in Conv1D"):
+        plan_quantization(tmp_path)
 
 
 # ---- JSON ----

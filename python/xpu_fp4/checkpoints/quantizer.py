@@ -142,6 +142,7 @@ def _linear_layers(source: Path, files: TensorFiles) -> tuple[list[str], list[st
     modules = dict(model.named_modules())
     linears, others = [], []
     found: set[str] = set()
+    kinds: set[str] = set()
     for tensor in files:
         name, _, kind = tensor.rpartition(".")
         in_model = next((n for n in names_in_model(model, name) if n in modules), None)
@@ -153,6 +154,9 @@ def _linear_layers(source: Path, files: TensorFiles) -> tuple[list[str], list[st
             linears.append(name)
         elif len(files[tensor].shape) == 2 and not isinstance(module, nn.Embedding):
             others.append(name)
+            kinds.add(type(module).__name__)
+    if not linears:
+        raise CheckpointError(f"{source} has no nn.Linear to quantize; its weights are in {', '.join(sorted(kinds)) or 'none'}")
     tied = [name for name, module in modules.items() if type(module) is nn.Linear and name not in found]
     return linears, [*others, *tied]
 
