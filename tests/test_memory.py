@@ -27,7 +27,7 @@ def operands(op: str) -> dict[str, Any]:
     strips = xpu_fp4.prepack(codes, scale)
     stored = {"x": x, "weight": codes, "weight_scale": scale, "bias": torch.randn(N)}
     prepacked = {"x": x, "weight": strips, "out_features": N, "bias": torch.randn(N)}
-    return {
+    arguments: dict[str, dict[str, Any]] = {
         "mxfp4_quantize": {"x": x},
         "mxint8_quantize": {"x": x},
         "mxfp4_dequantize": {"q": a, "scale": a_scale, "dtype": torch.float32},
@@ -42,7 +42,8 @@ def operands(op: str) -> dict[str, Any]:
         "mxfp4_linear_prepacked": prepacked,
         "mxfp4_linear_w4a8_prepacked": prepacked,
         "mxfp4_linear_w4a16_prepacked": prepacked,
-    }[op]
+    }
+    return arguments[op]
 
 
 OPS = [

@@ -118,7 +118,7 @@ def test_a_model_without_linear_layers_says_what_it_has(tmp_path: Path) -> None:
 
 # ---- JSON ----
 
-WRONG_TYPES = {
+WRONG_TYPES: dict[str, tuple[dict[str, Any], str]] = {
     "ignore a number": ({"ignore": 3}, "quantization_config.ignore is 3, expected an array"),
     "ignore of numbers": ({"ignore": ["lm_head", 3]}, "quantization_config.ignore[1] is 3, expected a string"),
     "group a number": ({"config_groups": {"group_0": 7}}, "quantization_config.config_groups.group_0 is 7, expected an object"),

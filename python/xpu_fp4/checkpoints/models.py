@@ -63,6 +63,7 @@ def transformers_config(folder: str | PathLike[str], *, mode: Mode | None = None
     Raises:
         ValueError, CheckpointError, ImportError: as load_model does, before Transformers builds anything.
     """
+    folder = Path(folder)
     open_checkpoint(folder).in_mode(mode)
     auto_config = require_transformers().AutoConfig
     from .transformers_quantizer import METHOD
