@@ -1,24 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model directory of somebody else's: nothing outside of it is read, every pattern ends, every wrong type is named."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import xpu_fp4
-from checkpoint_files import LINEARS, compressed_tensors_config, llama_json, packed_llama, save_llama, write_checkpoint
+from checkpoint_files import (
+    LINEARS,
+    compressed_tensors_config,
+    llama_json,
+    packed_llama,
+    quark_config,
+    save_llama,
+    write_checkpoint,
+)
 from click.testing import CliRunner
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from xpu_fp4.checkpoints import CheckpointError, open_checkpoint, plan_quantization, quantize_checkpoint
 from xpu_fp4.checkpoints.errors import printable
 from xpu_fp4.checkpoints.patterns import LONGEST, MOST_PATTERNS, NameSet, Patterns, ShellPatterns
+from xpu_fp4.checkpoints.reader import _FORMATS as FORMATS
+from xpu_fp4.checkpoints.reader import check_keys
 from xpu_fp4.checkpoints.untrusted import model_files, open_file, read_json
 from xpu_fp4.cli import main
 
@@ -148,6 +160,50 @@ def test_a_wrong_type_in_the_model_config_is_named(tmp_path: Path, key: str) -> 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: 7}))
     refuse(folder, f"{key} is 7")
+
+
+def full_configs() -> dict[str, dict[str, Any]]:
+    """A quantization_config of each format with every key that is read."""
+    transforms = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"location": "weight_input", "targets": ["Linear"]}]}}}
+    ours = {"scale_mode": "even", "group": 128}
+    schemes = quark_config()["global_quant_config"]
+    return {
+        "compressed-tensors": compressed_tensors_config(
+            transform_config=transforms, sparsity_config={"format": "dense"}, xpu_fp4=ours, kv_cache_scheme=None
+        ),
+        "quark": quark_config()
+        | {"exclude": ["lm_head"], "algo_config": [{"r4": None}], "softmax_quant_spec": None, "kv_cache_quant_config": {}}
+        | {"export": {"kv_cache_group": ["*k"]}, "layer_quant_config": {"x*": schemes}}
+        | {"layer_type_quant_config": {"Linear": schemes}},
+        "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    }
+
+
+def places_in(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every object or array in a value, with a key or an index in it."""
+    if isinstance(value, dict | list):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from places_in(value[key])
+
+
+ANYTHING: list[Any] = [None, True, 7, 1.5, "x", [], {}, [1], [[]], [{}], {"a": 1}, {"a": {}}, {"a": []}, {"": None}]
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "quark", "mxfp4"])
+def test_any_type_anywhere_is_a_checkpoint_error_or_no_matter(tmp_path: Path, method: str) -> None:
+    files = open_checkpoint(packed(tmp_path / "model")).files
+    config = full_configs()[method]
+    count = 0
+    for owner, key in places_in(config):
+        kept = owner[key]
+        for owner[key] in ANYTHING:
+            count += 1
+            with contextlib.suppress(CheckpointError):
+                check_keys(config, "config.json: quantization_config")
+                FORMATS[method].read_layers(config, files)
+        owner[key] = kept
+    assert count >= len(ANYTHING) * len(config)
 
 
 UNREADABLE = {

@@ -39,10 +39,16 @@ class Group(msgspec.Struct):
     input_activations: dict[str, Any] | None = None
 
 
+class Apply(msgspec.Struct):
+    """Where a transform is applied."""
+
+    location: str | None = None
+
+
 class Transform(msgspec.Struct):
     """An entry of transform_config.config_groups."""
 
-    apply: list[dict[str, Any]] | None = None
+    apply: list[Apply] | None = None
 
 
 class Quark(msgspec.Struct):
