@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/xpu/XPUStream.h>
 
+#include <stdexcept>
+
 #include "../sycl/loader.h"
 #include "compat.h"
 #include "table.h"
