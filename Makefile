@@ -13,7 +13,7 @@ COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo models test test-vllm test-transformers test-sycl-2025 bench build pytest ctest isa format lint clean
 
-demo: build $(VENV)/.demo  ## a real language model in MXFP4 W4A4
+demo: build $(VENV)/.demo  ## a real language model in MXFP4: W4A16, W4A8, W4A4
 	python examples/smollm2.py
 
 models: build $(VENV)/.demo  ## two small model directories and texts, for docs/CHECKPOINTS.md
@@ -56,10 +56,12 @@ lint: build $(VENV)/.lint $(VENV)/.test
 clean:
 	rm -rf build .venv .venv-vllm *.egg-info python/*.egg-info python/xpu_fp4/*.so .mypy_cache .ruff_cache .pytest_cache
 
-# The second run is one with XPU tensors, on a stand-in for torch's device.
+STAND_IN = $(CURDIR)/build/xpu_stand_in
+# The second run is one with XPU tensors: of a build for XPU, on a stand-in for torch's device. It shares object files with the first.
 pytest: build $(VENV)/.test
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest
-	XPU_FP4_XPU_STAND_IN=1 python -m pytest tests/xpu_stand_in
+	python tests/xpu_stand_in/build.py $(STAND_IN)
+	LD_LIBRARY_PATH=$(STAND_IN)/torch PYTHONPATH=$(STAND_IN)/package python -m pytest tests/xpu_stand_in
 
 # Twice: with the SYCL backend, and as on a machine that has none.
 ctest: $(VENV)/.build $(VENV)/.test

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real language model, SmolLM2-135M-Instruct, with every linear layer but the output head in MXFP4.
 
-Answers a prompt in W4A4, prints perplexity, memory and speed of bf16, W4A16 and W4A4, and shows that the first layers'
-outputs are the same bits on the native and on the SYCL backend. The model and the text come out of two pip packages; nothing
-is downloaded.
+Answers a prompt in W4A8 and W4A4, prints perplexity, memory and speed of bf16, W4A16, W4A8 and W4A4, and shows that outputs of
+the first layers in W4A8 and W4A4 are the same bits on the native and on the SYCL backend. The model and the text come out of
+two pip packages; nothing is downloaded.
 """
 
 import importlib.util
@@ -26,7 +26,9 @@ WINDOW = 1024
 TEXT_CHARACTERS = 30_000
 # Of an emulation that shares no code with this project (torch arithmetic on dequantized values), over four windows. W4A4 is the
 # sensitive one: a rounding that flips one activation's code travels on, so other matrix kernels move it by a percent or two.
-EXPECTED_PERPLEXITY = {"bf16": 30.3, "W4A16": 44.4, "W4A4": 89.0}
+EXPECTED_PERPLEXITY = {"bf16": 30.3, "W4A16": 44.4, "W4A8": 45.3, "W4A4": 89.0}
+MODES: dict[str, xpu_fp4.Mode] = {"W4A16": "w4a16", "W4A8": "w4a8", "W4A4": "w4a4"}
+DEFINED_TO_THE_BIT = ("W4A8", "W4A4")
 TOLERANCE = 0.02
 
 console = Console()
@@ -139,14 +141,16 @@ def compare_backends(model: Any, ids: Tensor, layers: int) -> bool:
         return True
     console.print(f"The same layers on the SYCL kernels ({sycl.devices[0]}); the first run compiles them:")
     equal = True
-    for name, module, x in first_inputs(model, ids, layers):
-        with xpu_fp4.cpu_backend("native"):
-            native = module(x)
-        with xpu_fp4.cpu_backend("sycl"):
-            on_sycl = module(x)
-        different = int((native.view(torch.int16) != on_sycl.view(torch.int16)).sum())
-        equal &= different == 0
-        console.print(f"  {name:32} {native.numel():7} outputs, {different} with other bits", highlight=False)
+    for label in DEFINED_TO_THE_BIT:
+        set_mode(model, MODES[label])
+        for name, module, x in first_inputs(model, ids, layers):
+            with xpu_fp4.cpu_backend("native"):
+                native = module(x)
+            with xpu_fp4.cpu_backend("sycl"):
+                on_sycl = module(x)
+            different = int((native.view(torch.int16) != on_sycl.view(torch.int16)).sum())
+            equal &= different == 0
+            console.print(f"  {label} {name:32} {native.numel():7} outputs, {different} with other bits", highlight=False)
     return equal
 
 
@@ -169,13 +173,16 @@ def main(prompt: str, max_new_tokens: int, windows: int, layers: int) -> None:
     model, tokenizer = load_model()
     ids = load_windows(tokenizer, windows)
     results = {"bf16": measure(model, tokenizer, ids, prompt, max_new_tokens, "bf16")}
-    xpu_fp4.quantize_(model, mode="w4a16", progress=True)
-    results["W4A16"] = measure(model, tokenizer, ids, prompt, max_new_tokens, "W4A16")
-    set_mode(model, "w4a4")
-    results["W4A4"] = measure(model, tokenizer, ids, prompt, max_new_tokens, "W4A4")
+    xpu_fp4.quantize_(model, progress=True)
+    for label, mode in MODES.items():
+        set_mode(model, mode)
+        results[label] = measure(model, tokenizer, ids, prompt, max_new_tokens, label)
 
-    console.print(f"\n[bold]Prompt:[/bold] {prompt}\n[bold]W4A4 answers:[/bold] ", end="")
-    chat(model, tokenizer, prompt, max_new_tokens, show=True)
+    console.print(f"\n[bold]Prompt:[/bold] {prompt}")
+    for label in DEFINED_TO_THE_BIT:
+        set_mode(model, MODES[label])
+        console.print(f"[bold]{label} answers:[/bold] ", end="")
+        chat(model, tokenizer, prompt, max_new_tokens, show=True)
     console.print()
     print_results(results)
     if not compare_backends(model, ids[0, :128], layers):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import pytest
+import torch
 import xpu_fp4
 
 
@@ -30,3 +31,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         request.getfixturevalue("requires_sycl")
     with xpu_fp4.cpu_backend(name):
         yield name
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from ctypes import CDLL
 from typing import Literal, get_args
 
+import ml_dtypes
+import numpy as np
 import torch
 import xpu_fp4
 from torch import Tensor
-from xpu_fp4 import ScaleMode, reference
+from xpu_fp4 import Group, ScaleMode, reference
 
 MODES: tuple[ScaleMode, ...] = get_args(ScaleMode)
+GROUPS: tuple[Group, ...] = get_args(Group)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 NAN_BITS = {torch.float32: 0x7FC00000, torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}
@@ -55,6 +58,11 @@ def random_codes(rows: int, k: int, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 256, (rows, k // 2), generator=generator, dtype=torch.uint8)
 
 
+def random_int8(rows: int, k: int, generator: torch.Generator) -> Tensor:
+    """MXINT8 codes int8 [rows, k], -128 among them."""
+    return torch.randint(-128, 128, (rows, k), generator=generator, dtype=torch.int8)
+
+
 def random_scales(rows: int, k: int, generator: torch.Generator, low: int = 107, high: int = 147) -> Tensor:
     """Scale bytes uint8 [rows, k/32] in [low, high]."""
     return torch.randint(low, high + 1, (rows, k // 32), generator=generator, dtype=torch.uint8)
@@ -63,6 +71,83 @@ def random_scales(rows: int, k: int, generator: torch.Generator, low: int = 107,
 def from_bits(pattern: Tensor, dtype: torch.dtype) -> Tensor:
     """Integers, of any integer dtype, as the floats with these bits."""
     return pattern.to(_INT_OF_SIZE[dtype.itemsize]).view(dtype)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 60) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed)).to(dtype)
+
+
+def off_by(tensor: Tensor, entries: int = 1) -> Tensor:
+    """A contiguous copy whose storage starts that many entries off an aligned address."""
+    view = torch.cat([tensor.new_zeros(entries), tensor.flatten()])[entries:].view(tensor.shape)
+    assert view.is_contiguous()
+    assert view.data_ptr() % 16 != 0
+    return view
+
+
+LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "1-D": lambda dtype: normal(96, dtype=dtype),
+    "3-D": lambda dtype: normal(2, 3, 64, dtype=dtype),
+    "4-D": lambda dtype: normal(2, 1, 3, 32, dtype=dtype),
+    "transposed": lambda dtype: normal(64, 5, dtype=dtype).t(),
+    "permuted": lambda dtype: normal(3, 64, 5, dtype=dtype).permute(2, 0, 1),
+    "row slice": lambda dtype: normal(9, 96, dtype=dtype)[1::2],
+    "column slice": lambda dtype: normal(5, 200, dtype=dtype)[:, 3:131],
+    "every other element": lambda dtype: normal(5, 128, dtype=dtype)[:, ::2],
+    "expanded": lambda dtype: normal(1, 64, dtype=dtype).expand(4, 64),
+    "expanded element": lambda dtype: normal(4, 1, dtype=dtype).expand(4, 64),
+    "off by 1": lambda dtype: off_by(normal(7, 96, dtype=dtype)),
+    "off by 3": lambda dtype: off_by(normal(7, 96, dtype=dtype), 3),
+}
+
+
+def spread_scales(kind: str, rows: int, blocks: int, centre: int, seed: int) -> Tensor:
+    """Scale bytes whose neighbours are close together or far apart: the cases that a kernel may treat apart."""
+    generator = seeded(seed)
+    padded = -(-blocks // 4) * 4
+    near = torch.randint(0, 4, (rows, padded), generator=generator)  # exact in int32 after a shift of up to 3
+    far = torch.randint(8, 21, (rows, padded), generator=generator)  # the order of adds shows at 8 to 20 bits
+    up = torch.randint(0, 2, (rows, padded), generator=generator)
+    per_pair = (far * up)[:, ::2].repeat_interleave(2, 1)
+    per_quad = (far * up)[:, ::4].repeat_interleave(4, 1)
+    kinds = {
+        "equal": torch.zeros(rows, padded, dtype=torch.int64),
+        "quad-aligned": near + per_quad,
+        "pair-aligned": near + per_pair,
+        "unaligned": far * up,
+        "just unaligned": torch.randint(0, 6, (rows, padded), generator=generator),
+    }
+    if kind == "mixed":
+        choice = torch.randint(0, 5, (rows, padded // 4), generator=generator).repeat_interleave(4, 1)
+        offset = torch.stack(list(kinds.values())).gather(0, choice[None])[0]
+    else:
+        offset = kinds[kind]
+    return (centre + offset[:, :blocks]).clamp(0, 254).to(torch.uint8)
+
+
+SPREADS = ("equal", "quad-aligned", "pair-aligned", "unaligned", "just unaligned", "mixed")
+
+BIASES: dict[str, Callable[[int, int], Tensor]] = {
+    "0-d": lambda m, n: torch.randn((), generator=seeded(40)),
+    "[1]": lambda m, n: torch.randn(1, generator=seeded(40)),
+    "[N]": lambda m, n: torch.randn(n, generator=seeded(40)),
+    "[1, N]": lambda m, n: torch.randn(1, n, generator=seeded(40)),
+    "[M, 1]": lambda m, n: torch.randn(m, 1, generator=seeded(40)),
+    "[M, N]": lambda m, n: torch.randn(m, n, generator=seeded(40)),
+    "[1, 1]": lambda m, n: torch.randn(1, 1, generator=seeded(40)),
+    "[N, M] transposed": lambda m, n: torch.randn(n, m, generator=seeded(40)).t(),
+    "[N] strided": lambda m, n: torch.randn(2 * n, generator=seeded(40))[::2],
+    "[M, 1] expanded": lambda m, n: torch.randn(m, 1, generator=seeded(40)).expand(m, n),
+}
+
+
+def as_numpy(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """float64 values rounded once to dtype by numpy or ml_dtypes, NaN as the ops write it."""
+    target = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}[dtype]
+    with np.errstate(all="ignore"):
+        rounded = values.astype(target)
+    integer = rounded.view(np.int32 if dtype == torch.float32 else np.int16)
+    return from_bits(torch.from_numpy(np.where(np.isnan(values), NAN_BITS[dtype], integer)), dtype)
 
 
 def gemm(
@@ -96,6 +181,11 @@ def linear_w4a16(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None = No
 
 def linear_w4a4(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None = None, scale_mode: ScaleMode = "even") -> Tensor:
     y: Tensor = torch.ops.xpu_fp4.mxfp4_linear(x, w, w_scale, bias, scale_mode)
+    return y
+
+
+def linear_w4a8(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None = None, group: Group = 128) -> Tensor:
+    y: Tensor = torch.ops.xpu_fp4.mxfp4_linear_w4a8(x, w, w_scale, bias, group)
     return y
 
 

@@ -178,3 +178,12 @@ def test_doctor_notices_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 1
     assert "self-test failed" in result.output
+
+
+@pytest.mark.usefixtures("requires_sycl")
+def test_another_sycl_runtime_in_the_process_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "libsycl.so.8"
+    subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", "-Wl,-soname,libsycl.so.8", "-o", other], check=True)
+    result = python(f"import ctypes, xpu_fp4; ctypes.CDLL({str(other)!r}); print(xpu_fp4.backends()['sycl'])")
+    assert "available=False" in result.stdout, result.stderr
+    assert f"another SYCL runtime, {other}, than the libsycl.so." in result.stdout

@@ -334,7 +334,12 @@ def test_the_rule_that_a_checkpoint_notes_is_that_of_w4a4_in_its_place(source: P
 
 def test_an_unknown_mode_is_named(source: Path, tmp_path: Path) -> None:
     out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
-    for load in (xpu_fp4.load_model, xpu_fp4.transformers_config, partial(xpu_fp4.apply_checkpoint, llama())):
+    loaders: tuple[Callable[..., Any], ...] = (
+        xpu_fp4.load_model,
+        xpu_fp4.transformers_config,
+        partial(xpu_fp4.apply_checkpoint, llama()),
+    )
+    for load in loaders:
         with pytest.raises(ValueError, match=r"mode is 'w8a8', expected .*w4a8"):
             load(out, mode="w8a8")
 

@@ -4,22 +4,25 @@
 import copy
 import json
 import math
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import xpu_fp4
 from checkpoint_files import IDS, LINEARS, VOCABULARY, llama, save_llama
 from click.testing import CliRunner, Result
+from rich.filesize import decimal
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-from xpu_fp4 import MXFP4Linear
+from xpu_fp4 import Mode, MXFP4Linear
 from xpu_fp4.checkpoints import open_checkpoint
 from xpu_fp4.checkpoints.evaluation import layer_noise, perplexity
 from xpu_fp4.checkpoints.statistics import scale_statistics
@@ -94,6 +97,25 @@ def test_quantize_takes_its_options(language_model: Path, tmp_path: Path) -> Non
     assert {layer.scheme.mode for layer in layers.values()} == {"w4a16"}
 
 
+def test_quantize_says_what_it_keeps_and_how_large_the_folder_is(language_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output = succeed("quantize", language_model.with_name("llama"), out, "--include", "lm_head")
+    assert "15 linear layers are MXFP4; kept as they are: none" in output
+    assert decimal(sum(path.stat().st_size for path in out.rglob("*") if path.is_file())) in output
+    assert "lm_head" in open_checkpoint(out).layers
+
+
+@pytest.mark.parametrize("scheme", get_args(Mode))
+def test_quantize_takes_every_scheme(language_model: Path, tmp_path: Path, scheme: Mode) -> None:
+    succeed("quantize", language_model.with_name("llama"), tmp_path / "out", "--scheme", scheme)
+    shown = {"w4a4": "w4a4 scale_mode even", "w4a8": "w4a8 group 128", "w4a16": "w4a16"}[scheme]
+    assert {str(layer.scheme) for layer in open_checkpoint(tmp_path / "out").layers.values()} == {shown}
+    assert succeed("inspect", tmp_path / "out").count(f" {shown} ") == len(LINEARS)
+    layers = json.loads(succeed("inspect", tmp_path / "out", "--json"))["layers"].values()
+    expected = {"w4a4": [scheme, "even", None], "w4a8": [scheme, None, 128], "w4a16": [scheme, None, None]}[scheme]
+    assert all([layer.get(key) for key in ("mode", "scale_mode", "group")] == expected for layer in layers)
+
+
 def test_quantize_says_what_is_wrong(language_model: Path, tmp_path: Path) -> None:
     source = language_model.with_name("llama")
     fail("is quantized already, by 'compressed-tensors'", "quantize", language_model, tmp_path / "out")
@@ -147,6 +169,7 @@ def test_eval_compares_language_models(language_model: Path, text: Path, tmp_pat
     arguments = ("eval", language_model, "--text", text, "--window", 32, "--windows", 2, "--original", source)
     output = succeed(*arguments, "--report", tmp_path / "report.html")
     assert "64 in windows of 32" in output
+    assert "w4a4 scale_mode even" in output
     for line in ("perplexity", "perplexity of the original", *LINEARS):
         assert line in output
     page = (tmp_path / "report.html").read_text()
@@ -156,6 +179,17 @@ def test_eval_compares_language_models(language_model: Path, text: Path, tmp_pat
     content = (tmp_path / "report.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert struct.unpack(">2I", content[16:24]) == (1200, 500)
+
+
+def test_eval_runs_the_same_weights_in_another_scheme(language_model: Path, text: Path) -> None:
+    arguments = ("eval", language_model, "--text", text, "--window", 32)
+    found = {scheme: succeed(*arguments, "--scheme", scheme) for scheme in get_args(Mode)}
+    assert found["w4a4"] == succeed(*arguments)
+    for scheme, output in found.items():
+        assert f" {scheme}" in output
+    figures = {scheme: re.findall(r"perplexity *│ *([0-9.]+)", output) for scheme, output in found.items()}
+    w4a4, w4a8, w4a16 = (float(figures[scheme][0]) for scheme in ("w4a4", "w4a8", "w4a16"))
+    assert abs(w4a8 - w4a16) < abs(w4a4 - w4a16)
 
 
 def test_eval_compares_sentence_embeddings(encoder: Path, text: Path) -> None:
@@ -204,12 +238,14 @@ def test_noise_is_of_each_layer_by_itself() -> None:
 # ---- generate ----
 
 
-def test_generate_is_greedy(language_model: Path) -> None:
-    arguments = ("generate", language_model, "--prompt", "w1 w2 w3", "--max-new-tokens", 5)
+@pytest.mark.parametrize("scheme", [None, "w4a8"])
+def test_generate_is_greedy(language_model: Path, scheme: Mode | None) -> None:
+    options = ("--scheme", scheme) if scheme else ()
+    arguments = ("generate", language_model, "--prompt", "w1 w2 w3", "--max-new-tokens", 5, *options)
     output = succeed(*arguments)
     assert succeed(*arguments) == output
     ids = torch.tensor([[4, 5, 6]])
-    model = xpu_fp4.load_model(language_model)
+    model = xpu_fp4.load_model(language_model, mode=scheme)
     with torch.inference_mode():
         for _ in range(5):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)

@@ -5,14 +5,15 @@ import copy
 import os
 import traceback
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 import xpu_fp4
-from helpers import DTYPES, assert_same_bits, at_once
+from helpers import DTYPES, assert_same_bits, at_once, seeded
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -27,7 +28,11 @@ from xpu_fp4.distributed import ColumnParallel, RowParallel, tensor_parallel_pla
 
 RANKS = 2
 N, K = 48, 320  # 5 blocks a rank: a quad that is not full, and one that one process would cut elsewhere
-MODES: tuple[Mode, ...] = ("w4a4", "w4a16")
+MODES: tuple[Mode, ...] = get_args(Mode)
+DEFINED_MODES: dict[Mode, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "w4a4": reference.quantize,
+    "w4a8": reference.mxint8_quantize,
+}
 
 
 def linear(mode: Mode, dtype: torch.dtype, *, seed: int = 0) -> tuple[MXFP4Linear, Tensor]:
@@ -72,23 +77,37 @@ def column_gives_the_bits_of_one_process(mesh: DeviceMesh, tmp: Path) -> None:
 
 
 def row_adds_partial_sums_in_the_order_of_ranks(mesh: DeviceMesh, tmp: Path) -> None:
-    differs = False
-    for dtype in DTYPES:
-        module, x = linear("w4a4", dtype)
+    differs = dict.fromkeys(DEFINED_MODES, False)
+    for (mode, quantize), dtype in product(DEFINED_MODES.items(), DTYPES):
+        module, x = linear(mode, dtype)
         assert module.bias is not None
         total = torch.zeros(15, N)
         w, w_scale = module.weight_packed.chunk(RANKS, 1), module.weight_scale.chunk(RANKS, 1)
         for rank, part in enumerate(x.flatten(0, 1).chunk(RANKS, 1)):
-            q, scale = reference.quantize(part, "even")
-            p = reference.gemm(q, scale, w[rank].contiguous(), w_scale[rank].contiguous(), torch.float32)
+            p = reference.gemm(*quantize(part), w[rank].contiguous(), w_scale[rank].contiguous(), torch.float32)
             total = p if rank == 0 else total + p
         expected = (total + module.bias.float()).to(dtype).view(3, 5, N)
         sharded = parallelize_module(copy.deepcopy(module), mesh, RowParallel())
         assert_same_bits(sharded(x.chunk(RANKS, -1)[mesh.get_local_rank()]), expected)
         split = parallelize_module(copy.deepcopy(module), mesh, RowParallel(split_input=True))
         assert_same_bits(split(x), expected)
-        differs |= not torch.equal(module(x), expected)
-    assert differs, "the data does not tell the order of additions"
+        differs[mode] |= not torch.equal(module(x), expected)
+    assert all(differs.values()), "the data does not tell the order of additions"
+
+
+def shards_of_whole_groups_keep_the_codes_of_one_process(mesh: DeviceMesh, tmp: Path) -> None:
+    """Of x in MXINT8 at K / ranks = 256; at 160 a group that one process has lies on both sides of the cut."""
+    for k, are_kept in ((512, True), (K, False)):
+        x = torch.randn(4, k, generator=seeded(k)) * torch.exp2(torch.arange(k) // 32 % 7).float()
+        codes, scale = reference.mxint8_quantize(x)
+        module = MXFP4Linear.from_linear(nn.Linear(k, N, bias=False), mode="w4a8")
+        weight = zip(module.weight_packed.chunk(RANKS, 1), module.weight_scale.chunk(RANKS, 1), strict=True)
+        operands = zip(codes.chunk(RANKS, 1), scale.chunk(RANKS, 1), weight, strict=True)
+        first, second = (
+            reference.gemm(q, s, w.contiguous(), w_scale.contiguous(), torch.float32) for q, s, (w, w_scale) in operands
+        )
+        sharded = parallelize_module(module, mesh, RowParallel(split_input=True))
+        assert torch.equal(sharded(x), first + second) == are_kept
 
 
 def row_w4a16_is_near_one_process(mesh: DeviceMesh, tmp: Path) -> None:
@@ -232,6 +251,7 @@ def threads_share_a_shard(mesh: DeviceMesh, tmp: Path) -> None:
 PROPERTIES: list[Callable[[DeviceMesh, Path], None]] = [
     column_gives_the_bits_of_one_process,
     row_adds_partial_sums_in_the_order_of_ranks,
+    shards_of_whole_groups_keep_the_codes_of_one_process,
     row_w4a16_is_near_one_process,
     a_block_is_never_cut,
     a_shard_holds_its_part_of_codes_and_scales,

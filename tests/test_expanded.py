@@ -7,12 +7,14 @@ import pickle
 import pytest
 import torch
 import xpu_fp4
-from helpers import assert_same_bits, linear_w4a4, random_codes, random_scales, seeded
+from helpers import assert_same_bits, linear_w4a8, random_codes, random_scales, seeded
 from torch import Tensor
-from xpu_fp4 import MXFP4Linear
+from xpu_fp4 import Mode, MXFP4Linear
 
 own = torch.ops.xpu_fp4
+OPS = {name: getattr(own, name) for name in ("mxfp4_linear_expanded", "mxfp4_linear_w4a8_expanded")}
 VARIANTS = ["bmg:large", "bmg:medium", "bmg:small", "bmg", "ptl:large", "dg2:large", "dg2:medium", "dg2:small"]
+MODES: tuple[Mode, ...] = ("w4a4", "w4a8")
 WITHOUT_A_FORM = "only the SYCL kernels for GPUs with a matrix unit have an expanded form"
 
 pytestmark = pytest.mark.usefixtures("requires_sycl")
@@ -39,10 +41,14 @@ def activations(m: int, k: int) -> Tensor:
 def test_an_expanded_weight_gives_the_same_bits(variant: str, m: int, n: int, k: int) -> None:
     codes, scale = weight(n, k)
     x, bias = activations(m, k), torch.randn(n, generator=seeded(4))
-    expected = linear_w4a4(x, codes, scale, bias)
+    expected = {mode: xpu_fp4.linear(x, codes, scale, bias, mode=mode) for mode in MODES}
+    of_blocks = linear_w4a8(x, codes, scale, bias, 32)
     with xpu_fp4.cpu_backend("sycl"):
         expanded = xpu_fp4.expand(codes, scale)
-        assert_same_bits(xpu_fp4.linear(x, codes, scale, bias, expanded=expanded), expected)
+        for mode in MODES:
+            assert_same_bits(xpu_fp4.linear(x, codes, scale, bias, mode=mode, expanded=expanded), expected[mode])
+        y = xpu_fp4.linear(x, codes, scale, bias, mode="w4a8", group=32, expanded=expanded)
+        assert_same_bits(y, of_blocks)
     lanes = 8 if variant.startswith("dg2") else 16
     quads, padded = -(-k // 128), -(-n // 32) * 32
     assert expanded.shape[0] == padded // lanes
@@ -50,12 +56,13 @@ def test_an_expanded_weight_gives_the_same_bits(variant: str, m: int, n: int, k:
 
 
 @pytest.mark.parametrize(("variant", "reads"), [("bmg:large", True), ("bmg:small", False)], indirect=["variant"])
-def test_many_rows_read_the_expanded_weight_and_few_the_stored_one(variant: str, reads: bool) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_many_rows_read_the_expanded_weight_and_few_the_stored_one(mode: Mode, variant: str, reads: bool) -> None:
     codes, scale = weight(40, 160)
     x = activations(9, 160)
     with xpu_fp4.cpu_backend("sycl"):
         zeros = torch.zeros_like(xpu_fp4.expand(codes, scale))
-        y = xpu_fp4.linear(x, codes, scale, expanded=zeros)
+        y = xpu_fp4.linear(x, codes, scale, mode=mode, expanded=zeros)
     assert (y == 0).all() == reads, variant
 
 
@@ -70,7 +77,8 @@ def test_the_ops_pass_opcheck() -> None:
     given = arguments()
     with xpu_fp4.cpu_backend("sycl"):
         torch.library.opcheck(own.mxfp4_expand.default, (given["weight"], given["weight_scale"]))
-        torch.library.opcheck(own.mxfp4_linear_expanded.default, (), given)
+        for op in OPS.values():
+            torch.library.opcheck(op.default, (), given)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +90,12 @@ def test_the_ops_pass_opcheck() -> None:
         (lambda e: torch.cat([e.new_zeros(1), e.flatten()])[1:].view_as(e), "expanded begins at an address that is no mul"),
     ],
 )
-def test_what_is_not_an_expanded_weight_is_refused(change: object, message: str) -> None:
+@pytest.mark.parametrize("name", OPS)
+def test_what_is_not_an_expanded_weight_is_refused(name: str, change: object, message: str) -> None:
     given = arguments()
     assert callable(change)
-    with xpu_fp4.cpu_backend("sycl"), pytest.raises(RuntimeError, match="mxfp4_linear_expanded: " + message):
-        own.mxfp4_linear_expanded(**given | {"expanded": change(given["expanded"])})
+    with xpu_fp4.cpu_backend("sycl"), pytest.raises(RuntimeError, match=f"{name}: {message}"):
+        OPS[name](**given | {"expanded": change(given["expanded"])})
 
 
 def test_another_devices_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,13 +110,17 @@ def test_where_there_is_no_such_form_the_ops_say_so(monkeypatch: pytest.MonkeyPa
     with xpu_fp4.cpu_backend("native"), pytest.raises(RuntimeError, match=f"weight cannot be expanded: {WITHOUT_A_FORM}"):
         xpu_fp4.expand(given["weight"], given["weight_scale"])
     monkeypatch.setenv("XPU_FP4_SYCL_VARIANT", "portable")
-    with xpu_fp4.cpu_backend("sycl"), pytest.raises(RuntimeError, match=f"mxfp4_linear_expanded: weight cannot be expanded: {WITHOUT_A_FORM}"):
-        own.mxfp4_linear_expanded(**given)
+    for name, op in OPS.items():
+        with (
+            xpu_fp4.cpu_backend("sycl"),
+            pytest.raises(RuntimeError, match=f"{name}: weight cannot be expanded: {WITHOUT_A_FORM}"),
+        ):
+            op(**given)
 
 
 def test_the_other_mode_does_not_take_it() -> None:
     given = arguments()
-    with pytest.raises(ValueError, match='an expanded weight is for mode "w4a4"'):
+    with pytest.raises(ValueError, match='an expanded weight is for mode "w4a4" or "w4a8", got mode \'w4a16\''):
         xpu_fp4.linear(given["x"], given["weight"], given["weight_scale"], mode="w4a16", expanded=given["expanded"])
 
 
@@ -159,7 +172,7 @@ def test_warmup_takes_expanded_weights(variant: str, capfd: pytest.CaptureFixtur
 
 
 def test_a_module_of_the_other_mode_refuses() -> None:
-    with pytest.raises(ValueError, match="an expanded weight is for mode 'w4a4', got a module of mode 'w4a16'"):
+    with pytest.raises(ValueError, match="an expanded weight is for mode 'w4a4' or 'w4a8', got a module of mode 'w4a16'"):
         module("w4a16").expand_()
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products: W4A4 gives the reference's bits whatever surrounds it, W4A16 stays within its bound and is reproducible."""
+"""The products: W4A4 gives the reference's bits whatever surrounds it, W4A16 stays within its bound; all are reproducible."""
 
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import pytest
 import torch
 import xpu_fp4
 from helpers import (
+    BIASES,
     DTYPES,
     ENVIRONMENTS,
     MODES,
+    SPREADS,
     Environment,
     assert_same_bits,
     bits,
@@ -25,15 +27,20 @@ from helpers import (
     float_environment,
     gemm,
     linear_w4a4,
+    linear_w4a8,
     linear_w4a16,
+    normal,
+    off_by,
     random_codes,
     random_scales,
     seeded,
+    spread_scales,
 )
 from torch import Tensor
 from xpu_fp4 import ScaleMode, reference
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # A's codes and scales, W's codes and scales
+OPS: dict[str, Callable[..., Tensor]] = {"w4a4": linear_w4a4, "w4a8": linear_w4a8, "w4a16": linear_w4a16}
 
 
 def random_operands(m: int, n: int, k: int, seed: int = 0, low: int = 117, high: int = 137) -> Operands:
@@ -80,31 +87,6 @@ def test_every_pair_of_scales_beside_other_blocks(backend: str, dtype: torch.dty
     assert_same_bits(gemm(*operands, dtype), expected_gemm(*operands, dtype))
 
 
-def spread_scales(kind: str, rows: int, blocks: int, centre: int, seed: int) -> Tensor:
-    """Scale bytes whose neighbours are close together or far apart: the cases that a kernel may treat apart."""
-    generator = seeded(seed)
-    padded = -(-blocks // 4) * 4
-    near = torch.randint(0, 4, (rows, padded), generator=generator)  # exact in int32 after a shift of up to 3
-    far = torch.randint(8, 21, (rows, padded), generator=generator)  # the order of adds shows at 8 to 20 bits
-    up = torch.randint(0, 2, (rows, padded), generator=generator)
-    per_pair = (far * up)[:, ::2].repeat_interleave(2, 1)
-    per_quad = (far * up)[:, ::4].repeat_interleave(4, 1)
-    kinds = {
-        "equal": torch.zeros(rows, padded, dtype=torch.int64),
-        "quad-aligned": near + per_quad,
-        "pair-aligned": near + per_pair,
-        "unaligned": far * up,
-        "just unaligned": torch.randint(0, 6, (rows, padded), generator=generator),
-    }
-    if kind == "mixed":
-        choice = torch.randint(0, 5, (rows, padded // 4), generator=generator).repeat_interleave(4, 1)
-        offset = torch.stack(list(kinds.values())).gather(0, choice[None])[0]
-    else:
-        offset = kinds[kind]
-    return (centre + offset[:, :blocks]).clamp(0, 254).to(torch.uint8)
-
-
-SPREADS = ("equal", "quad-aligned", "pair-aligned", "unaligned", "just unaligned", "mixed")
 # Sums of the two bytes around 254 are ordinary; the ends of the range defeat a kernel's shortcuts.
 CENTRES = {
     "ordinary": (120, 125),
@@ -252,19 +234,6 @@ def test_no_output_dtype_means_float16(backend: str) -> None:
 
 # ---- bias and shapes ----
 
-BIASES: dict[str, Callable[[int, int], Tensor]] = {
-    "0-d": lambda m, n: torch.randn((), generator=seeded(40)),
-    "[1]": lambda m, n: torch.randn(1, generator=seeded(40)),
-    "[N]": lambda m, n: torch.randn(n, generator=seeded(40)),
-    "[1, N]": lambda m, n: torch.randn(1, n, generator=seeded(40)),
-    "[M, 1]": lambda m, n: torch.randn(m, 1, generator=seeded(40)),
-    "[M, N]": lambda m, n: torch.randn(m, n, generator=seeded(40)),
-    "[1, 1]": lambda m, n: torch.randn(1, 1, generator=seeded(40)),
-    "[N, M] transposed": lambda m, n: torch.randn(n, m, generator=seeded(40)).t(),
-    "[N] strided": lambda m, n: torch.randn(2 * n, generator=seeded(40))[::2],
-    "[M, 1] expanded": lambda m, n: torch.randn(m, 1, generator=seeded(40)).expand(m, n),
-}
-
 
 @pytest.mark.parametrize("kind", BIASES)
 @pytest.mark.parametrize("bias_dtype", DTYPES)
@@ -318,7 +287,7 @@ def test_without_k_the_output_is_the_bias(backend: str, dtype: torch.dtype) -> N
     assert_same_bits(gemm(*empty, *weight, dtype, bias), (bias + 0.0).to(dtype))
     assert_same_bits(gemm(*empty, *weight, dtype), torch.zeros(m, n, dtype=dtype))
     x = torch.empty(m, 0, dtype=dtype)
-    for linear in (linear_w4a4, linear_w4a16):
+    for linear in OPS.values():
         assert_same_bits(linear(x, *weight, bias[1]), bias[1].expand(m, n).to(dtype).contiguous())
         assert_same_bits(linear(x, *weight), torch.zeros(m, n, dtype=dtype))
 
@@ -328,23 +297,15 @@ def test_no_rows_or_no_columns_give_an_empty_output(backend: str, m: int, n: int
     a, a_scale, w, w_scale = random_operands(m, n, 64, seed=47)
     for bias in (None, torch.zeros(n), torch.zeros(m, 1), torch.zeros(m, n)):
         assert gemm(a, a_scale, w, w_scale, torch.float32, bias).shape == (m, n)
-    for linear in (linear_w4a4, linear_w4a16):
+    for linear in OPS.values():
         assert linear(torch.zeros(m, 64), w, w_scale, torch.zeros(n)).shape == (m, n)
-
-
-def off_by_one(tensor: Tensor) -> Tensor:
-    """A contiguous copy whose storage starts one entry off an aligned address."""
-    view = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
-    assert view.is_contiguous()
-    assert view.data_ptr() % 16 != 0
-    return view
 
 
 def test_views_of_a_multiply_like_their_contiguous_copies(backend: str) -> None:
     a, a_scale, w, w_scale = random_operands(12, 21, 128, seed=48)
     expected = expected_gemm(a, a_scale, w, w_scale)
-    a_views = (a.t().contiguous().t(), torch.cat([a, a], 1)[:, 64:], a.repeat_interleave(2, 0)[::2], off_by_one(a))
-    s_views = (a_scale.t().contiguous().t(), torch.cat([a_scale, a_scale], 1)[:, 4:], off_by_one(a_scale))
+    a_views = (a.t().contiguous().t(), torch.cat([a, a], 1)[:, 64:], a.repeat_interleave(2, 0)[::2], off_by(a))
+    s_views = (a_scale.t().contiguous().t(), torch.cat([a_scale, a_scale], 1)[:, 4:], off_by(a_scale))
     for a_view in a_views:
         assert_same_bits(gemm(a_view, a_scale, w, w_scale), expected)
     for s_view in s_views:
@@ -356,13 +317,13 @@ def test_views_of_a_multiply_like_their_contiguous_copies(backend: str) -> None:
 def test_unaligned_weights_multiply_like_aligned_ones(backend: str) -> None:
     a, a_scale, w, w_scale = random_operands(12, 21, 128, seed=49)
     expected = expected_gemm(a, a_scale, w, w_scale)
-    assert_same_bits(gemm(a, a_scale, off_by_one(w), w_scale), expected)
-    shifted_scale = off_by_one(w_scale.t().contiguous())
-    y = torch.ops.xpu_fp4.mxfp4_gemm(a, off_by_one(w).t(), a_scale, shifted_scale, torch.float32, None)
+    assert_same_bits(gemm(a, a_scale, off_by(w), w_scale), expected)
+    shifted_scale = off_by(w_scale.t().contiguous())
+    y = torch.ops.xpu_fp4.mxfp4_gemm(a, off_by(w).t(), a_scale, shifted_scale, torch.float32, None)
     assert_same_bits(y, expected)
     x = torch.randn(12, 128, generator=seeded(50))
-    for linear in (linear_w4a4, linear_w4a16):
-        assert_same_bits(linear(off_by_one(x), off_by_one(w), off_by_one(w_scale)), linear(x, w, w_scale))
+    for linear in OPS.values():
+        assert_same_bits(linear(off_by(x), off_by(w), off_by(w_scale)), linear(x, w, w_scale))
 
 
 def test_the_typed_codes_are_the_bytes(backend: str) -> None:
@@ -373,10 +334,6 @@ def test_the_typed_codes_are_the_bytes(backend: str) -> None:
 
 
 # ---- the linears ----
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 60) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -395,7 +352,7 @@ def test_linear_is_quantize_then_gemm(backend: str, shape: tuple[int, ...], dtyp
 def test_linear_takes_any_strides(backend: str) -> None:
     x = normal(160, 9).t()
     w, w_scale = random_codes(21, 160, seeded(63)), random_scales(21, 160, seeded(64), 117, 137)
-    for linear in (linear_w4a4, linear_w4a16):
+    for linear in OPS.values():
         assert_same_bits(linear(x, w, w_scale), linear(x.contiguous(), w, w_scale))
         assert_same_bits(linear(x[::2], w, w_scale), linear(x[::2].contiguous(), w, w_scale))
 
@@ -471,6 +428,7 @@ def test_every_backend_gives_the_bits_of_native(backend: str, n: int, k: int, dt
     calls: list[Callable[[], Tensor]] = [
         lambda: gemm(*operands, dtype, bias),
         lambda: linear_w4a4(x, *operands[2:], bias),
+        lambda: linear_w4a8(x, *operands[2:], bias),
     ]
     for call in calls:
         with xpu_fp4.cpu_backend("native"):
@@ -482,7 +440,7 @@ def test_every_backend_gives_the_bits_of_native(backend: str, n: int, k: int, dt
 
 
 @pytest.mark.parametrize("n", [1, 5, 16, 17])
-@pytest.mark.parametrize("op", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("op", OPS)
 def test_quads_are_added_one_after_the_other(backend: str, op: str, n: int) -> None:
     # 2^24 + 1 + 1 + ... stays 2^24 in that order only: a sum kept in several parts gives more.
     k = 16384
@@ -491,9 +449,6 @@ def test_quads_are_added_one_after_the_other(backend: str, op: str, n: int) -> N
     x[:, 0] = 2.0**24
     w, w_scale = xpu_fp4.quantize(torch.ones(n, k))
     assert (OPS[op](x, w, w_scale) == 2.0**24).all()
-
-
-OPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"w4a4": linear_w4a4, "w4a16": linear_w4a16}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -541,13 +496,6 @@ def test_the_neighbours_scales_do_not_change_a_row(backend: str) -> None:
     assert y[[5, 40]].isnan().all()
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def test_the_number_of_threads_does_not_change_a_bit(backend: str, threads: Callable[[int], None]) -> None:
     operands = random_operands(150, 100, 416, seed=78)
     x = normal(150, 4128)
@@ -556,7 +504,8 @@ def test_the_number_of_threads_does_not_change_a_bit(backend: str, threads: Call
     for count in (1, 2, 3):
         threads(count)
         q, scale = xpu_fp4.quantize(x)
-        results.append((gemm(*operands), linear_w4a4(x, w, w_scale), linear_w4a16(x, w, w_scale), bits(q), bits(scale)))
+        linears = [linear(x, w, w_scale) for linear in OPS.values()]
+        results.append((gemm(*operands), *linears, bits(q), bits(scale)))
     for other in results[1:]:
         for actual, expected in zip(other, results[0], strict=True):
             assert_same_bits(actual, expected)

@@ -7,13 +7,13 @@ from pathlib import Path
 import isa
 import pytest
 import tomllib
-from gpu_programs import KERNELS, Architecture, Program, architectures, gemm_large, programs
+from gpu_programs import KERNELS, Architecture, Program, architectures
 from isa_checks import Result, judge
 from machine_code import Listing
 
 BUDGETS = tomllib.loads(isa.BUDGETS.read_text())
 BMG = next(item for item in architectures() if item.name == "bmg")
-LARGE = gemm_large(BMG, BMG.large, "bf16")
+LARGE = BMG.program("gemm_large", "64x32 bf16")
 MATRIX = "        dpas.8x8 (16|M0)         r10:d         r10:d             r30:b            r50.0:b           {Atomic}"
 INT = "        add (16|M0)              r4.0<1>:d     r4.0<1;1,0>:d     r5.0<1;1,0>:d    //  ALU pipe: int; $7"
 WIDE_FLOAT = "        mad (32|M0)              acc0.0<1>:f   r4.0<1;0>:f       r5.0<1;0>:f   r6.0<0>:f  //  ALU pipe: float; $8"
@@ -113,7 +113,7 @@ def small_listing(block: int = 100, general: int = 200, matrix: int = 16, skippe
     return Listing("\n".join(lines), native=16)
 
 
-SMALL = next(item for item in programs(BMG) if item.label == "1 rows")
+SMALL = BMG.program("gemm_small", "1 rows")
 
 
 @pytest.mark.parametrize("goto", [False, True])
@@ -152,15 +152,15 @@ def test_a_control_that_passes_stops_the_tool(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_source_is_compiled() -> None:
-    compiled = {program.source.name for architecture in architectures() for program in programs(architecture)}
+    compiled = {program.source.name for architecture in architectures() for program in architecture.programs}
     assert compiled >= {file.name for file in KERNELS.glob("*.cpp")}
 
 
 @pytest.mark.parametrize("architecture", architectures(), ids=lambda item: item.name)
 def test_every_product_is_compiled_for_every_device(architecture: Architecture) -> None:
-    compiled = {program.source.stem for program in programs(architecture)}
+    compiled = {program.source.stem for program in architecture.programs}
     assert compiled >= {"gemm_large", "gemm_small", "gemm_w4a16_matrix", "expand", "quantize", "dequantize"}
-    assert ("gemm_native" in compiled) == (architecture.native is not None)
+    assert ("gemm_bdpas" in compiled) == (architecture.name == "cri")
     assert architecture.name in BUDGETS["device"]
 
 
@@ -172,7 +172,7 @@ def test_the_choice_of_a_kernel_weighs_the_devices_data(architecture: Architectu
 
 
 def test_the_choice_of_a_kernel_is_held_to_what_was_counted() -> None:
-    small = next(item for item in programs(BMG) if item.source.stem == "gemm_small" and item.label == "8 rows")
+    small = BMG.program("gemm_small", "8 rows")
     result = Result("bmg", small, "gemm_small", listing())
     result.paths["block"] = {"per 256 bytes": BMG.costs.small + 8 * BMG.costs.small_row}
     assert isa.stale_costs([result], [BMG]) == []

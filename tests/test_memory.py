@@ -163,7 +163,7 @@ def test_products_of_nothing_return_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "mode"),
-    [("native", "w4a4"), ("native", "w4a8"), ("native", "w4a16"), ("sycl", "w4a4"), ("sycl", "w4a16")],
+    [("native", "w4a4"), ("native", "w4a8"), ("native", "w4a16"), ("sycl", "w4a4"), ("sycl", "w4a8"), ("sycl", "w4a16")],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_without_k_the_bias_is_the_result(backend: str, mode: Mode, dtype: torch.dtype) -> None:

@@ -4,7 +4,7 @@
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,8 +24,16 @@ def scales(*shape: int) -> Tensor:
     return torch.randint(120, 135, shape, dtype=torch.uint8)
 
 
+def int8(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
 def dequantize_arguments() -> dict[str, Any]:
     return {"q": codes(M, 16), "scale": scales(M, 1), "dtype": torch.float32}
+
+
+def mxint8_arguments() -> dict[str, Any]:
+    return {"q": int8(M, K), "scale": scales(M, K // 32), "dtype": torch.float32}
 
 
 def gemm_arguments() -> dict[str, Any]:
@@ -44,6 +52,14 @@ def linear_arguments() -> dict[str, Any]:
     return {"x": torch.randn(M, K), "weight": codes(N, K // 2), "weight_scale": scales(N, K // 32), "bias": torch.randn(N)}
 
 
+def w4a8_gemm_arguments() -> dict[str, Any]:
+    return gemm_arguments() | {"a": int8(M, K)}
+
+
+def prepacked_arguments() -> dict[str, Any]:
+    return {"x": torch.randn(M, K), "weight": own.mxfp4_prepack(codes(N, K // 2), scales(N, K // 32)), "out_features": N}
+
+
 def group_quant_arguments() -> dict[str, Any]:
     return {
         "input": torch.randn(M, K),
@@ -59,12 +75,23 @@ SAMPLES: list[tuple[Any, Callable[[], dict[str, Any]]]] = [
     (own.mxfp4_quantize.default, lambda: {"x": torch.randn(3, M, K, dtype=torch.bfloat16)}),
     (own.mxfp4_quantize.default, lambda: {"x": torch.randn(0, K), "scale_mode": "floor"}),
     (own.mxfp4_dequantize.default, lambda: {"q": codes(M, K // 2), "scale": scales(M, K // 32), "dtype": torch.float16}),
+    (own.mxint8_quantize.default, lambda: {"x": torch.randn(3, M, K, dtype=torch.bfloat16)}),
+    (own.mxint8_quantize.default, lambda: {"x": torch.randn(0, K), "group": 32}),
+    (own.mxint8_dequantize.default, mxint8_arguments),
+    (own.mxint8_dequantize.default, lambda: {"q": int8(2, M, K), "scale": scales(2, M, K // 32), "dtype": torch.float16}),
     (own.mxfp4_gemm.default, gemm_arguments),
+    (own.mxfp4_gemm.default, w4a8_gemm_arguments),
+    (own.mxfp4_gemm.default, lambda: w4a8_gemm_arguments() | {"a": int8(K), "a_scale": scales(K // 32), "out_dtype": None}),
     (own.mxfp4_gemm.default, lambda: gemm_arguments() | {"out_dtype": None, "bias": None}),
     (own.mxfp4_linear.default, linear_arguments),
     (own.mxfp4_linear.default, lambda: linear_arguments() | {"x": torch.randn(2, 3, K).half(), "bias": None}),
+    (own.mxfp4_linear_w4a8.default, linear_arguments),
+    (own.mxfp4_linear_w4a8.default, lambda: linear_arguments() | {"x": torch.randn(2, 3, K).half(), "bias": None, "group": 32}),
+    (own.mxfp4_linear_w4a8_prepacked.default, prepacked_arguments),
+    (own.mxfp4_linear_w4a8_prepacked.default, lambda: prepacked_arguments() | {"bias": torch.randn(N), "group": 32}),
     (own.mxfp4_linear_w4a16.default, linear_arguments),
     (torch.ops._xpu_C.fp4_gemm.default, lambda: dict(zip(FP4_GEMM_NAMES, gemm_arguments().values(), strict=True))),
+    (torch.ops._xpu_C.fp4_gemm.default, lambda: dict(zip(FP4_GEMM_NAMES, w4a8_gemm_arguments().values(), strict=True))),
     (torch.ops._C.per_token_group_quant_mxfp4.default, group_quant_arguments),
 ]
 
@@ -75,19 +102,25 @@ def test_op_passes_opcheck(op: Any, arguments: Callable[[], dict[str, Any]]) -> 
 
 
 class Block(torch.nn.Module):
-    """Everything that a model traces through: both linears, quantize, dequantize and a gemm on views."""
+    """Everything that a model traces through: a linear of each mode, quantize, dequantize and gemms on views."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up = xpu_fp4.MXFP4Linear.from_linear(torch.nn.Linear(K, N))
+        self.gate = xpu_fp4.MXFP4Linear.from_linear(torch.nn.Linear(K, N), mode="w4a8")
         self.down = xpu_fp4.MXFP4Linear.from_linear(torch.nn.Linear(N * 2, K, bias=False), mode="w4a16")
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.nn.functional.silu(self.up(x)).repeat(1, 2)
-        q, scale = xpu_fp4.quantize(self.down(h))
-        w_scale = self.up.weight_scale.t().contiguous()  # as bytes: torch's compiler cannot copy float8_e8m0fnu
-        y: Tensor = own.mxfp4_gemm(q, self.up.weight_packed.view(FP4).t(), scale, w_scale, torch.float32)
-        return y + xpu_fp4.dequantize(q, scale).sum()
+        h = (torch.nn.functional.silu(self.gate(x)) * self.up(x)).repeat(1, 2)
+        h = self.down(h)
+        q, scale = xpu_fp4.quantize(h)
+        w, w_scale = self.up.weight_packed, self.up.weight_scale
+        transposed = w_scale.t().contiguous()  # as bytes: torch's compiler cannot copy float8_e8m0fnu
+        y: Tensor = own.mxfp4_gemm(q, w.view(FP4).t(), scale, transposed, torch.float32)
+        q8, scale8 = xpu_fp4.mxint8_quantize(h, 32)
+        y8: Tensor = own.mxfp4_gemm(q8, w.t(), scale8, transposed, torch.float32)
+        linear = xpu_fp4.linear(h, w, w_scale, mode="w4a8", group=32)
+        return y + y8 + linear + xpu_fp4.dequantize(q, scale).sum() + xpu_fp4.mxint8_dequantize(q8, scale8).sum()
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -105,17 +138,41 @@ def test_export_keeps_the_ops_and_a_dynamic_batch() -> None:
     module = Block()
     exported = torch.export.export(module, (torch.randn(4, K),), dynamic_shapes=({0: torch.export.Dim("rows", min=1)},))
     called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
-    assert {"xpu_fp4.mxfp4_linear.default", "xpu_fp4.mxfp4_linear_w4a16.default", "xpu_fp4.mxfp4_gemm.default"} <= called
+    names = ("linear", "linear_w4a8", "linear_w4a16", "gemm")
+    assert {"xpu_fp4.mxint8_quantize.default", *[f"xpu_fp4.mxfp4_{name}.default" for name in names]} <= called
     x = torch.randn(7, K)
     assert torch.equal(exported.module()(x), module(x))
 
 
-def test_backward_through_an_op_is_an_error() -> None:
+@pytest.mark.parametrize("name", ["mxfp4_linear", "mxfp4_linear_w4a8", "mxfp4_linear_w4a16"])
+def test_backward_through_a_linear_is_an_error(name: str) -> None:
     """The ops have no derivative, and a silent zero would be worse than none."""
-    x = torch.randn(M, K, requires_grad=True)
-    y = xpu_fp4.linear(x, codes(N, K // 2), scales(N, K // 32))
-    with pytest.raises(RuntimeError, match="derivative for xpu_fp4::mxfp4_linear is not implemented"):
+    given = linear_arguments() | {"x": torch.randn(M, K, requires_grad=True)}
+    with pytest.raises(RuntimeError, match=f"derivative for xpu_fp4::{name} is not implemented"):
+        getattr(own, name)(**given).sum().backward()
+
+
+def test_backward_through_what_was_quantized_is_an_error() -> None:
+    # The codes are integers, which have no gradient; the scales would have one.
+    q, scale = xpu_fp4.mxint8_quantize(torch.randn(M, K, requires_grad=True))
+    assert not q.requires_grad
+    assert not xpu_fp4.mxint8_dequantize(q, scale.detach()).requires_grad
+    y = own.mxfp4_gemm(**w4a8_gemm_arguments() | {"bias": torch.randn(N, requires_grad=True)})
+    with pytest.raises(RuntimeError, match="derivative for xpu_fp4::mxfp4_gemm is not implemented"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize(("op", "arguments"), SAMPLES, ids=lambda value: str(value) if not callable(value) else None)
+def test_meta_tensors_have_the_shapes_and_dtypes_of_results(op: Any, arguments: Callable[[], dict[str, Any]]) -> None:  # noqa: ANN401
+    given = arguments()
+    on_meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in given.items()}
+    results, expected = op(**on_meta), op(**given)
+    if expected is None:
+        return
+    pairs = zip(results, expected, strict=True) if isinstance(expected, tuple) else [(results, expected)]
+    for meta, real in pairs:
+        assert meta.is_meta
+        assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
 
 
 def test_backward_through_the_compatibility_op_is_an_error() -> None:
@@ -209,6 +266,44 @@ ERRORS: list[tuple[Any, Callable[[], dict[str, Any]], Change, str]] = [
         swap(dtype=torch.float64),
         "mxfp4_dequantize: dtype must be float32, float16 or bfloat16, got Double",
     ),
+    # MXINT8 quantize and dequantize
+    *[
+        (own.mxint8_quantize, lambda: {"x": torch.ones(K)}, change, f"mxint8_quantize: {message}")
+        for change, message in (
+            (swap(x=torch.ones(M, K).int()), "x must be float32, float16 or bfloat16, got Int"),
+            (swap(x=torch.ones(M, 40)), "x has 40 elements in its last dimension, expected a multiple of 32"),
+            (swap(x=torch.tensor(1.0)), "x must have at least 1 dimension"),
+            (swap(group=64), "group is 64, expected 32 or 128"),
+            (swap(group=0), "group is 0, expected 32 or 128"),
+            (swap(group=-32), "group is -32, expected 32 or 128"),
+        )
+    ],
+    *[
+        (own.mxint8_dequantize, mxint8_arguments, change, f"mxint8_dequantize: {message}")
+        for change, message in (
+            (swap(q=codes(M, K)), "q must be int8, got Byte"),
+            (swap(q=codes(M, K).view(FP4)), "q must be int8, got Float4_e2m1fn_x2"),
+            (swap(q=torch.ones(M, K)), "q must be int8, got Float"),
+            (swap(q=int8(M, 40)), "q has 40 elements in its last dimension, expected a multiple of 32"),
+            (swap(q=torch.tensor(1, dtype=torch.int8)), "q must have at least 1 dimension"),
+            (swap(scale=scales(M, 2)), r"scale has shape \[5, 2\], expected \[5, 3\]"),
+            (swap(scale=torch.ones(M, 3)), "scale must be float8_e8m0fnu or uint8, got Float"),
+            (swap(dtype=torch.float64), "dtype must be float32, float16 or bfloat16, got Double"),
+        )
+    ],
+    # gemm of MXINT8 codes
+    *[
+        (own.mxfp4_gemm, w4a8_gemm_arguments, change, f"mxfp4_gemm: {message}")
+        for change, message in (
+            (swap(a=int8(M, K // 2)), r"a has 48 elements in its last dimension, expected a multiple of 32"),
+            (swap(a=int8(M, 64)), r"b has shape \[48, 48\], expected \[K/2, N\] with K/2 = 32"),
+            (swap(a=codes(M, K)), r"b has shape \[48, 48\], expected \[K/2, N\] with K/2 = 96"),  # int8 codes as bytes
+            (swap(a=int8(M, K).short()), r"a must be float4_e2m1fn_x2 or uint8 \(MXFP4\) or int8 \(MXINT8\), got Short"),
+            (swap(a=torch.tensor(3, dtype=torch.int8)), "a must have at least 1 dimension"),
+            (swap(b=int8(N, K // 2).t()), "b must be float4_e2m1fn_x2 or uint8, got Char"),
+            (swap(a_scale=scales(M, 1)), r"a_scale has shape \[5, 1\], expected \[5, 3\]"),  # one for a group of 128
+        )
+    ],
     # gemm
     (
         own.mxfp4_gemm,
@@ -286,10 +381,10 @@ ERRORS: list[tuple[Any, Callable[[], dict[str, Any]], Change, str]] = [
         swap(bias=torch.ones(N).long()),
         "mxfp4_gemm: bias must be float32, float16 or bfloat16, got Long",
     ),
-    # linear, both kinds
+    # linear, of each mode
     *[
-        (op, linear_arguments, change, f"{name}: {message}")
-        for name, op in (("mxfp4_linear", own.mxfp4_linear), ("mxfp4_linear_w4a16", own.mxfp4_linear_w4a16))
+        (getattr(own, name), linear_arguments, change, f"{name}: {message}")
+        for name in ("mxfp4_linear", "mxfp4_linear_w4a8", "mxfp4_linear_w4a16")
         for change, message in (
             (swap(x=torch.ones(M, K).double()), "x must be float32, float16 or bfloat16, got Double"),
             (swap(x=torch.ones(M, 33)), "x has 33 elements in its last dimension, expected a multiple of 32"),
@@ -298,6 +393,7 @@ ERRORS: list[tuple[Any, Callable[[], dict[str, Any]], Change, str]] = [
             (swap(weight=codes(K // 2)), r"weight must be \[N, K/2\], got shape \[48\]"),
             (swap(weight=codes(K // 2, N).t()), r"weight must be contiguous, got shape \[48, 48\] with strides \[1, 48\]"),
             (swap(weight=torch.ones(N, K // 2)), "weight must be float4_e2m1fn_x2 or uint8, got Float"),
+            (swap(weight=int8(N, K // 2)), "weight must be float4_e2m1fn_x2 or uint8, got Char"),
             (swap(weight_scale=scales(K // 32, N)), r"weight_scale has shape \[3, 48\], expected \[48, 3\]"),
             (swap(weight_scale=scales(K // 32, N).t()), "weight_scale must be contiguous"),
             (swap(weight_scale=torch.ones(N, 3)), "weight_scale must be float8_e8m0fnu or uint8, got Float"),
@@ -306,6 +402,20 @@ ERRORS: list[tuple[Any, Callable[[], dict[str, Any]], Change, str]] = [
         )
     ],
     (own.mxfp4_linear, linear_arguments, swap(scale_mode=""), 'mxfp4_linear: scale_mode is ""'),
+    (own.mxfp4_linear_w4a8, linear_arguments, swap(group=64), "mxfp4_linear_w4a8: group is 64, expected 32 or 128"),
+    # a prepacked weight, in W4A8
+    *[
+        (own.mxfp4_linear_w4a8_prepacked, prepacked_arguments, change, f"mxfp4_linear_w4a8_prepacked: {message}")
+        for change, message in (
+            (swap(group=16), "group is 16, expected 32 or 128"),
+            (swap(x=int8(M, K)), "x must be float32, float16 or bfloat16, got Char"),
+            (swap(x=torch.ones(M, 256)), "weight has shape"),
+            (swap(out_features=N + 16), "weight has shape"),
+            (swap(out_features=-1), "out_features is -1, expected 0 or more"),
+            (swap(weight=codes(N, K // 2)), "weight has shape"),
+            (swap(bias=torch.ones(N, 1)), r"bias has shape \[48, 1\], expected \[48\]"),
+        )
+    ],
     # the compatibility quantizer
     *[
         (torch.ops._C.per_token_group_quant_mxfp4, group_quant_arguments, change, f"per_token_group_quant_mxfp4: {message}")
@@ -348,8 +458,28 @@ def test_sparse_tensors_are_refused(name: str) -> None:
         own.mxfp4_gemm(**arguments)
 
 
-def test_tensors_on_two_devices_are_refused() -> None:
+@pytest.mark.parametrize("name", ["mxfp4_linear", "mxfp4_linear_w4a8", "mxfp4_linear_w4a16"])
+@pytest.mark.parametrize("argument", ["weight", "weight_scale", "bias"])
+def test_tensors_on_two_devices_are_refused(name: str, argument: str) -> None:
     arguments = linear_arguments()
-    arguments["weight"] = arguments["weight"].to("meta")
-    with pytest.raises(RuntimeError, match="weight is on meta, expected cpu"):
-        own.mxfp4_linear(**arguments)
+    arguments[argument] = arguments[argument].to("meta")
+    with pytest.raises(RuntimeError, match=f"{argument} is on meta, expected cpu"):
+        getattr(own, name)(**arguments)
+
+
+def test_where_a_weight_cannot_be_expanded_w4a8_says_so() -> None:
+    given = linear_arguments() | {"expanded": codes(1, 64)}
+    with (
+        xpu_fp4.cpu_backend("native"),
+        pytest.raises(RuntimeError, match="mxfp4_linear_w4a8_expanded: weight cannot be expanded"),
+    ):
+        own.mxfp4_linear_w4a8_expanded(**given)
+
+
+def test_an_unknown_mode_is_named() -> None:
+    given, mode = linear_arguments(), cast(xpu_fp4.Mode, "w8a8")
+    message = 'mode is \'w8a8\', expected "w4a4" or "w4a8" or "w4a16"'
+    with pytest.raises(ValueError, match=message):
+        xpu_fp4.linear(given["x"], given["weight"], given["weight_scale"], mode=mode)
+    with pytest.raises(ValueError, match=message):
+        xpu_fp4.linear_prepacked(given["x"], codes(3, 8), N, mode=mode)

@@ -7,13 +7,14 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast, get_args
 
 import pytest
 import torch
 import xpu_fp4
-from helpers import DTYPES, assert_same_bits, gemm, linear_w4a4, linear_w4a16, random_codes, random_scales, seeded
+from helpers import DTYPES, assert_same_bits, gemm, linear_w4a4, linear_w4a8, linear_w4a16, random_codes, random_scales, seeded
 from torch import Tensor
-from xpu_fp4 import Mode, MXFP4Linear
+from xpu_fp4 import Group, Mode, MXFP4Linear
 
 STRIP, QUAD = 16, 128
 SHAPES = [(1, 32), (16, 128), (17, 160), (48, 416), (50, 4096)]
@@ -64,6 +65,7 @@ def test_prepacked_weights_give_the_same_bits(backend: str, n: int, k: int, m: i
     packed = xpu_fp4.prepack(codes, scale)
     x, bias = activations(m, k).to(dtype), torch.randn(n, generator=seeded(2)).to(dtype)
     assert_same_bits(xpu_fp4.linear_prepacked(x, packed, n, bias), linear_w4a4(x, codes, scale, bias))
+    assert_same_bits(xpu_fp4.linear_prepacked(x, packed, n, bias, mode="w4a8"), linear_w4a8(x, codes, scale, bias))
     assert_same_bits(xpu_fp4.linear_prepacked(x, packed, n, bias, mode="w4a16"), linear_w4a16(x, codes, scale, bias))
     q, q_scale = xpu_fp4.quantize(x)
     got = torch.ops.xpu_fp4.mxfp4_gemm_prepacked(q, q_scale, packed, n, dtype, bias)
@@ -85,6 +87,10 @@ BAD = {
     "negative": (lambda c, s, p, x: xpu_fp4.linear_prepacked(x, p, -1), "out_features is -1"),
     "k": (lambda c, s, p, x: xpu_fp4.linear_prepacked(x[:, :96], p, 20), "mxfp4_linear_prepacked: weight has shape"),
     "dtype": (lambda c, s, p, x: xpu_fp4.linear_prepacked(x, p.to(torch.int8), 20), "weight must be uint8"),
+    "group": (
+        lambda c, s, p, x: xpu_fp4.linear_prepacked(x, p, 20, mode="w4a8", group=cast(Group, 64)),
+        "mxfp4_linear_w4a8_prepacked: group is 64, expected 32 or 128",
+    ),
     "strides": (
         lambda c, s, p, x: xpu_fp4.linear_prepacked(x, p.t().contiguous().t(), 20, mode="w4a16"),
         "mxfp4_linear_w4a16_prepacked: weight must be contiguous",
@@ -105,12 +111,15 @@ def test_the_ops_pass_opcheck() -> None:
     codes, scale = weight(20, 160)
     packed, x = xpu_fp4.prepack(codes, scale), activations(3, 160)
     q, q_scale = (t.view(torch.uint8) for t in xpu_fp4.quantize(x))
+    int8, int8_scale = xpu_fp4.mxint8_quantize(x)[0], q_scale
     ops = torch.ops.xpu_fp4
     for op, args in (
         (ops.mxfp4_prepack, (codes, scale)),
         (ops.mxfp4_unprepack, (packed, 20, 160)),
         (ops.mxfp4_gemm_prepacked, (q, q_scale, packed, 20, torch.float32)),
         (ops.mxfp4_linear_prepacked, (x, packed, 20)),
+        (ops.mxfp4_gemm_prepacked, (int8, int8_scale, packed, 20)),
+        (ops.mxfp4_linear_w4a8_prepacked, (x, packed, 20)),
         (ops.mxfp4_linear_w4a16_prepacked, (x, packed, 20)),
     ):
         torch.library.opcheck(op.default, args)
@@ -124,7 +133,7 @@ def module(mode: Mode = "w4a4", n: int = 48, k: int = 256) -> MXFP4Linear:
     return MXFP4Linear.from_linear(torch.nn.Linear(k, n), mode=mode)
 
 
-@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("mode", get_args(Mode))
 def test_the_first_forward_prepacks_and_changes_no_bit(mode: Mode) -> None:
     layer, x = module(mode), activations(5, 256)
     want = xpu_fp4.linear(x, layer.weight_packed, layer.weight_scale, layer.bias, mode=mode)
@@ -241,7 +250,7 @@ print(kilobytes("VmHWM") - before - y.nbytes // 1024, torch.get_num_threads())
 """
 
 
-@pytest.mark.parametrize(("mode", "bytes_an_element"), [("w4a4", 1.63), ("w4a16", 4)])
+@pytest.mark.parametrize(("mode", "bytes_an_element"), [("w4a4", 1.63), ("w4a8", 1.63), ("w4a16", 4)])
 def test_a_call_holds_the_activations_of_a_thousand_rows_at_most(mode: Mode, bytes_an_element: float) -> None:
     """The bound that docs/ARCHITECTURE.md states; all 8192 rows would take eight times as much."""
     if not Path("/proc/self/clear_refs").exists():

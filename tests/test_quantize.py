@@ -13,13 +13,15 @@ from helpers import (
     ALL_PATTERNS,
     DTYPES,
     HALF_DTYPES,
+    LAYOUTS,
     MODES,
-    NAN_BITS,
+    as_numpy,
     assert_quantizes,
     assert_same_bits,
     bits,
     from_bits,
     gemm,
+    normal,
     random_codes,
     random_scales,
     seeded,
@@ -173,37 +175,6 @@ def test_every_nan_pattern_poisons(backend: str) -> None:
     assert not bits(q).any()
 
 
-def off_by(elements: int) -> Callable[[torch.dtype], Tensor]:
-    def make(dtype: torch.dtype) -> Tensor:
-        storage = torch.randn(7 * 96 + elements, generator=seeded(11)).to(dtype)
-        x = storage[elements:].view(7, 96)
-        assert x.is_contiguous()
-        assert x.data_ptr() % 16 != 0
-        return x
-
-    return make
-
-
-def randn(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, generator=seeded(12)).to(dtype)
-
-
-LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {
-    "1-D": lambda dtype: randn(96, dtype=dtype),
-    "3-D": lambda dtype: randn(2, 3, 64, dtype=dtype),
-    "4-D": lambda dtype: randn(2, 1, 3, 32, dtype=dtype),
-    "transposed": lambda dtype: randn(64, 5, dtype=dtype).t(),
-    "permuted": lambda dtype: randn(3, 64, 5, dtype=dtype).permute(2, 0, 1),
-    "row slice": lambda dtype: randn(9, 96, dtype=dtype)[1::2],
-    "column slice": lambda dtype: randn(5, 200, dtype=dtype)[:, 3:131],
-    "every other element": lambda dtype: randn(5, 128, dtype=dtype)[:, ::2],
-    "expanded": lambda dtype: randn(1, 64, dtype=dtype).expand(4, 64),
-    "expanded element": lambda dtype: randn(4, 1, dtype=dtype).expand(4, 64),
-    "off by 1": off_by(1),
-    "off by 3": off_by(3),
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_view_quantizes_like_its_contiguous_copy(backend: str, dtype: torch.dtype, layout: str) -> None:
@@ -229,7 +200,7 @@ def test_nothing_quantizes_and_dequantizes_to_nothing(backend: str, dtype: torch
 @pytest.mark.parametrize("k", [32, 96])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_number_of_rows(backend: str, dtype: torch.dtype, k: int) -> None:
-    x = randn(70, k, dtype=dtype)
+    x = normal(70, k, dtype=dtype)
     q, scale = reference.quantize(x)
     values = reference.values(q, scale).to(dtype)
     for rows in range(1, 71):
@@ -238,17 +209,8 @@ def test_any_number_of_rows(backend: str, dtype: torch.dtype, k: int) -> None:
 
 
 def test_rows_spread_over_tasks_and_threads_as_one(backend: str) -> None:
-    x = randn(301, 4128, dtype=torch.bfloat16)
+    x = normal(301, 4128, dtype=torch.bfloat16)
     assert_quantizes(x, "even")
-
-
-def as_numpy(values: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """float64 values rounded once to dtype by numpy or ml_dtypes, NaN as the ops write it."""
-    target = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}[dtype]
-    with np.errstate(all="ignore"):
-        rounded = values.astype(target)
-    integer = rounded.view(np.int32 if dtype == torch.float32 else np.int16)
-    return from_bits(torch.from_numpy(np.where(np.isnan(values), NAN_BITS[dtype], integer)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -294,7 +256,7 @@ def test_a_view_dequantizes_like_its_contiguous_copy(backend: str, dtype: torch.
 @pytest.mark.parametrize("mode", ["floor", "even", "rceil"])  # ceil doubles the scale of a block with a 6
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_was_dequantized_quantizes_without_loss(backend: str, dtype: torch.dtype, mode: ScaleMode) -> None:
-    x = randn(64, 256, dtype=dtype) * torch.exp2(torch.arange(-6, 2).repeat(8))[:, None].to(dtype)
+    x = normal(64, 256, dtype=dtype) * torch.exp2(torch.arange(-6, 2).repeat(8))[:, None].to(dtype)
     once = xpu_fp4.dequantize(*xpu_fp4.quantize(x, mode), dtype)
     twice = xpu_fp4.dequantize(*xpu_fp4.quantize(once, mode), dtype)
     assert_same_bits(twice, once)
@@ -302,7 +264,7 @@ def test_what_was_dequantized_quantizes_without_loss(backend: str, dtype: torch.
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_error_is_at_most_half_a_step(backend: str, mode: ScaleMode) -> None:
-    x = randn(64, 256, dtype=torch.float32)
+    x = normal(64, 256, dtype=torch.float32)
     q, scale = xpu_fp4.quantize(x, mode)
     unit = torch.exp2(bits(scale).float() - 127).repeat_interleave(32, -1)
     y, back = x / unit, xpu_fp4.dequantize(q, scale) / unit
@@ -315,7 +277,7 @@ def test_the_error_is_at_most_half_a_step(backend: str, mode: ScaleMode) -> None
 
 
 def test_scaling_by_a_power_of_two_changes_only_the_scales(backend: str) -> None:
-    x = randn(16, 128, dtype=torch.float32)
+    x = normal(16, 128, dtype=torch.float32)
     q, scale = xpu_fp4.quantize(x)
     q_up, scale_up = xpu_fp4.quantize(x * 2.0**40)
     assert_same_bits(q_up, q)
@@ -324,7 +286,7 @@ def test_scaling_by_a_power_of_two_changes_only_the_scales(backend: str) -> None
 
 def test_codes_and_scales_feed_the_product(backend: str) -> None:
     # A product with the identity is the dequantized tensor.
-    x = randn(5, 32, dtype=torch.float32)
+    x = normal(5, 32, dtype=torch.float32)
     q, scale = xpu_fp4.quantize(x)
     eye_q, eye_scale = xpu_fp4.quantize(torch.eye(32))
     assert torch.equal(gemm(q, scale, eye_q, eye_scale), xpu_fp4.dequantize(q, scale))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers import ALL_PATTERNS, HALF_DTYPES, MODES, from_bits, random_codes, random_scales, seeded
+from helpers import ALL_PATTERNS, HALF_DTYPES, MODES, from_bits, random_codes, random_int8, random_scales, seeded
 from torch import Tensor
 from xpu_fp4 import ScaleMode, reference
 
@@ -120,16 +120,18 @@ def test_zero_and_non_finite_blocks() -> None:
 
 
 def gemm_by_loops(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> npt.NDArray[np.float32]:
-    """Section 3 word for word, one output at a time."""
-    twice_a, twice_w = 2 * decoded(reference.unpack(a)), 2 * decoded(reference.unpack(w))
+    """Sections 3 and 6 word for word, one output at a time."""
+    twice_w = 2 * decoded(reference.unpack(w))
+    integers = a.tolist() if a.dtype == torch.int8 else 2 * decoded(reference.unpack(a))
+    offset = 7 if a.dtype == torch.int8 else 2
     blocks = a_scale.shape[1]
     y = np.zeros((len(a), len(w)), np.float32)
     for m, n in np.ndindex(*y.shape):
         p = [np.float32(0)] * (-(-blocks // 4) * 4)
         for b in range(blocks):
             ea, ew = int(a_scale[m, b]), int(w_scale[n, b])
-            d = int(sum(twice_a[m, i] * twice_w[n, i] for i in range(32 * b, 32 * b + 32)))
-            p[b] = np.float32(np.nan if 255 in (ea, ew) else d * 2.0 ** (ea - 127 + ew - 127 - 2))
+            d = sum(int(integers[m][i]) * int(twice_w[n, i]) for i in range(32 * b, 32 * b + 32))
+            p[b] = np.float32(np.nan if 255 in (ea, ew) else d * 2.0 ** (ea - 127 + ew - 127 - offset))
         acc = np.float32(0)
         for q in range(0, len(p), 4):
             acc = np.float32(acc + np.float32(np.float32(p[q] + p[q + 1]) + np.float32(p[q + 2] + p[q + 3])))
@@ -143,9 +145,13 @@ def gemm_by_loops(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: 
     ids=["ordinary", "subnormal products", "overflow", "NaN scales"],
 )
 @pytest.mark.parametrize("k", [32, 96, 160, 416])
-def test_gemm_is_the_definition_step_by_step(k: int, low: int, high: int, special: str) -> None:
+@pytest.mark.parametrize("make_a", [random_codes, random_int8])
+def test_gemm_is_the_definition_step_by_step(
+    make_a: Callable[[int, int, torch.Generator], Tensor], k: int, low: int, high: int, special: str
+) -> None:
     generator = seeded(k)
-    a, w = random_codes(5, k, generator), random_codes(6, k, generator)
+    a, w = make_a(5, k, generator), random_codes(6, k, generator)
+    a[0], w[0] = (-128, 0xFF) if a.dtype == torch.int8 else (0x77, 0xFF)  # the largest integers that a block can have
     a_scale, w_scale = random_scales(5, k, generator, low, high), random_scales(6, k, generator, low, high)
     if special == "nan":
         w_scale[2, -1] = 255

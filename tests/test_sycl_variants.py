@@ -4,9 +4,11 @@
 The architectures here cover every program that is built: `pvc` and `lnl-m` share bmg's, `cri` shares ptl's.
 """
 
+import re
 from collections.abc import Iterator
-from itertools import count, product
-from typing import get_args
+from itertools import product
+from typing import Literal, get_args
+from zlib import crc32
 
 import pytest
 import torch
@@ -33,9 +35,24 @@ MEDIUM = {"bmg:medium": (33, 20), "dg2:medium": (9, 20)}
 SMALL = {"bmg:small": (1, 3, 8, 13, 37), "dg2:small": (1, 8, 37)}
 # One shape for each variant: with tails, of its large tile, or of eight rows.
 SHAPES = LARGE | dict.fromkeys(SMALL, (8, 35))
-seeds = count()
+own = torch.ops.xpu_fp4
+
+Format = Literal["mxfp4", "mxint8"]
+FORMATS: tuple[Format, ...] = get_args(Format)  # of the activations: W4A4 and W4A8
+# Each variant, number of rows and kind of weight is a program to compile: W4A8 takes fewer, with the same data.
+SMALL_ROWS = [("mxfp4", variant, m) for variant, rows in SMALL.items() for m in rows]
+SMALL_ROWS += [
+    ("mxint8", variant, m) for variant, rows in {"bmg:small": (1, 13, 37), "dg2:small": (8, 37)}.items() for m in rows
+]
+OF_ALL_DTYPES = [("mxfp4", variant) for variant in SHAPES] + [("mxint8", "bmg:large"), ("mxint8", "dg2:small")]
 
 pytestmark = pytest.mark.usefixtures("requires_sycl")
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Seeded by the test's name and parameters, so that a failure comes back alone."""
+    return seeded(crc32(request.node.name.encode()))
 
 
 @pytest.fixture
@@ -43,29 +60,47 @@ def force(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def with_special_blocks(operands: Operands) -> Operands:
+def random_activations(format: Format, m: int, k: int, generator: torch.Generator) -> Tensor:
+    """Codes: packed MXFP4 uint8 [m, k/2], or MXINT8 int8 [m, k] with -128 among them."""
+    if format == "mxfp4":
+        return random_codes(m, k, generator)
+    return torch.randint(-128, 128, (m, k), generator=generator, dtype=torch.int8)
+
+
+def blocks_of(codes: Tensor, scale: Tensor) -> Tensor:
+    """[rows, blocks, bytes], the same memory."""
+    return codes.view(len(codes), scale.shape[1], -1)
+
+
+def with_special_blocks(operands: Operands, generator: torch.Generator) -> Operands:
     """Blocks and whole rows of zeros (under an extreme scale, which must not matter), NaN scales in both operands."""
     a, a_scale, w, w_scale = (tensor.clone() for tensor in operands)
-    generator = seeded(next(seeds))
     for codes, scale in ((a, a_scale), (w, w_scale)):
+        signs = 0 if codes.dtype == torch.int8 else 0x88  # MXFP4 has a -0
         zero = torch.rand(scale.shape, generator=generator) < 0.2
-        codes.view(len(codes), -1, 16)[zero] &= 0x88
+        blocks_of(codes, scale)[zero] &= signs
         scale[zero] = torch.randint(0, 255, (int(zero.sum()),), generator=generator, dtype=torch.uint8)
         scale[torch.rand(scale.shape, generator=generator) < 0.01] = 0xFF
-    a[-1] &= 0x88
+        codes[-1] &= signs
     return a, a_scale, w, w_scale
 
 
-def spread_operands(spread: str, centre: str, m: int, n: int, k: int) -> Operands:
-    seed = next(seeds)
-    generator = seeded(seed)
+def shared(scale: Tensor, blocks: int) -> Tensor:
+    """The first scale of so many neighbouring blocks for all of them: four, as a group of 128 has."""
+    return scale[:, torch.arange(scale.shape[1]) // blocks * blocks]
+
+
+def spread_operands(
+    spread: str, centre: str, m: int, n: int, k: int, generator: torch.Generator, format: Format = "mxfp4"
+) -> Operands:
+    a_seed, w_seed = torch.randint(1 << 31, (2,), generator=generator).tolist()
     a_centre, w_centre = CENTRES[centre]
-    a_scale = spread_scales(spread, m, k // 32, a_centre, seed)
-    w_scale = spread_scales(spread, n, k // 32, w_centre, seed + 1000)
-    return random_codes(m, k, generator), a_scale, random_codes(n, k, generator), w_scale
+    a_scale = spread_scales(spread, m, k // 32, a_centre, a_seed)
+    w_scale = spread_scales(spread, n, k // 32, w_centre, w_seed)
+    return random_activations(format, m, k, generator), a_scale, random_codes(n, k, generator), w_scale
 
 
-def assert_native_bits(operands: Operands, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+def assert_native_bits(operands: Operands, dtype: torch.dtype = torch.float32, bias: Tensor | None = None) -> None:
     with xpu_fp4.cpu_backend("native"):
         expected = gemm(*operands, dtype, bias)
     with xpu_fp4.cpu_backend("sycl"):
@@ -73,164 +108,213 @@ def assert_native_bits(operands: Operands, dtype: torch.dtype, bias: Tensor | No
 
 
 def assert_native_bits_with_scales_together(operands: Operands) -> None:
-    """A row's scales side by side, as mxfp4_linear passes them; its x are A's values."""
+    """A row's scales side by side, as a linear passes them; its x are A's values."""
     a, a_scale, w, w_scale = operands
-    x = reference.values(a, a_scale).float()
+    if a.dtype == torch.int8:
+        x, linear = own.mxint8_dequantize(a, a_scale, torch.float32), own.mxfp4_linear_w4a8
+    else:
+        x, linear = reference.values(a, a_scale).float(), own.mxfp4_linear
     with xpu_fp4.cpu_backend("native"):
-        expected = linear_w4a4(x, w, w_scale)
+        expected = linear(x, w, w_scale)
     with xpu_fp4.cpu_backend("sycl"):
-        assert_same_bits(linear_w4a4(x, w, w_scale), expected)
+        assert_same_bits(linear(x, w, w_scale), expected)
 
 
-def assert_every_spread(m: int, n: int, k: int) -> None:
-    for spread in SPREADS:
-        for centre in CENTRES:
-            operands = spread_operands(spread, centre, m, n, k)
-            assert_native_bits(operands, torch.float32)
-        assert_native_bits(with_special_blocks(operands), torch.float32)
+def assert_every_spread(m: int, n: int, k: int, generator: torch.Generator, format: Format = "mxfp4") -> None:
+    for i, (spread, centre) in enumerate(product(SPREADS, CENTRES)):
+        a, a_scale, w, w_scale = spread_operands(spread, centre, m, n, k, generator, format)
+        if format == "mxint8":  # with W's own spread: every level
+            a_scale = shared(a_scale, (4, 2, 1)[i % 3])
+        assert_native_bits((a, a_scale, w, w_scale))
+        if spread == "mixed":
+            assert_native_bits(with_special_blocks((a, a_scale, w, w_scale), generator))
 
 
-def biases(m: int, n: int) -> Iterator[Tensor | None]:
-    generator = seeded(next(seeds))
+def biases(m: int, n: int, generator: torch.Generator) -> Iterator[Tensor | None]:
     for shape in ((n,), (m, n), (m, 1), (1,)):
         yield torch.randn(shape, generator=generator)
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("variant", LARGE)
 @pytest.mark.parametrize("k", [32, 544, 2176])
-def test_large_tiles_give_the_native_bits(force: pytest.MonkeyPatch, variant: str, k: int) -> None:
+def test_large_tiles_give_the_native_bits(
+    force: pytest.MonkeyPatch, generator: torch.Generator, variant: str, k: int, format: Format
+) -> None:
     """Last quads of one block, more quads than lanes; every level, and every level beside every other."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    assert_every_spread(*LARGE[variant], k)
+    assert_every_spread(*LARGE[variant], k, generator, format)
 
 
 @pytest.mark.parametrize("variant", LARGE)
-def test_near_rows_give_the_native_bits(force: pytest.MonkeyPatch, variant: str) -> None:
+def test_near_rows_give_the_native_bits(force: pytest.MonkeyPatch, generator: torch.Generator, variant: str) -> None:
     """One quad, whose sum is the output to its last bit. Each tile has scales of its own: each distance up to where the near
     level ends and beyond, in each order; columns within 2 and 3 powers of two."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     distances = [offsets for offsets in product((0, 1, 4, 5, 8, 9, 12), repeat=4) if min(offsets) == 0 and max(offsets) > 3]
-    generator = seeded(next(seeds))
     for first in range(0, len(distances), 131):
         a_scale = 120 + torch.tensor(distances[first : first + 131], dtype=torch.uint8).repeat_interleave(TILE_ROWS[variant], 0)
         within = torch.tensor((3, 4)).repeat_interleave(32)[:, None]
         w_scale = 120 + (torch.rand(64, 4, generator=generator) * within).to(torch.uint8)
         a, w = random_codes(len(a_scale), 128, generator), random_codes(64, 128, generator)
-        assert_native_bits((a, a_scale, w, w_scale), torch.float32)
+        assert_native_bits((a, a_scale, w, w_scale))
 
 
 @pytest.mark.parametrize("variant", LARGE)
 @pytest.mark.parametrize("centre", [82, 83, 86, 120, 152, 153, 160, 161])
-def test_outlier_channels_give_the_native_bits(force: pytest.MonkeyPatch, variant: str, centre: int) -> None:
+def test_outlier_channels_give_the_native_bits(
+    force: pytest.MonkeyPatch, generator: torch.Generator, variant: str, centre: int
+) -> None:
     """Outliers in some blocks of each quad, the same in all rows, so that most tiles are near; a last quad of one block, zero
     blocks and rows, NaN scales; exponents up to the ends of the window and beyond."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    generator = seeded(next(seeds))
     (m, n), k = LARGE[variant], 2080
     outlier = torch.rand(k // 32, generator=generator) < 0.3
     distance = torch.rand(m, k // 32, generator=generator)
     a_scale = (centre + distance * torch.where(outlier, 9, 2)).to(torch.uint8)
     w_scale = (125 + torch.rand(n, k // 32, generator=generator) * 3).to(torch.uint8)
     operands = random_codes(m, k, generator), a_scale, random_codes(n, k, generator), w_scale
-    assert_native_bits(operands, torch.float32)
-    assert_native_bits(with_special_blocks(operands), torch.float32)
+    assert_native_bits(operands)
+    assert_native_bits(with_special_blocks(operands, generator))
+
+
+@pytest.mark.parametrize(("format", "high"), [("mxfp4", 33), ("mxfp4", 34), ("mxint8", 30), ("mxint8", 31)])
+@pytest.mark.parametrize("variant", [*LARGE, *SMALL])
+def test_the_largest_sums_of_the_window_stay_finite(force: pytest.MonkeyPatch, variant: str, format: Format, high: int) -> None:
+    """In units of the first block's scale, the least of the window, the others are as large as they get; -128 is."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    a = torch.full((65, 64), 0x77, dtype=torch.uint8) if format == "mxfp4" else torch.full((65, 128), -128, dtype=torch.int8)
+    w = torch.full((33, 64), 0x77, dtype=torch.uint8)
+    a_scale = torch.full((65, 4), 127 + high, dtype=torch.uint8)
+    for w_high in (33, 34):
+        w_scale = torch.tensor([127 - 44, *[127 + w_high] * 3], dtype=torch.uint8).expand(33, 4).contiguous()
+        assert_native_bits((a, a_scale, w, w_scale))
 
 
 @pytest.mark.parametrize("variant", [*LARGE, *SMALL])
-@pytest.mark.parametrize("high", [33, 34])
-def test_the_largest_sums_of_the_window_stay_finite(force: pytest.MonkeyPatch, variant: str, high: int) -> None:
-    """In units of the first block's scale, the least of the window, the others are as large as they get."""
+def test_both_edges_of_the_window_at_every_level(force: pytest.MonkeyPatch, generator: torch.Generator, variant: str) -> None:
+    """MXINT8 at either end of its window and beyond, W at either end of its own: together in a quad, in pairs, apart."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    a, w = torch.full((65, 64), 0x77, dtype=torch.uint8), torch.full((33, 64), 0x77, dtype=torch.uint8)
-    a_scale = torch.full((65, 4), 127 + high, dtype=torch.uint8)
-    w_scale = torch.tensor([127 - 44, *[127 + high] * 3], dtype=torch.uint8).expand(33, 4).contiguous()
-    assert_native_bits((a, a_scale, w, w_scale), torch.float32)
+    rows, columns = 65, 33
+    for a_exponent, w_exponent in product((-45, -44, 30, 31), (-45, -44, 33, 34)):
+        for a_kind, w_kind in product(("equal", "pairs", "apart"), repeat=2):
+            steps = {"equal": (0, 0, 0, 0), "pairs": (0, 0, 9, 9), "apart": (0, 9, 4, 11)}
+            scales = []
+            for exponent, kind, count in ((a_exponent, a_kind, rows), (w_exponent, w_kind, columns)):
+                inwards = torch.tensor(steps[kind]) * (1 if exponent < 0 else -1)
+                scales.append((127 + exponent + inwards).to(torch.uint8).expand(count, 4).contiguous())
+            a, w = random_activations("mxint8", rows, 128, generator), random_codes(columns, 128, generator)
+            assert_native_bits((a, scales[0], w, scales[1]))
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("variant", MEDIUM)
-def test_medium_tiles_give_the_native_bits(force: pytest.MonkeyPatch, variant: str) -> None:
+def test_medium_tiles_give_the_native_bits(
+    force: pytest.MonkeyPatch, generator: torch.Generator, variant: str, format: Format
+) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    assert_every_spread(*MEDIUM[variant], 224)
+    assert_every_spread(*MEDIUM[variant], 224, generator, format)
 
 
-@pytest.mark.parametrize(("variant", "m"), [(variant, m) for variant, rows in SMALL.items() for m in rows])
-def test_small_products_give_the_native_bits(force: pytest.MonkeyPatch, variant: str, m: int) -> None:
+@pytest.mark.parametrize(("format", "variant", "m"), SMALL_ROWS)
+def test_small_products_give_the_native_bits(
+    force: pytest.MonkeyPatch, generator: torch.Generator, format: Format, variant: str, m: int
+) -> None:
     """K is split over eight sub-groups: rounds that are full, started and, at K = 32, mostly idle."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     for k in (32, 352, 1088):
-        assert_every_spread(m, 35, k)
+        assert_every_spread(m, 35, k, generator, format)
 
 
-@pytest.mark.parametrize(("variant", "m"), [(variant, m) for variant, rows in SMALL.items() for m in rows])
-def test_small_products_of_whole_quads(force: pytest.MonkeyPatch, variant: str, m: int) -> None:
+@pytest.mark.parametrize(("format", "variant", "m"), SMALL_ROWS)
+def test_small_products_of_whole_quads(
+    force: pytest.MonkeyPatch, generator: torch.Generator, format: Format, variant: str, m: int
+) -> None:
     """K a multiple of 128 has kernels of its own: with a row's scale bytes side by side, or a column of them."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     for k in (128, 1152):
         for spread, centre in (("mixed", "ordinary"), ("unaligned", "subnormal"), ("mixed", "largest")):
-            operands = spread_operands(spread, centre, m, 35, k)
-            assert_native_bits(operands, torch.float32)
+            operands = spread_operands(spread, centre, m, 35, k, generator, format)
+            assert_native_bits(operands)
             assert_native_bits_with_scales_together(operands)
-        assert_native_bits_with_scales_together(with_special_blocks(operands))
+        assert_native_bits_with_scales_together(with_special_blocks(operands, generator))
 
 
 @pytest.mark.parametrize("variant", SMALL)
 def test_small_products_multiply_all_codes(force: pytest.MonkeyPatch, variant: str) -> None:
-    """Every pair of codes at every place in a dword, alone in its row and column."""
+    """Every pair of codes at every place in a dword, alone in its row and column. MXINT8's 256 codes meet all of W's too."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     one = torch.full((16, 4), 127, dtype=torch.uint8)
     for place in range(8):
         codes = torch.zeros(16, 64, dtype=torch.uint8)
         codes[:, 20 + place // 2] = torch.arange(16, dtype=torch.uint8) << 4 * (place % 2)
         for repeats in (1, 2):  # 32 rows have a decoding of their own
-            assert_native_bits((codes.repeat(repeats, 1), one.repeat(repeats, 1), codes, one), torch.float32)
+            assert_native_bits((codes.repeat(repeats, 1), one.repeat(repeats, 1), codes, one))
+        int8 = torch.zeros(256, 128, dtype=torch.int8)
+        int8[:, 40 + place] = torch.arange(-128, 128, dtype=torch.int8)
+        assert_native_bits((int8, torch.full((256, 4), 127, dtype=torch.uint8), codes, one))
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("variant", SMALL)
 @pytest.mark.parametrize("k", [128, 160])
-def test_one_exponent_outside_of_the_window_suffices(force: pytest.MonkeyPatch, variant: str, k: int) -> None:
+def test_one_exponent_outside_of_the_window_suffices(
+    force: pytest.MonkeyPatch, generator: torch.Generator, variant: str, k: int, format: Format
+) -> None:
     """In any place of a row's, or of a column's, quad: the cheap sum would give other bits."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     for block in range(k // 32):
         for place in ((5, 0), (20, 34)):  # in the first or the second group of rows; of A or of W
             for byte, other in ((0xFF, 127), (0, 110), (254, 140)):
-                a, a_scale, w, w_scale = spread_operands("equal", "ordinary", 21, 35, k)
+                a, a_scale, w, w_scale = spread_operands("equal", "ordinary", 21, 35, k, generator, format)
                 a_scale[:], w_scale[:] = other, other
                 if byte != 0xFF:  # nothing else may hide what becomes of this block
-                    elsewhere = torch.arange(k // 2) // 16 != block
-                    a[:, elsewhere] &= 0x88
+                    blocks_of(a, a_scale)[:, torch.arange(k // 32) != block] = 0
                 (a_scale if place[1] == 0 else w_scale)[place[0], block] = byte
-                assert_native_bits((a, a_scale, w, w_scale), torch.float32)
+                assert_native_bits((a, a_scale, w, w_scale))
                 assert_native_bits_with_scales_together((a, a_scale, w, w_scale))
 
 
-@pytest.mark.parametrize("variant", SHAPES)
-def test_the_longest_k_gives_the_native_bits(force: pytest.MonkeyPatch, variant: str) -> None:
+@pytest.mark.parametrize(("format", "variant"), OF_ALL_DTYPES)
+def test_the_longest_k_gives_the_native_bits(
+    force: pytest.MonkeyPatch, generator: torch.Generator, format: Format, variant: str
+) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     m, n = SHAPES[variant]
-    assert_native_bits(with_special_blocks(spread_operands("mixed", "ordinary", m, n, 8192)), torch.float32)
+    operands = spread_operands("mixed", "ordinary", m, n, 8192, generator, format)
+    assert_native_bits(with_special_blocks(operands, generator))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", SHAPES)
-def test_bias_and_output_dtypes(force: pytest.MonkeyPatch, variant: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("format", "variant"), OF_ALL_DTYPES)
+def test_bias_and_output_dtypes(
+    force: pytest.MonkeyPatch, generator: torch.Generator, format: Format, variant: str, dtype: torch.dtype
+) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     m, n = SHAPES[variant]
-    operands = spread_operands("mixed", "ordinary", m, n, 160)
-    for bias in biases(m, n):
+    operands = spread_operands("mixed", "ordinary", m, n, 160, generator, format)
+    for bias in biases(m, n, generator):
         assert_native_bits(operands, dtype, bias)
-    overflowing = spread_operands("mixed", "overflow", m, n, 160)
-    assert_native_bits(with_special_blocks(overflowing), dtype)
+    overflowing = spread_operands("mixed", "overflow", m, n, 160, generator, format)
+    assert_native_bits(with_special_blocks(overflowing, generator), dtype)
+
+
+def difficult_floats(m: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Channels of very different size; zeros, Inf, NaN, and a row of what is small."""
+    x = (torch.randn(m, k, generator=generator) * torch.randn(k, generator=generator).exp2().pow(3)).to(dtype)
+    x[1, :40], x[2, 3], x[3, 40], x[-1] = 0.0, torch.inf, torch.nan, 1e-30
+    return x
 
 
 @pytest.mark.parametrize("variant", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_fused_linear_quantizes_like_quantize(force: pytest.MonkeyPatch, variant: str, dtype: torch.dtype) -> None:
+def test_the_fused_linear_quantizes_like_quantize(
+    force: pytest.MonkeyPatch, generator: torch.Generator, variant: str, dtype: torch.dtype
+) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     m, n = SHAPES[variant]
-    generator = seeded(next(seeds))
     weight, scale = random_codes(n, 160, generator), random_scales(n, 160, generator)
-    x = (torch.randn(m, 160, generator=generator) * torch.randn(160, generator=generator).exp2().pow(3)).to(dtype)
-    x[1, :40], x[2, 3], x[3, 40], x[-1] = 0.0, torch.inf, torch.nan, 1e-30
+    x = difficult_floats(m, 160, dtype, generator)
     modes: tuple[ScaleMode, ...] = MODES
     for mode in modes:
         with xpu_fp4.cpu_backend("native"):
@@ -239,30 +323,80 @@ def test_the_fused_linear_quantizes_like_quantize(force: pytest.MonkeyPatch, var
             assert_same_bits(linear_w4a4(x, weight, scale, None, mode), expected)
 
 
-def test_operands_that_are_not_aligned(force: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variant", ["bmg:large", "dg2:small", "portable"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fused_linear_quantizes_to_mxint8(
+    force: pytest.MonkeyPatch, generator: torch.Generator, variant: str, dtype: torch.dtype
+) -> None:
+    """Whole groups of 128, a last one of 32 and of 96; amax at 255/128 of a power of two and just below; the least floats."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    m, n = SHAPES.get(variant, (18, 20))
+    for k, group in product((160, 224), (32, 128)):
+        weight, scale = random_codes(n, k, generator), random_scales(n, k, generator)
+        x = difficult_floats(m, k, dtype, generator)
+        x[0] = x[0].clamp(-0.9, 0.9)
+        x[0, ::32] = 255 / 128
+        x[4] = torch.finfo(dtype).smallest_subnormal * torch.randint(-300, 300, (k,), generator=generator)
+        with xpu_fp4.cpu_backend("native"):
+            codes, bytes_of = own.mxint8_quantize(x, group)
+            expected = own.mxfp4_linear_w4a8(x, weight, scale, None, group)
+        with xpu_fp4.cpu_backend("sycl"):
+            got, got_bytes = own.mxint8_quantize(x, group)
+            assert_same_bits(got_bytes, bytes_of)
+            assert_same_bits(got, codes)
+            assert_same_bits(
+                own.mxint8_dequantize(got, got_bytes, dtype)[4:5], own.mxint8_dequantize(codes, bytes_of, dtype)[4:5]
+            )
+            assert_same_bits(own.mxfp4_linear_w4a8(x, weight, scale, None, group), expected)
+
+
+@pytest.mark.parametrize("variant", ["bmg:large", "dg2:large"])
+def test_one_expanded_weight_serves_both_formats(force: pytest.MonkeyPatch, generator: torch.Generator, variant: str) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    m, n = LARGE[variant]
+    weight, scale = random_codes(n, 544, generator), random_scales(n, 544, generator, 120, 126)
+    x = torch.randn(m, 544, generator=generator)
+    modes: tuple[Mode, ...] = ("w4a4", "w4a8")
+    with xpu_fp4.cpu_backend("sycl"):
+        expanded = xpu_fp4.expand(weight, scale)
+        results = [xpu_fp4.linear(x, weight, scale, mode=mode, expanded=expanded) for mode in modes]
+    with xpu_fp4.cpu_backend("native"):
+        for mode, y in zip(modes, results, strict=True):
+            assert_same_bits(y, xpu_fp4.linear(x, weight, scale, mode=mode))
+
+
+def test_the_portable_kernel_multiplies_mxint8(force: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", "portable")
+    for k in (32, 544):
+        assert_every_spread(18, 20, k, generator, "mxint8")
+
+
+def test_operands_that_are_not_aligned(force: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     """Views one byte into their memory."""
     force.setenv("XPU_FP4_SYCL_VARIANT", "dg2:small")
-    a, a_scale, w, w_scale = spread_operands("mixed", "ordinary", 8, 20, 96)
-    shifted = [torch.empty(t.numel() + 1, dtype=torch.uint8)[1:].view(t.shape).copy_(t) for t in (a, w)]
-    assert_native_bits((shifted[0], a_scale, shifted[1], w_scale), torch.float32)
+    for format in FORMATS:
+        a, a_scale, w, w_scale = spread_operands("mixed", "ordinary", 8, 20, 96, generator, format)
+        shifted = [torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t) for t in (a, w)]
+        assert_native_bits((shifted[0], a_scale, shifted[1], w_scale))
 
 
-def test_without_a_forced_kernel_the_shape_decides(force: pytest.MonkeyPatch) -> None:
+def test_without_a_forced_kernel_the_shape_decides(force: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", "bmg")
     for m in (8, 260):
-        assert_native_bits(spread_operands("mixed", "ordinary", m, 35, 160), torch.float32)
+        assert_native_bits(spread_operands("mixed", "ordinary", m, 35, 160, generator))
 
 
 def test_k_of_zero_gives_the_bias(force: pytest.MonkeyPatch) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", "bmg:large")
     empty = torch.empty(4, 0, dtype=torch.uint8)
-    assert_native_bits((empty, empty, empty, empty), torch.float32, torch.randn(4))
+    for a in (empty, empty.to(torch.int8)):
+        assert_native_bits((a, empty, empty, empty), torch.float32, torch.randn(4))
 
 
-@pytest.mark.parametrize("value", ["gpu", "bmg:huge", "bmg:", ":large", "bmg:native"])
-def test_an_unknown_variant_is_refused(force: pytest.MonkeyPatch, value: str) -> None:
+@pytest.mark.parametrize("value", ["gpu", "bmg:huge", "bmg:", ":large", "bmg:bdpas"])
+def test_an_unknown_variant_is_refused(force: pytest.MonkeyPatch, generator: torch.Generator, value: str) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", value)
-    operands = spread_operands("equal", "ordinary", 2, 2, 32)
+    operands = spread_operands("equal", "ordinary", 2, 2, 32, generator)
     with xpu_fp4.cpu_backend("sycl"), pytest.raises(RuntimeError, match=f'XPU_FP4_SYCL_VARIANT is "{value}".*bmg'):
         gemm(*operands)
 
@@ -270,8 +404,7 @@ def test_an_unknown_variant_is_refused(force: pytest.MonkeyPatch, value: str) ->
 # ---- W4A16 on the matrix unit: within the bound, and each row the same whatever surrounds it ----
 
 
-def w4a16_operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = seeded(next(seeds))
+def w4a16_operands(m: int, n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     weight, scale = random_codes(n, k, generator), random_scales(n, k, generator, 117, 137)
     return (torch.randn(m, k, generator=generator) * 2.0**-5).to(dtype), weight, scale
 
@@ -281,9 +414,11 @@ def w4a16_operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, 
     ("variant", "m", "k"),
     [("bmg:large", 70, 544), ("pvc:large", 130, 160), ("dg2:large", 70, 160), ("bmg:small", 5, 8192), ("dg2:small", 19, 416)],
 )
-def test_w4a16_stays_within_the_bound(force: pytest.MonkeyPatch, variant: str, m: int, k: int, dtype: torch.dtype) -> None:
+def test_w4a16_stays_within_the_bound(
+    force: pytest.MonkeyPatch, generator: torch.Generator, variant: str, m: int, k: int, dtype: torch.dtype
+) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    x, weight, scale = w4a16_operands(m, 37, k, dtype)
+    x, weight, scale = w4a16_operands(m, 37, k, dtype, generator)
     bias = torch.randn(37, generator=seeded(1)).to(dtype)
     with xpu_fp4.cpu_backend("sycl"):
         y = linear_w4a16(x, weight, scale, bias)
@@ -309,9 +444,9 @@ def test_w4a16_scales_are_exact(force: pytest.MonkeyPatch, variant: str) -> None
 
 
 @pytest.mark.parametrize("variant", ["bmg:small", "dg2:small"])
-def test_w4a16_operands_that_are_not_aligned(force: pytest.MonkeyPatch, variant: str) -> None:
+def test_w4a16_operands_that_are_not_aligned(force: pytest.MonkeyPatch, generator: torch.Generator, variant: str) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    x, weight, scale = w4a16_operands(5, 20, 96, torch.bfloat16)
+    x, weight, scale = w4a16_operands(5, 20, 96, torch.bfloat16, generator)
     shifted_x = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
     shifted = torch.empty(weight.numel() + 1, dtype=torch.uint8)[1:].view(weight.shape).copy_(weight)
     with xpu_fp4.cpu_backend("sycl"):
@@ -322,10 +457,10 @@ def test_w4a16_operands_that_are_not_aligned(force: pytest.MonkeyPatch, variant:
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(33, 70, 128), (5, 9, 416), (5, 9, 8192)])
-def test_native_fp4_stays_within_the_bound(force: pytest.MonkeyPatch, m: int, n: int, k: int) -> None:
+def test_bdpas_stays_within_the_bound(force: pytest.MonkeyPatch, generator: torch.Generator, m: int, n: int, k: int) -> None:
     """Its hardware rounds in its own way, so this is not the definition; K with a started quad, tails in M and N."""
-    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:native")
-    a, a_scale, w, w_scale = spread_operands("mixed", "ordinary", m, n, k)
+    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:bdpas")
+    a, a_scale, w, w_scale = spread_operands("mixed", "ordinary", m, n, k, generator)
     bias = torch.randn(n, generator=seeded(3))
     with xpu_fp4.cpu_backend("sycl"):
         y = gemm(a, a_scale, w, w_scale, torch.float32, bias)
@@ -338,9 +473,38 @@ def test_native_fp4_stays_within_the_bound(force: pytest.MonkeyPatch, m: int, n:
     assert_same_bits(with_nan[1:, 2:], y[1:, 2:])
 
 
-def test_native_fp4_leaves_what_it_cannot_load_to_the_exact_kernels(force: pytest.MonkeyPatch) -> None:
-    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:native")
-    assert_native_bits(spread_operands("mixed", "ordinary", 5, 9, 96), torch.float32)
+def test_bdpas_leaves_what_it_cannot_load_and_mxint8_to_the_exact_kernels(
+    force: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", "cri:bdpas")
+    assert_native_bits(spread_operands("mixed", "ordinary", 5, 9, 96, generator))
+    assert_native_bits(spread_operands("mixed", "ordinary", 5, 9, 160, generator, "mxint8"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "m", "line"),
+    [
+        ("bmg", 5, r"w4a8 5x20x96 on .*: gemm_small \(bmg 8 rows, any K, W4A8\); passed over .*clocks are \d+ for gemm_small"),
+        ("portable", 5, r"gemm \(no matrix unit, W4A8\); passed over others: XPU_FP4_SYCL_VARIANT asks for portable"),
+        ("cri:bdpas", 5, r"gemm_small \(cri .*passed over gemm_bdpas: multiplies MXFP4 activations alone; others: modelled"),
+    ],
+)
+def test_a_call_says_which_kernel_it_took_and_why(
+    force: pytest.MonkeyPatch,
+    generator: torch.Generator,
+    capfd: pytest.CaptureFixture[str],
+    variant: str,
+    m: int,
+    line: str,
+) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    operands = spread_operands("mixed", "ordinary", m, 20, 96, generator, "mxint8")
+    with xpu_fp4.cpu_backend("sycl"):
+        gemm(*operands)
+        assert "passed over" not in capfd.readouterr().err
+        force.setenv("XPU_FP4_VERBOSE", "1")
+        gemm(*operands)
+    assert re.search(f"^xpu_fp4: sycl {line if line.startswith('w4a8') else '.*' + line}", capfd.readouterr().err, re.MULTILINE)
 
 
 def test_warmup_leaves_nothing_to_compile(force: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

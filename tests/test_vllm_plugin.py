@@ -32,7 +32,13 @@ def register_quantization_config(name):
     linear.changes += 1
     return lambda cls: cls
 """,
-    "model_executor/layers/quantization/utils/quant_utils.py": "kMxfp4Dynamic = object()",
+    "model_executor/layers/quantization/utils/quant_utils.py": """
+kMxfp4Dynamic = object()
+def GroupShape(*size): return size
+def ScaleDesc(*scale): return scale
+class QuantKey:
+    def __init__(self, *key): ...
+""",
     "model_executor/layers/quantization/compressed_tensors/compressed_tensors.py": "class CompressedTensorsConfig: ...",
     "model_executor/layers/quantization/compressed_tensors/schemes.py": """
 class CompressedTensorsScheme: ...

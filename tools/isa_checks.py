@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpu_programs import Program
+from gpu_programs import MXFP4, Program
 from machine_code import Listing, Segment
 
 LEVELS = ("quad", "pair", "near", "block", "general")
@@ -84,7 +84,8 @@ def of_device(budget: Mapping[str, Any], device: str) -> Mapping[str, Any]:
 def check_large(result: Result, budgets: Mapping[str, Any]) -> None:
     useful = 4 * result.program.macro("ROW_UNITS") * result.program.macro("COLUMN_UNITS")
     paths = result.listing.paths(least=useful)
-    levels = [level for level in LEVELS if level != "near" or result.program.macro("BLOCK_2D")]
+    has_near = result.program.macro("BLOCK_2D") and result.program.macro("FORMAT") == MXFP4
+    levels = [level for level in LEVELS if level != "near" or has_near]
     if len(paths) != len(levels):
         return result.fail(f"{len(paths)} paths with {useful} matrix instructions in the loop, expected {len(levels)}")
     clocks = budgets["device"][result.device]["matrix_clocks"]
@@ -113,12 +114,12 @@ def check_half(result: Result, budgets: Mapping[str, Any]) -> None:
     return result.fall_short("% of the bf16 peak, together", share[0], budgets["gemm_w4a16"]["together"])
 
 
-def check_native(result: Result, budgets: Mapping[str, Any]) -> None:
+def check_bdpas(result: Result, budgets: Mapping[str, Any]) -> None:
     if result.listing.loop is None:
         return result.fail("no loop with matrix instructions")
     segment = result.listing.segment(*result.listing.loop)
     path = result.add_path("loop", segment)
-    return result.exceed("ALU clocks per bdpas", path["int"] + path["float"], budgets["gemm_native"]["alu"])
+    return result.exceed("ALU clocks per bdpas", path["int"] + path["float"], budgets["gemm_bdpas"]["alu"])
 
 
 def check_small(result: Result, budgets: Mapping[str, Any]) -> None:
@@ -137,17 +138,21 @@ def check_small(result: Result, budgets: Mapping[str, Any]) -> None:
 
 def check_stream(result: Result, budgets: Mapping[str, Any]) -> None:
     """ALU clocks of a sub-group's pass through the kernel against the clocks of its memory traffic."""
-    size = 4 if dict(result.program.macros).get("DTYPE") == 0 else 2
+    macros = dict(result.program.macros)
+    size = 4 if macros.get("DTYPE") == 0 else 2
+    quad_of_lanes = 128 / macros["SUB_GROUP"]
     per_lane = {
         "quantize": 16 + 16 / size * 17 / 32,
+        "quantize_mxint8": quad_of_lanes * (size + 33 / 32),
         "dequantize": 4 + 0.25 + 8 * size,
-        "expand": 68 + 132,
+        "dequantize_mxint8": 8 + 0.25 + 8 * size,
+        "expand": (68 if macros.get("FORMAT", MXFP4) == MXFP4 else 132) + 132,
         "quantize_expand": 128 * size + 132,
     }
     whole = result.listing.whole
     moved = clocks_per_bytes(budgets["device"][result.device], per_lane[result.kernel] * result.program.macro("SUB_GROUP"))
     result.paths["all"] = {"int clocks": whole.clocks["int"], "float clocks": whole.clocks["float"], "memory clocks": moved}
-    if result.kernel == "quantize" and result.device in budgets["quantize"]["devices"]:
+    if result.kernel in ("quantize", "quantize_mxint8") and result.device in budgets["quantize"]["devices"]:
         result.exceed("ALU clocks per sub-group", max(whole.clocks["int"], whole.clocks["float"]), moved)
 
 
@@ -157,9 +162,11 @@ MATRIX_CHECKS: dict[str, Check] = {
     "gemm_small": check_small,
     "gemm_w4a16_matrix": check_half,
     "bf16_peer": check_half,
-    "gemm_native": check_native,
+    "gemm_bdpas": check_bdpas,
 }
-STREAM_CHECKS: dict[str, Check] = dict.fromkeys(("quantize", "dequantize", "expand", "quantize_expand"), check_stream)
+STREAM_CHECKS: dict[str, Check] = dict.fromkeys(
+    ("quantize", "quantize_mxint8", "dequantize", "dequantize_mxint8", "expand", "quantize_expand"), check_stream
+)
 
 
 def refuse(device: str, program: Program, errors: str) -> list[Result]:

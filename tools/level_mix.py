@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which level gemm_large's tiles take on synthetic activations, and what share of the int8 peak follows.
 
-Executed: scales from `xpu_fp4.quantize`, and the rules of csrc/sycl/kernels/expand.cpp on them, written once more. Modelled:
-the shares, from the counts of `make isa`. "Before" is without the near level, where blocks of a row share exponents by pairs.
+Executed: scales from the quantizers, and the pre-pass's rules on them (csrc/sycl/kernels/alignment.hpp, asked of the library).
+Modelled: the shares of the peak, from the counts of `make isa`.
 """
 
+import ctypes
 from collections.abc import Callable
-from itertools import permutations
+from functools import reduce
 from pathlib import Path
 
 import click
 import torch
 import xpu_fp4
 from cost_model import ROOT, Model, load
+from gpu_programs import MXFP4, sycl_backend
 from torch import Tensor
 from torch.nn.functional import silu
 
 K = 4096
 ROWS, COLUMNS = 64, 32  # of a tile
 DRAWS, TILES = 16, 4  # draws of outlier channels; tiles of rows, and of columns, in each
-SHIFT = 3
+MXINT8 = 2  # Format in csrc/format/formats.h
+ROW_BUFFER, _, COLUMN_FRAGMENTS = range(3)  # Arrangement in csrc/sycl/kernels/layout.hpp
+LEVELS = ("quad", "pair", "near", "block", "general")
+FIRST_OF_NEXT = (1, 2, 18, 19)  # Level there: near are 16
 
 
 def gaussian(m: int) -> Tensor:
@@ -40,62 +45,33 @@ ACTIVATIONS: dict[str, Callable[[int], Tensor]] = {
 }
 
 
-def quad_scales(x: Tensor) -> Tensor:
-    """[rows, quads, 4]"""
-    scale: Tensor = xpu_fp4.quantize(x)[1]
-    return torch.unflatten(scale.view(torch.uint8).int(), 1, (-1, 4))
+def ruled_out(scale: Tensor, arrangement: int, activations: int) -> Tensor:
+    """The levels that each row's quads rule out, as bits int32 [rows, quads], by the pre-pass's own rules."""
+    scale = scale.view(torch.uint8).contiguous()
+    levels = torch.empty(scale.shape[0], scale.shape[1] // 4, dtype=torch.int32)
+    arguments = scale.data_ptr(), levels.numel(), arrangement, activations, levels.data_ptr()
+    sycl_backend().xpu_fp4_sycl_levels(
+        ctypes.c_void_p(arguments[0]), ctypes.c_int64(arguments[1]), *arguments[2:4], ctypes.c_void_p(arguments[4])
+    )
+    return levels
 
 
-def spread(scale: Tensor) -> Tensor:
-    return scale.amax(-1) - scale.amin(-1)
+def of_tiles(levels: Tensor, size: int) -> Tensor:
+    """What any of a tile's rows rules out, [tiles, quads]."""
+    return torch.stack([reduce(torch.bitwise_or, tile) for tile in levels.unflatten(0, (-1, size))])
 
 
-def aligned_pairs(scale: Tensor) -> Tensor:
-    return (spread(scale.unflatten(-1, (2, 2))) <= SHIFT).all(-1)
+def mix(rows: Tensor, columns: Tensor) -> Tensor:
+    """The shares of quad, pair, near, block and general, over tiles and quads."""
+    both = of_tiles(rows, ROWS)[:, None] | of_tiles(columns, COLUMNS)[None]
+    level = torch.bitwise_and(~both, both + 1).log2().int()  # the lowest that is not ruled out
+    last = torch.tensor(FIRST_OF_NEXT)
+    return torch.bincount(torch.bucketize(level.flatten(), last, right=True), minlength=len(LEVELS)) / level.numel()
 
 
-def row_exponents(scale: Tensor) -> Tensor:
-    """The blocks near the lowest share an exponent, and so do the others if they are near each other."""
-    low = scale <= scale.amin(-1, keepdim=True) + SHIFT
-    highest, lowest = scale.amax(-1, keepdim=True), torch.where(low, 255, scale).amin(-1, keepdim=True)
-    high_exponent = torch.where(highest - lowest <= SHIFT, highest, scale)
-    return torch.where(low, torch.where(low, scale, 0).amax(-1, keepdim=True), high_exponent) - SHIFT
-
-
-def near(scale: Tensor, exponent: Tensor) -> Tensor:
-    """[rows, quads, 12 orders]"""
-    most, unit = 3 * 2.0**scale, 2.0**exponent
-    orders = []
-    for first, second, third, fourth in permutations(range(4)):
-        if third < fourth:
-            exact = (unit[..., second] + unit[..., third] <= most[..., first]) & (unit[..., third] <= most[..., second])
-            orders.append(exact & (exponent[..., third] == exponent[..., fourth]))
-    return torch.stack(orders, -1) & (spread(scale) <= 8)[..., None]
-
-
-def tiles(applies: Tensor, size: int) -> Tensor:
-    return torch.all(applies.unflatten(0, (-1, size)), dim=1)
-
-
-def mix(rows: Tensor, columns: Tensor, has_near: bool) -> Tensor:
-    """The shares of quad, pair, near and block, over tiles and quads."""
-    exponent = row_exponents(rows)
-    shared = (exponent[..., 0] == exponent[..., 1]) & (exponent[..., 2] == exponent[..., 3])
-    both = [
-        (spread(rows) <= SHIFT, spread(columns) <= SHIFT),
-        (shared if has_near else aligned_pairs(rows), aligned_pairs(columns)),
-    ]
-    if has_near:
-        both += [(near(rows, exponent)[..., i], spread(columns) < SHIFT) for i in range(12)]
-    applies = torch.stack([tiles(a, ROWS)[:, None] & tiles(b, COLUMNS)[None] for a, b in both], -1)
-    quad, pair, any_near = applies[..., 0], applies[..., 1], applies[..., 2:].any(-1)
-    levels = [quad, ~quad & pair, ~quad & ~pair & any_near, ~quad & ~pair & ~any_near]
-    return torch.stack([level.float().mean() for level in levels])
-
-
-def peak_share(model: Model, shares: Tensor, apart: bool) -> float:
-    paths = model.find("gemm_large", "64x32 bf16")["paths"]
-    clocks = torch.tensor([model.clocks(paths[level], apart) for level in ("quad", "pair", "near", "block")])
+def peak_share(model: Model, variant: str, shares: Tensor, apart: bool) -> float:
+    paths = model.find("gemm_large", variant)["paths"]
+    clocks = torch.tensor([model.clocks(paths.get(level, paths["general"]), apart) for level in LEVELS])
     return 100 * model.device["matrix_clocks"] / float(shares @ clocks)
 
 
@@ -105,18 +81,21 @@ def main(counts: Path) -> None:
     """Print the table of docs/GPU.md."""
     models = load(counts)
     torch.manual_seed(0)
-    print("| activations | before: quad, pair, block | quad, pair, near, block | pvc before | pvc | bmg before | bmg |")
+    print("| activations | W4A4: quad, pair, near, block | pvc | bmg | W4A8 | pvc | bmg |")
     print("|---|---|---|---|---|---|---|")
     for name, sample in ACTIVATIONS.items():
-        before, now = torch.zeros(4), torch.zeros(4)
+        w4a4, w4a8 = torch.zeros(len(LEVELS)), torch.zeros(len(LEVELS))
         for _ in range(DRAWS):
-            rows, columns = quad_scales(sample(ROWS * TILES)), quad_scales(gaussian(COLUMNS * TILES))
-            before += mix(rows, columns, has_near=False) / DRAWS
-            now += mix(rows, columns, has_near=True) / DRAWS
-        cells = [", ".join(f"{share:.2f}" for share in before[[0, 1, 3]]), ", ".join(f"{share:.2f}" for share in now)]
-        for device in ("pvc", "bmg"):
-            for shares in (before, now):
-                cells.append(" / ".join(f"{peak_share(models[device], shares, apart):.0f}" for apart in (False, True)))
+            x, w = sample(ROWS * TILES), xpu_fp4.quantize(gaussian(COLUMNS * TILES))[1]
+            columns = ruled_out(w, COLUMN_FRAGMENTS, MXFP4)
+            w4a4 += mix(ruled_out(xpu_fp4.quantize(x)[1], ROW_BUFFER, MXFP4), columns) / DRAWS
+            w4a8 += mix(ruled_out(torch.ops.xpu_fp4.mxint8_quantize(x)[1], ROW_BUFFER, MXINT8), columns) / DRAWS
+        cells = []
+        for shares, variant in ((w4a4, "64x32 bf16"), (w4a8, "64x32 bf16, W4A8")):
+            cells.append(", ".join(f"{share:.2f}" for share in shares[:4]))
+            for device in ("pvc", "bmg"):
+                peaks = [peak_share(models[device], variant, shares, apart) for apart in (False, True)]
+                cells.append(" / ".join(f"{peak:.0f}" for peak in peaks))
         print(f"| {name} | {' | '.join(cells)} |")
 
 

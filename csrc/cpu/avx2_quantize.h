@@ -11,13 +11,24 @@ const __m256i* vector_at(const void* x, int64_t byte) {
   return reinterpret_cast<const __m256i*>(static_cast<const char*>(x) + byte);
 }
 
-// Eight elements as float32, exact.
+// Sixteen elements as float32, exact, in two vectors that vpackssdw joins in order.
+struct Sixteen {
+  __m256 first, second;
+};
 template <DType T>
-__m256 load_eight(const void* x, int64_t i) {
-  if constexpr (T == DType::f32) return _mm256_loadu_ps(static_cast<const float*>(x) + i);
-  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(x) + i));
-  if constexpr (T == DType::f16) return _mm256_cvtph_ps(words);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+Sixteen load_sixteen(const void* x, int64_t i) {
+  if constexpr (T == DType::f32) {
+    const __m256 low = _mm256_loadu_ps(static_cast<const float*>(x) + i);
+    const __m256 high = _mm256_loadu_ps(static_cast<const float*>(x) + i + 8);
+    return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+  }
+  const __m256i words = _mm256_loadu_si256(vector_at(x, i * size_of(T)));
+  if constexpr (T == DType::f16) {
+    const __m256i order = _mm256_permute4x64_epi64(words, 0xD8);  // the first four of each half before the others
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(order)), _mm256_cvtph_ps(_mm256_extracti128_si256(order, 1))};
+  }
+  const __m256i zero = _mm256_setzero_si256();
+  return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, words)), _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, words))};
 }
 
 // The bits as float32 of the largest magnitude among kCount elements. Bits of all dtypes order like magnitudes.
@@ -49,28 +60,35 @@ uint32_t amax_bits(const void* x, int64_t first) {
 
 // A block's codes. The scale's reciprocal is two factors, see format/mxint8.h; packing saturates to -128 .. 127.
 template <DType T>
-__m256i encode_block(const void* x, int64_t first, const mxint8::Reciprocal& reciprocal) {
-  const auto integers = [&](int i) {
-    const __m256 scaled = _mm256_mul_ps(load_eight<T>(x, first + i), _mm256_set1_ps(reciprocal.first));
-    return _mm256_cvtps_epi32(_mm256_mul_ps(scaled, _mm256_set1_ps(reciprocal.second)));
+[[gnu::always_inline]] inline __m256i encode_block(const void* x, int64_t first, __m256 factor, __m256 rest) {
+  const auto integers = [&](__m256 of_x) __attribute__((always_inline)) {
+    return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_mul_ps(of_x, factor), rest));
   };
-  const __m256i left = _mm256_packs_epi32(integers(0), integers(8)), right = _mm256_packs_epi32(integers(16), integers(24));
-  // Packing takes four of each in turn, from the lower and from the upper half.
-  const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
-  const __m256i codes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(left, right), order);
+  __m256i words[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const Sixteen floats = load_sixteen<T>(x, first + 16 * i);
+    words[i] = _mm256_packs_epi32(integers(floats.first), integers(floats.second));
+  }
+  const __m256i codes = _mm256_permute4x64_epi64(_mm256_packs_epi16(words[0], words[1]), 0xD8);
   return _mm256_max_epi8(codes, _mm256_set1_epi8(-127));
 }
 
 template <DType T, int kBlocks>
-void quantize_group(const Quantize& args, int64_t first) {
+[[gnu::always_inline]] inline void quantize_group(const Quantize& args, int64_t first) {
   const uint8_t scale = mxint8::scale_byte(amax_bits<T, kBlocks * kBlock>(args.x, first * kBlock));
-  const mxint8::Reciprocal reciprocal = mxint8::reciprocal(scale);
-  for (int b = 0; b < kBlocks; ++b) {
-    const __m256i codes =
-        scale == e8m0::kNan ? _mm256_setzero_si256() : encode_block<T>(args.x, (first + b) * kBlock, reciprocal);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(args.codes + (first + b) * kBlock), codes);
-  }
   std::memset(args.scale + first, scale, kBlocks);
+  uint8_t* codes = args.codes + first * kBlock;
+  if (scale == e8m0::kNan) {
+    std::memset(codes, 0, kBlocks * kBlock);
+    return;
+  }
+  const mxint8::Reciprocal reciprocal = mxint8::reciprocal(scale);
+  const __m256 factor = _mm256_set1_ps(reciprocal.first), rest = _mm256_set1_ps(reciprocal.second);
+#pragma GCC unroll 4
+  for (int i = 0; i < kBlocks * kBlock; i += kBlock) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), encode_block<T>(args.x, first * kBlock + i, factor, rest));
+  }
 }
 
 void quantize(const Quantize& given, Range blocks) {

@@ -11,8 +11,8 @@ __m512 unmagic(__m512i sum, __m512 scale, __m512 offset) { return _mm512_fmadd_p
 
 // One block's product, rounded once: u is the integer times f.scale, w the column's factor. An instruction that makes a
 // subnormal out of normal numbers costs Intel's processors over a hundred cycles. So where one may come out, 2^-126 of the same
-// sign is added inside the fma: that sum is normal, and its last place is 2^-149. It is taken off again by the bits if a
-// subnormal is left.
+// sign is added inside the fma: that sum is normal, and its last place is 2^-149, or it is exact, because a block's integer is
+// below 2^23. It is taken off again by the bits if a subnormal is left.
 __m512 guarded_product(__m512 u, const BlockFactor& f, __m512 w) {
   const __m512i least = _mm512_set1_epi32(1 << 23);  // the bits of 2^-126
   const __mmask16 guarded = _mm512_cmp_ps_mask(w, _mm512_set1_ps(f.underflow), _CMP_LT_OQ);

@@ -43,8 +43,13 @@ void quantize_scalars(const Quantize& args, Range blocks) {
 void dequantize_scalars(const Dequantize& args, Range blocks) {
   with_dtype(args.dtype, [&](auto dtype) {
     if (args.format == Format::mxint8) {
-      for (int64_t i = blocks.begin * kBlock; i < blocks.end * kBlock; ++i) {
-        store<dtype>(args.out, i, mxint8::dequantize_element(static_cast<int8_t>(args.codes[i]), args.scale[i / kBlock]));
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        const uint8_t* codes = args.codes + block * kBlock;
+        float values[kBlock];
+        for (int i = 0; i < kBlock; ++i) {
+          values[i] = mxint8::dequantize_element(static_cast<int8_t>(codes[i]), args.scale[block]);
+        }
+        for (int i = 0; i < kBlock; ++i) store<dtype>(args.out, block * kBlock + i, values[i]);
       }
       return;
     }

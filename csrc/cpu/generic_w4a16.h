@@ -2,7 +2,6 @@
 // W4A16 in plain C++: weights are unpacked to [128][16] floats, so that a vector holds one k of all columns. The order of an
 // output's sum is that of format/accumulate.h.
 #pragma once
-#include "generic_output.h"
 #include "loop_nest.h"
 
 namespace xpu_fp4::cpu {

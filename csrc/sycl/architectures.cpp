@@ -6,22 +6,16 @@
 #include <iterator>
 #include <stdexcept>
 
-#include "kernels/layout.hpp"
+#include "../format/integer.h"
 
 namespace xpu_fp4::syclrt {
 namespace {
 
-namespace syclexp = sycl::ext::oneapi::experimental;
-
 // Most rows of a work-group that splits K: of gemm_small.cpp, and of W4A16.
-constexpr int kSmallRows = 32;
-// Rows for which gemm_small.cpp is compiled.
-constexpr int kSmallTiles[] = {1, 4, 8, 16, kSmallRows};
+constexpr int kSmallRows = *(std::end(kSmallTiles) - 1);
 
 // Bytes of an element: of a packed weight with its scale, of an expanded one with its exponents.
 constexpr double kPackedBytes = 0.53, kExpandedBytes = 1.03;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int small_rows(int64_t m) {
   const auto fits = std::find_if(std::begin(kSmallTiles), std::end(kSmallTiles), [&](int rows) { return rows >= m; });
@@ -46,11 +40,11 @@ double small_clocks(const Architecture& architecture, int64_t units, const Produ
 }
 
 double large_clocks(const Architecture& architecture, int64_t units, const ProductShape& shape, Tile tile) {
-  const int64_t tiles = ceil_div(shape.m, 8 * tile.row_units) * ceil_div(shape.n, architecture.sub_group * tile.column_units);
+  const int64_t tiles = ceil_div(shape.m, tile.rows()) * ceil_div(shape.n, tile.columns(architecture.sub_group));
   // A vector engine wants two threads, to hide one's latency behind the other's work: one alone takes as long as two.
   const int64_t rounds = std::max<int64_t>(2, ceil_div(tiles, units));
   const auto instructions =
-      static_cast<double>(rounds * ceil_div(shape.k, kQuadElements) * 4 * tile.row_units * tile.column_units);
+      static_cast<double>(rounds * ceil_div(shape.k, kQuadElements) * kQuad * tile.row_units * tile.column_units);
   const double product =
       std::max(instructions * architecture.costs.matrix, memory_clocks(architecture, units, shape, kExpandedBytes));
   return product + (shape.expanded ? 0 : memory_clocks(architecture, units, shape, kPackedBytes + kExpandedBytes));
@@ -67,10 +61,7 @@ const Architecture* find(const std::string& name) {
 struct IpVersion {
   uint64_t major, minor;
 };
-IpVersion ip_version(syclexp::architecture architecture) {
-  const auto bits = static_cast<uint64_t>(architecture);
-  return {bits >> 30, (bits >> 22) & 0xFF};
-}
+IpVersion ip_version(uint64_t bits) { return {bits >> 30, (bits >> 22) & 0xFF}; }
 
 const char* name_of(IpVersion ip) {
   switch (ip.major) {
@@ -96,10 +87,7 @@ const std::vector<Architecture>& architectures() {
   return table;
 }
 
-const Architecture* architecture_of(const sycl::device& device) {
-  if (!device.is_gpu() || !device.has(sycl::aspect::ext_intel_matrix)) return nullptr;
-  return find(name_of(ip_version(device.get_info<syclexp::info::device::architecture>())));
-}
+const Architecture* architecture_of_ip(uint64_t version) { return find(name_of(ip_version(version))); }
 
 Override variant_override() {
   const char* variable = std::getenv("XPU_FP4_SYCL_VARIANT");
@@ -113,13 +101,12 @@ Override variant_override() {
   if (architecture != nullptr && kernel == "small") return {architecture, Kernel::small};
   if (architecture != nullptr && kernel == "medium") return {architecture, Kernel::medium};
   if (architecture != nullptr && kernel == "large") return {architecture, Kernel::large};
-  if (architecture != nullptr && kernel == "native" && architecture->native.row_units > 0)
-    return {architecture, Kernel::native};
+  if (architecture != nullptr && kernel == "bdpas" && architecture->bdpas.row_units > 0) return {architecture, Kernel::bdpas};
   std::string names;
   for (const Architecture& known : architectures()) names += std::string(names.empty() ? "" : ", ") + known.name;
   throw std::runtime_error("xpu_fp4: XPU_FP4_SYCL_VARIANT is \"" + value +
                            "\", expected \"portable\", or NAME, NAME:small, NAME:medium or NAME:large with NAME one of " +
-                           names + ", or cri:native");
+                           names + ", or cri:bdpas");
 }
 
 GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, const ProductShape& shape,
@@ -131,23 +118,27 @@ GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, cons
       while (wanted / 2 >= available) wanted /= 2;
       return static_cast<int>(wanted);
     };
-    return {Kernel::large, tile, fit(4, ceil_div(shape.m, 8 * tile.row_units)),
-            fit(8, ceil_div(shape.n, architecture.sub_group * tile.column_units)), 0};
+    return {Kernel::large, tile, fit(4, ceil_div(shape.m, tile.rows())),
+            fit(8, ceil_div(shape.n, tile.columns(architecture.sub_group))), 0};
   };
   if (forced) {
     switch (*forced) {
       case Kernel::portable: return {Kernel::portable, {}, 1, 1, 0};
-      case Kernel::native: return {Kernel::native, architecture.native, 1, 4, 0};
+      case Kernel::bdpas: return {Kernel::bdpas, architecture.bdpas, 1, 4, 0};
       case Kernel::small: return small();
       case Kernel::medium: return large(architecture.medium);
       case Kernel::large: return large(architecture.large);
     }
   }
-  const double of_large = large_clocks(architecture, compute_units, shape, architecture.large);
   // Medium tiles load their operands more often, which is not in the model: rounding alone must not decide for them.
-  const double of_medium = 1.1 * large_clocks(architecture, compute_units, shape, architecture.medium);
-  if (small_clocks(architecture, compute_units, shape) <= std::min(of_large, of_medium)) return small();
-  return large(of_large <= of_medium ? architecture.large : architecture.medium);
+  const ModelledClocks clocks = {small_clocks(architecture, compute_units, shape),
+                                 1.1 * large_clocks(architecture, compute_units, shape, architecture.medium),
+                                 large_clocks(architecture, compute_units, shape, architecture.large)};
+  GemmPlan plan = clocks.small <= std::min(clocks.large, clocks.medium)
+                      ? small()
+                      : large(clocks.large <= clocks.medium ? architecture.large : architecture.medium);
+  plan.clocks = clocks;
+  return plan;
 }
 
 GemmPlan plan_w4a16(const Architecture& architecture, int64_t m, std::optional<Kernel> forced) {
@@ -155,8 +146,8 @@ GemmPlan plan_w4a16(const Architecture& architecture, int64_t m, std::optional<K
   const bool of_both = forced == Kernel::small || forced == Kernel::medium || forced == Kernel::large;
   const Kernel kernel = of_both ? *forced : by_rows;
   if (kernel != Kernel::small) return {Kernel::large, architecture.w4a16, 1, 4, 0};
-  const int row_units = m <= 8 ? 1 : m <= 16 ? 2 : 4;
-  return {kernel, {row_units, 1}, 1, 8, 8 * row_units};
+  const int row_units = m <= kRowUnit ? 1 : m <= 2 * kRowUnit ? 2 : 4;
+  return {kernel, {row_units, 1}, 1, kSmallSplit, kRowUnit * row_units};
 }
 
 }  // namespace xpu_fp4::syclrt

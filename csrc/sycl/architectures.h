@@ -4,15 +4,22 @@
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <sycl/sycl.hpp>
 #include <vector>
+
+#include "kernels/layout.hpp"
 
 namespace xpu_fp4::syclrt {
 
-/// Tile of a sub-group in rows of 8 and columns of one sub-group.
+/// Tile of a sub-group: row units of a matrix instruction, and as many columns as it has lanes for each column unit.
 struct Tile {
   int row_units, column_units;
+
+  constexpr int rows() const { return kRowUnit * row_units; }
+  constexpr int columns(int lanes) const { return lanes * column_units; }
 };
+
+/// Rows for which gemm_small.cpp is compiled.
+constexpr int kSmallTiles[] = {1, 4, 8, 16, 32};
 
 /// What the choice of a kernel weighs: clocks of a vector engine, from data sheets and from counted machine code
 /// (tools/isa_budgets.toml and `make isa`, which hold these against each other; docs/GPU.md).
@@ -29,30 +36,36 @@ struct Architecture {
   Tile large;        // of gemm_large: the largest that does not spill with 256 registers (make isa)
   Tile medium;       // where large ones are too few to fill the device
   Tile w4a16;        // of gemm_w4a16_matrix: the more rows, the fewer times a weight is decoded
-  Tile native;       // of gemm_native, where the device has the instruction; else of no rows
+  Tile bdpas;        // of gemm_bdpas, where the device has the instruction; else of no rows
   Costs costs;
 };
 
 /// Every architecture with a matrix unit that we compile for.
 const std::vector<Architecture>& architectures();
 
-/// The device's architecture; none where it has no int8 matrix unit, or one that we do not know: then the portable kernels run.
-const Architecture* architecture_of(const sycl::device& device);
+/// The architecture with this IP version, as SYCL numbers them; none where we do not know it.
+const Architecture* architecture_of_ip(uint64_t version);
 
 /// The kernels of a product.
 enum class Kernel {
   portable,  // any device, no pre-pass
   small,     // few rows: packed weights, decoded in registers
-  medium,    // large with medium tiles: only as what is asked for
+  medium,    // can be asked for; the plan then says large, with the medium tile
   large,     // many rows: expanded operands
-  native,    // Xe3P's block-scaled FP4 instruction: not the definition's bits, so only where it is asked for
+  bdpas,     // Xe3P's block-scaled FP4 instruction: not the definition's bits, so only where it is asked for
+};
+
+/// Clocks that a product is modelled to take with each kernel.
+struct ModelledClocks {
+  double small, medium, large;
 };
 
 struct GemmPlan {
   Kernel kernel;
-  Tile tile;                      // of a sub-group
-  int group_rows, group_columns;  // large: sub-groups of a work-group
-  int rows;                       // small: of a work-group
+  Tile tile;                               // of a sub-group
+  int group_rows, group_columns;           // large: sub-groups of a work-group
+  int rows;                                // small: of a work-group
+  std::optional<ModelledClocks> clocks{};  // what decided; none where the kernel was asked for
 };
 
 /// A product y [m, n] = a [m, k] x w [n, k]^T.
@@ -70,7 +83,7 @@ struct Override {
 /// Throws std::runtime_error naming the variable, its value and what is expected.
 Override variant_override();
 
-/// The kernel that is modelled to take the fewest clocks on `compute_units` vector engines. Only `forced` gives Kernel::native.
+/// The kernel that is modelled to take the fewest clocks on `compute_units` vector engines. Only `forced` gives Kernel::bdpas.
 GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, const ProductShape& shape,
                    std::optional<Kernel> forced);
 

@@ -87,7 +87,31 @@ void offer_cpu_device(const fs::path& folder) {
     set_unless_set("OCL_ICD_FILENAMES", driver.string());
 }
 
+// The files of SYCL's library that the process has mapped, of any version.
+std::vector<std::string> mapped_runtimes() {
+  std::vector<std::string> files;
+  dl_iterate_phdr([](dl_phdr_info* info, size_t, void* found) {
+    if (fs::path(info->dlpi_name).filename().string().rfind("libsycl.so", 0) == 0)
+      static_cast<std::vector<std::string>*>(found)->emplace_back(info->dlpi_name);
+    return 0;
+  }, &files);
+  return files;
+}
+
+// A backend of one version that is handed a queue of another, torch's say, is undefined behaviour.
+void refuse_other_runtimes() {
+  void* ours = dlopen(kSyclLibrary, RTLD_NOW | RTLD_NOLOAD);
+  for (const std::string& file : mapped_runtimes()) {
+    if (ours != nullptr && file == path_of(ours)) continue;
+    throw std::runtime_error("xpu_fp4: the process has loaded another SYCL runtime, " + file + ", than the " + kSyclLibrary +
+                             " that this library was built with (in " XPU_FP4_SYCL_LIB_DIR
+                             "). If it is torch's, build xpu_fp4 again with that one: without a oneAPI toolkit's setvars.sh "
+                             "and with no other dpcpp-cpp-rt than torch asks for");
+  }
+}
+
 void load_runtime() {
+  refuse_other_runtimes();
   configure_cache();
   const std::string only = environment("XPU_FP4_SYCL_LIB_DIR");
   if (void* library = dlopen(kSyclLibrary, RTLD_NOW | RTLD_NOLOAD)) {

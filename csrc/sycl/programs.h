@@ -4,26 +4,12 @@
 #pragma once
 #include <string>
 #include <sycl/sycl.hpp>
-#include <utility>
 #include <vector>
+
+#include "variants.h"
 
 namespace xpu_fp4::syclrt {
 
-/// A macro of kernels/, without the XPU_FP4_ before it.
-using Macros = std::vector<std::pair<std::string, int>>;
-
-/// A source, compiled with these macros.
-struct Variant {
-  std::string file;  // "gemm.cpp"
-  Macros macros;
-};
-
-/// How our kernels are compiled for a device where no architecture's own kernels are: 16 lanes, 8 where its matrix unit is so
-/// wide or the environment asks for it.
-struct Target {
-  int sub_group;
-  bool matrix_unit;
-};
 Target target_of(const sycl::device& device);
 
 /// The compiler's options for a variant.

@@ -12,7 +12,20 @@ from ._version import __version__
 from .backends import Backend, backends, cpu_backend
 from .compat import override_vllm_ops
 from .convert import expand_, quantize_
-from .functional import Group, Mode, ScaleMode, dequantize, expand, linear, linear_prepacked, prepack, quantize, unprepack
+from .functional import (
+    Group,
+    Mode,
+    ScaleMode,
+    dequantize,
+    expand,
+    linear,
+    linear_prepacked,
+    mxint8_dequantize,
+    mxint8_quantize,
+    prepack,
+    quantize,
+    unprepack,
+)
 from .modules import MXFP4Linear
 from .warmup import warmup
 
@@ -45,6 +58,8 @@ __all__ = [
     "linear",
     "linear_prepacked",
     "load_model",
+    "mxint8_dequantize",
+    "mxint8_quantize",
     "override_vllm_ops",
     "prepack",
     "quantize",

@@ -5,6 +5,7 @@ Fakes leave the checks to C++, but for devices: a meta tensor among real ones br
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,18 @@ def _fake_dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty([*leading, packed * 2], dtype=dtype)
 
 
+@torch.library.register_fake("xpu_fp4::mxint8_quantize")
+def _fake_mxint8_quantize(x: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
+    *leading, k = x.shape
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty([*leading, k // BLOCK], dtype=torch.float8_e8m0fnu)
+
+
+@torch.library.register_fake("xpu_fp4::mxint8_dequantize")
+def _fake_mxint8_dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    _on_one_device(q, scale=scale)
+    return q.new_empty(q.shape, dtype=dtype)
+
+
 @torch.library.register_fake("xpu_fp4::mxfp4_gemm")
 def fake_gemm(
     a: Tensor,
@@ -58,39 +71,12 @@ def fake_gemm(
     return a.new_empty([*a.shape[:-1], b.shape[1]], dtype=out_dtype or torch.float16)
 
 
-@torch.library.register_fake("xpu_fp4::mxfp4_linear")
-def _fake_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, scale_mode: str = "even"
-) -> Tensor:
-    _on_one_device(x, weight=weight, weight_scale=weight_scale, bias=bias)
-    return x.new_empty([*x.shape[:-1], weight.shape[0]])
-
-
-@torch.library.register_fake("xpu_fp4::mxfp4_linear_w4a16")
-def _fake_linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    _on_one_device(x, weight=weight, weight_scale=weight_scale, bias=bias)
-    return x.new_empty([*x.shape[:-1], weight.shape[0]])
-
-
 @torch.library.register_fake("xpu_fp4::mxfp4_expand")
 def _fake_expand(weight: Tensor, weight_scale: Tensor) -> Tensor:
     _on_one_device(weight, weight_scale=weight_scale)
     # The layout is the device's; a graph that expands is to keep the result whatever its size.
     context = torch.library.get_ctx()
     return weight.new_empty([context.new_dynamic_size(), context.new_dynamic_size()], dtype=torch.uint8)
-
-
-@torch.library.register_fake("xpu_fp4::mxfp4_linear_expanded")
-def _fake_linear_expanded(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    expanded: Tensor,
-    bias: Tensor | None = None,
-    scale_mode: str = "even",
-) -> Tensor:
-    _on_one_device(x, weight=weight, weight_scale=weight_scale, expanded=expanded, bias=bias)
-    return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
 STRIP, QUAD = 16, 128  # csrc/format/strips.h: columns and elements of a prepacked record
@@ -123,15 +109,20 @@ def _fake_gemm_prepacked(
     return a.new_empty([*a.shape[:-1], out_features], dtype=out_dtype or torch.float16)
 
 
-@torch.library.register_fake("xpu_fp4::mxfp4_linear_prepacked")
-def _fake_linear_prepacked(
-    x: Tensor, weight: Tensor, out_features: int, bias: Tensor | None = None, scale_mode: str = "even"
-) -> Tensor:
-    _on_one_device(x, weight=weight, bias=bias)
-    return x.new_empty([*x.shape[:-1], out_features])
+def _register_linear(name: str) -> None:
+    arguments = [argument.name for argument in getattr(ops, name).default._schema.arguments]
+
+    def fake(x: Tensor, *others: Any) -> Tensor:  # noqa: ANN401
+        given = dict(zip(arguments[1:], others, strict=False))  # but for defaults
+        _on_one_device(x, **{name: value for name, value in given.items() if isinstance(value, Tensor)})
+        n = given["out_features"] if "out_features" in given else given["weight"].shape[0]
+        return x.new_empty([*x.shape[:-1], n])
+
+    torch.library.register_fake(f"xpu_fp4::{name}", fake)
 
 
-@torch.library.register_fake("xpu_fp4::mxfp4_linear_w4a16_prepacked")
-def _fake_linear_w4a16_prepacked(x: Tensor, weight: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
-    _on_one_device(x, weight=weight, bias=bias)
-    return x.new_empty([*x.shape[:-1], out_features])
+# One for each mode and form of a weight: all take x first and give [..., N] of its dtype.
+for _name in ("mxfp4_linear", "mxfp4_linear_w4a8", "mxfp4_linear_w4a16"):
+    for _form in ("", "_prepacked", "_expanded"):
+        if hasattr(ops, _name + _form):
+            _register_linear(_name + _form)

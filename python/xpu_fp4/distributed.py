@@ -126,10 +126,14 @@ class ColumnParallel(_Style):
 class RowParallel(_Style):
     """Each rank has K / ranks of the columns of the weight [N, K], cut between blocks, and gets that share of x.
 
-    The result is defined to the bit in mode `w4a4`, and is another one than that of one process: each rank's partial sum is
-    NUMERICS' W4A4 product over its own K / ranks in float32 (quads of blocks begin at its first block; no bias); the partial
-    sums are added in float32 in the order of ranks, ((p0 + p1) + p2) + ..., then the bias, and the result is rounded once to
-    x's dtype. The sums are gathered, not all-reduced, since the order of additions in an all-reduce depends on its algorithm.
+    The result is defined to the bit in modes `w4a4` and `w4a8`, and is another one than that of one process: each rank's
+    partial sum is the mode's product over its own K / ranks in float32 (quads of blocks begin at its first block; no bias); the
+    partial sums are added in float32 in the order of ranks, ((p0 + p1) + p2) + ..., then the bias, and the result is rounded
+    once to x's dtype. The sums are gathered, not all-reduced, since the order of additions in an all-reduce depends on its
+    algorithm.
+
+    In mode `w4a8` a rank quantizes its share of x in groups that begin at its first element. Where K / ranks is a multiple of
+    128 they are the groups of one process, with the same codes and scales; elsewhere those next to a cut are others.
 
     x is the share of this rank [..., K / ranks], as ColumnParallel leaves it; with split_input it is the whole [..., K].
 

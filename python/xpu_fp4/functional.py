@@ -108,6 +108,23 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
     return out
 
 
+def mxint8_quantize(x: Tensor, group: Group = 128) -> tuple[Tensor, Tensor]:
+    """x [..., K] (float32, float16, bfloat16) -> codes int8 [..., K], scales [..., K/32] float8_e8m0fnu.
+
+    A code stands for code * 2^-6 * scale (OCP Microscaling Formats v1.0, element INT8). The blocks of a group have the same
+    scale, the least that holds its largest magnitude; a last group may be shorter. Rounds to nearest, ties to even; -128 does
+    not occur. A group with a NaN or Inf gets the scale NaN and codes 0.
+    """
+    q, scale = ops.mxint8_quantize(x, group)
+    return q, scale
+
+
+def mxint8_dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes int8 [..., K] and scales [..., K/32] (float8_e8m0fnu or uint8) -> values [..., K] of dtype, each rounded once."""
+    out: Tensor = ops.mxint8_dequantize(q, scale, dtype)
+    return out
+
+
 def linear(
     x: Tensor,
     weight: Tensor,

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of every op, evaluated slowly and literally: what the backends are checked against.
 
-It shares nothing with the kernels: codes come from distances to the eight magnitudes in float64, exponents from frexp, and a
-block's product from exact float64 arithmetic that is rounded to float32 once. Needs torch's default float environment.
+It shares nothing with the kernels: codes come from distances to the eight magnitudes in float64 or from float64's rounding to
+an integer, exponents from frexp, and a block's product from exact float64 arithmetic that is rounded to float32 once. Needs
+torch's default float environment.
 """
 
 import torch
 from torch import Tensor
 
 from ._library import BLOCK
-from .functional import ScaleMode
+from .functional import Group, ScaleMode
 
 QUAD = 4
 NAN_SCALE = 0xFF
@@ -67,11 +68,38 @@ def quantize(x: Tensor, scale_mode: ScaleMode = "even") -> tuple[Tensor, Tensor]
     return pack(codes.flatten(-2)), torch.where(finite, scale, NAN_SCALE).to(torch.uint8)
 
 
+def mxint8_scale_bytes(amax: Tensor) -> Tensor:
+    """Scale byte of each group from its largest magnitude, float64 and finite."""
+    f, exponent = _exponent(torch.where(amax > 0, amax, 1.0))
+    e = torch.where(amax > 0, exponent + (f >= 255 / 128).int(), -127)
+    return (e.clamp(-127, 127) + 127).to(torch.uint8)
+
+
+def mxint8_quantize(x: Tensor, group: Group = 128) -> tuple[Tensor, Tensor]:
+    """x [..., K] -> codes int8 [..., K], scale bytes uint8 [..., K/32], the same for all blocks of a group."""
+    k = x.shape[-1]
+    groups = torch.nn.functional.pad(x.double(), (0, -k % group)).unflatten(-1, (-1, group))
+    finite = groups.isfinite().all(-1, keepdim=True)
+    safe = torch.where(finite, groups, 0.0)
+    scale = mxint8_scale_bytes(safe.abs().amax(-1, keepdim=True))
+    rounded = (safe * _pow2(6 + 127 - scale.int())).round()  # of ties to the even
+    codes = rounded.clamp(-127, 127).to(torch.int8).flatten(-2)[..., :k]
+    scale = torch.where(finite, scale, NAN_SCALE).to(torch.uint8)
+    return codes, scale.expand(*scale.shape[:-1], group // BLOCK).flatten(-2)[..., : k // BLOCK].contiguous()
+
+
+def integers(q: Tensor) -> tuple[Tensor, int]:
+    """Codes of either format -> integers, float64 [..., K], and e: an element is its integer times 2^e."""
+    if q.dtype == torch.int8:
+        return q.double(), -6
+    codes = unpack(q).int()
+    return 2 * MAGNITUDES[codes & 7] * torch.where(codes >= 8, -1.0, 1.0), -1
+
+
 def values(q: Tensor, scale: Tensor) -> Tensor:
-    """Codes [..., K/2] and scales [..., K/32] -> exact values, float64 [..., K]."""
-    codes, scale = unpack(q).int(), scale.view(torch.uint8)
-    element = MAGNITUDES[codes & 7] * torch.where(codes >= 8, -1.0, 1.0)
-    value = element.unflatten(-1, (-1, BLOCK)) * _pow2(scale[..., None].int() - 127)
+    """Codes of either format and scales [..., K/32] -> exact values, float64 [..., K]."""
+    (integer, e), scale = integers(q), scale.view(torch.uint8)
+    value = integer.unflatten(-1, (-1, BLOCK)) * _pow2(scale[..., None].int() - 127 + e)
     return torch.where(scale[..., None] == NAN_SCALE, torch.nan, value).flatten(-2)
 
 
@@ -96,12 +124,12 @@ def _add_in_quads(shares: Tensor) -> Tensor:
 
 
 def gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """a codes [M, K/2] with scales [M, K/32], w codes [N, K/2] with scales [N, K/32] -> [M, N] of dtype, bias broadcast."""
-    a_blocks = (2 * values(a, torch.full_like(a_scale.view(torch.uint8), 127))).unflatten(-1, (-1, BLOCK))
-    w_blocks = (2 * values(w, torch.full_like(w_scale.view(torch.uint8), 127))).unflatten(-1, (-1, BLOCK))
-    dot = torch.einsum("mbk,nbk->bmn", a_blocks, w_blocks)  # exact: integers below 2^13
+    """a codes [M, K/2] or int8 [M, K], w codes [N, K/2], with scales [., K/32] -> [M, N] of dtype, bias broadcast."""
+    (a_integers, a_unit), (w_integers, w_unit) = integers(a), integers(w)
+    a_blocks, w_blocks = a_integers.unflatten(-1, (-1, BLOCK)), w_integers.unflatten(-1, (-1, BLOCK))
+    dot = torch.einsum("mbk,nbk->bmn", a_blocks, w_blocks)  # exact: integers up to 49152
     ea, ew = a_scale.view(torch.uint8).int(), w_scale.view(torch.uint8).int()
-    exponent = ea.t()[:, :, None] + ew.t()[:, None, :] - 256
+    exponent = ea.t()[:, :, None] + ew.t()[:, None, :] - 2 * 127 + a_unit + w_unit
     invalid = (ea.t() == NAN_SCALE)[:, :, None] | (ew.t() == NAN_SCALE)[:, None, :]
     products = torch.where(invalid, torch.nan, dot * _pow2(exponent)).float()
     y = _add_in_quads(products)

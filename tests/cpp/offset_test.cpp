@@ -6,29 +6,30 @@
 
 #include <algorithm>
 #include <random>
+#include <stdexcept>
 
 #include "definition.h"
-#include "format/block.h"
-#include "sycl/kernels/layout.hpp"
+#include "format/integer.h"
+#include "sycl/kernels/arguments.hpp"
 #include "sycl/programs.h"
 
 using namespace xpu_fp4;
+using syclrt::Gpu;
+using syclrt::Tile;
+using syclrt::Variant;
 
 namespace {
 
 constexpr int64_t kBeyond = int64_t{1} << 31;
-const float* const kNoBias = nullptr;
 
-/// A tile of gemm_large or gemm_w4a16_matrix: units of 8 rows and of `lanes` columns.
-struct Tiling {
-  int lanes;
-  bool block_2d;
-  int row_units, column_units;
-  int rows() const { return 8 * row_units; }
-  int columns() const { return lanes * column_units; }
-};
-constexpr Tiling kBmg = {16, true, 8, 2}, kDg2 = {8, false, 2, 4};
-constexpr Tiling kBmgHalf = {16, true, 8, 2}, kDg2Half = {8, false, 8, 1}, kNative = {16, true, 4, 4};
+/// An architecture's kernels, with the stand-in of its matrix unit.
+Gpu stand_in(const std::string& name) {
+  for (const syclrt::Architecture& architecture : syclrt::architectures()) {
+    if (architecture.name == name) return {&architecture, false};
+  }
+  throw std::runtime_error(name);
+}
+const Gpu kBmg = stand_in("bmg"), kDg2 = stand_in("dg2"), kCri = stand_in("cri");
 
 /// Zeros that take no memory until they are written.
 class Sparse {
@@ -56,32 +57,28 @@ struct Tall {
   int64_t rows, k;
   Sparse codes, scale;
 
-  Tall(int64_t all, int64_t depth, const std::vector<uint8_t>& last_codes, const std::vector<uint8_t>& last_scale)
-      : rows(all), k(depth), codes(all * depth / 2), scale(all * depth / 32) {
+  Tall(int64_t all, int64_t depth, const std::vector<uint8_t>& last_codes, const std::vector<uint8_t>& last_scale,
+       Format format = Format::mxfp4)
+      : rows(all), k(depth), codes(all * code_bytes(format, depth)), scale(all * depth / kBlock) {
     if (!valid()) return;
-    std::copy(last_codes.rbegin(), last_codes.rend(), std::make_reverse_iterator(codes.as<uint8_t>() + all * depth / 2));
-    std::copy(last_scale.rbegin(), last_scale.rend(), std::make_reverse_iterator(scale.as<uint8_t>() + all * depth / 32));
+    std::copy(last_codes.rbegin(), last_codes.rend(),
+              std::make_reverse_iterator(codes.as<uint8_t>() + all * code_bytes(format, depth)));
+    std::copy(last_scale.rbegin(), last_scale.rend(), std::make_reverse_iterator(scale.as<uint8_t>() + all * depth / kBlock));
   }
   bool valid() const { return codes.valid() && scale.valid(); }
+  StoredOperand stored() const { return {codes.as<uint8_t>(), scale.as<uint8_t>(), k / kBlock, 1}; }
 };
 
 class Offsets : public testing::Test {
  protected:
   sycl::queue queue{sycl::cpu_selector_v, sycl::property::queue::in_order{}};
 
-  template <class... Args>
-  void launch(const char* file, const Tiling& tiling, syclrt::Macros macros, const char* kernel, sycl::nd_range<2> range,
-              Args... args) {
-    macros.insert(macros.end(), {{"SUB_GROUP", tiling.lanes},
-                                 {"MATRIX_UNIT", 0},
-                                 {"BLOCK_2D", tiling.block_2d},
-                                 {"ALIGNMENT", 16},
-                                 {"ROW_UNITS", tiling.row_units},
-                                 {"COLUMN_UNITS", tiling.column_units},
-                                 {"REGISTERS", 256}});
-    const sycl::kernel compiled = syclrt::get_kernel(queue, {file, macros}, kernel);
+  template <class Arguments>
+  void launch(const Variant& variant, const char* kernel, sycl::nd_range<2> range, const Arguments& arguments) {
+    const sycl::kernel compiled = syclrt::get_kernel(queue, variant, kernel);
     queue.submit([&](sycl::handler& handler) {
-      handler.set_args(args...);
+      int index = 0;
+      arguments.each([&](const auto& value) { handler.set_arg(index++, value); });
       handler.parallel_for(range, compiled);
     });
     queue.wait_and_throw();
@@ -96,34 +93,35 @@ class Offsets : public testing::Test {
     return {size(count), size(group), id(first)};
   }
 
-  /// The one tile of `tiling` that holds the last rows and columns of y [m, n], with `split` sub-groups to a tile.
-  static sycl::nd_range<2> last_tile(const Tiling& tiling, int64_t m, int64_t n, int64_t split = 1) {
-    const int64_t lanes = tiling.lanes * split;
-    return range({1, lanes}, {1, lanes}, {(m - 1) / tiling.rows(), (n - 1) / tiling.columns() * lanes});
+  /// Where the last of `size` places lies, in steps of `tile`.
+  static int64_t last_of(int64_t size, int64_t tile) { return (size - 1) / tile; }
+
+  /// The one tile that holds the last rows and columns of y [m, n], with `split` sub-groups to a tile.
+  static sycl::nd_range<2> last_tile(Tile tile, int64_t lanes, int64_t m, int64_t n, int64_t split = 1) {
+    const int64_t columns = tile.columns(static_cast<int>(lanes)), group = lanes * split;
+    return range({1, group}, {1, group}, {last_of(m, tile.rows()), last_of(n, columns) * group});
   }
 
   struct Expanded {
     ExpandedLayout layout;
     Sparse codes, exponents, levels;
     Expanded(int64_t rows, int64_t tile_rows, int64_t k, int lanes)
-        : layout{rows, (rows + tile_rows - 1) / tile_rows * tile_rows, (k + kQuadElements - 1) / kQuadElements, lanes},
+        : layout{rows, round_up(rows, tile_rows), ceil_div(k, kQuadElements), lanes},
           codes(layout.codes_bytes()),
           exponents(layout.exponents_bytes()),
           levels(layout.levels_bytes()) {}
     bool valid() const { return codes.valid() && exponents.valid() && levels.valid(); }
+    ExpandedOperand arrays() const { return {codes.as<uint8_t>(), exponents.as<uint32_t>(), levels.as<uint32_t>()}; }
   };
 
   /// Expands the rows from `first` on.
-  void expand(const Tall& in, const Tiling& tiling, Arrangement arrangement, int64_t first, const Expanded& out,
-              ElementOrder order = ElementOrder::apart) {
-    const int64_t blocks = in.k / kBlock;
-    launch("expand.cpp", tiling, {{"ARRANGEMENT", static_cast<int>(arrangement)}, {"ORDER", static_cast<int>(order)}}, "expand",
-           range({out.layout.quads, out.layout.padded_rows - first}, {1, tiling.lanes}, {0, first}), in.codes.as<uint8_t>(),
-           in.scale.as<uint8_t>(), blocks, int64_t{1}, out.codes.as<uint8_t>(), out.exponents.as<uint32_t>(),
-           out.levels.as<uint32_t>(), out.layout.rows, out.layout.padded_rows, in.k);
+  void expand(const Variant& variant, const Tall& in, int64_t first, const Expanded& out) {
+    const ExpandedLayout& layout = out.layout;
+    launch(variant, "expand", range({layout.quads, layout.padded_rows - first}, {1, layout.lanes}, {0, first}),
+           ExpandArguments{in.stored(), out.arrays(), layout.rows, layout.padded_rows, in.k});
   }
 
-  static Arrangement rows_of(const Tiling& tiling) { return tiling.block_2d ? Arrangement::rows : Arrangement::row_fragments; }
+  static OutputArguments output(const Sparse& y, int64_t m, int64_t n) { return {nullptr, 0, 0, y.as<void>(), m, n}; }
 
   /// The last `rows` rows and `columns` columns of y [m, n].
   template <class T>
@@ -138,29 +136,38 @@ class Offsets : public testing::Test {
 
   static std::vector<float> native(const Operands& in) { return in.gemm(*cpu::make_backend(cpu::kPortable, serial_for)); }
 
-  void check_large(const Tiling& tiling, int64_t m, int64_t n) {
-    const int64_t k = 160;
-    const int64_t first_row = (m - 1) / tiling.rows() * tiling.rows(),
-                  first_column = (n - 1) / tiling.columns() * tiling.columns();
-    const Operands in(m - first_row, n - first_column, k, 100, 140, 5);
+  /// y [m, n] of which only the last tile is computed.
+  void run_large(Gpu gpu, Format format, const Tall& a, const Tall& w, const Sparse& y) {
+    const Tile tile = gpu.architecture->large;
+    const int lanes = gpu.architecture->sub_group;
+    const Expanded left(a.rows, tile.rows(), a.k, lanes), right(w.rows, kColumnPadding, w.k, lanes);
+    if (!left.valid() || !right.valid()) GTEST_SKIP() << "no such address space";
+    expand(syclrt::expand_activations_variant(gpu, format, std::nullopt, ElementOrder::apart, 16), a,
+           last_of(a.rows, tile.rows()) * tile.rows(), left);
+    expand(syclrt::expand_weight_variant(gpu, 16), w, last_of(w.rows, tile.columns(lanes)) * tile.columns(lanes), right);
+    launch(syclrt::gemm_large_variant(gpu, format, tile, DType::f32), "gemm_large", last_tile(tile, lanes, a.rows, w.rows),
+           GemmLargeArguments{left.arrays(), right.arrays(), output(y, a.rows, w.rows),
+                              static_cast<uint32_t>(left.layout.quads), kStartBits});
+  }
+
+  void check_large(Gpu gpu, int64_t m, int64_t n) {
+    const int64_t k = 160, rows = gpu.architecture->large.rows(),
+                  columns = gpu.architecture->large.columns(gpu.architecture->sub_group);
+    const Operands in(m - last_of(m, rows) * rows, n - last_of(n, columns) * columns, k, 100, 140, 5);
     const Tall a(m, k, in.a, in.a_scale), w(n, k, in.w, in.w_scale);
-    const Expanded left(m, tiling.rows(), k, tiling.lanes), right(n, kColumnPadding, k, tiling.lanes);
     const Sparse y(m * n * 4);
-    if (!a.valid() || !w.valid() || !left.valid() || !right.valid() || !y.valid()) GTEST_SKIP() << "no such address space";
+    if (!a.valid() || !w.valid() || !y.valid()) GTEST_SKIP() << "no such address space";
     ASSERT_GT(m * n, kBeyond);
-    expand(a, tiling, rows_of(tiling), first_row, left);
-    expand(w, tiling, Arrangement::column_fragments, first_column, right);
-    launch("gemm_large.cpp", tiling, {{"DTYPE", 0}}, "gemm_large", last_tile(tiling, m, n), left.codes.as<uint8_t>(),
-           left.exponents.as<uint32_t>(), left.levels.as<uint32_t>(), right.codes.as<uint8_t>(), right.exponents.as<uint32_t>(),
-           right.levels.as<uint32_t>(), kNoBias, int64_t{0}, int64_t{0}, y.as<float>(), m, n,
-           static_cast<uint32_t>(left.layout.quads), kMagicBits);
+    run_large(gpu, Format::mxfp4, a, w, y);
+    if (IsSkipped()) return;
     EXPECT_TRUE(same_bits(corner<float>(y, m, n, in.m, in.n), native(in)));
   }
 
-  void check_small(int lanes, bool block_2d, int64_t n, int64_t k, Weights weights) {
-    constexpr int64_t m = 8, split = 8;
-    const Tiling tiling = {lanes, block_2d, 1, 1};
-    const int64_t first_column = (n - 1) / lanes * lanes;
+  void check_small(Gpu gpu, int64_t n, int64_t k, Weights weights) {
+    constexpr int64_t m = 8;
+    const Tile tile = {1, 1};
+    const int lanes = gpu.architecture->sub_group;
+    const int64_t first_column = last_of(n, lanes) * lanes;
     const Operands in(m, n - first_column, k, 100, 140, 6);
     const Tall a(m, k, in.a, in.a_scale), w(n, k, in.w, in.w_scale);
     const Expanded left(m, lanes, k, lanes);
@@ -169,94 +176,104 @@ class Offsets : public testing::Test {
       GTEST_SKIP() << "no such address space";
     ASSERT_GT(m * n, kBeyond);
     // [K/32, N], as fp4_gemm passes them, except where a row's are to lie together.
-    const bool together = weights == Weights::scales_together;
     for (int64_t column = 0; column < in.n; ++column) {
       for (int64_t block = 0; block < k / kBlock; ++block) {
         const auto from = static_cast<size_t>(column * (k / kBlock) + block);
         columns_of_scales.as<uint8_t>()[block * n + first_column + column] = in.w_scale[from];
       }
     }
-    const uint8_t* scale = together ? w.scale.as<uint8_t>() : columns_of_scales.as<uint8_t>();
-    const int64_t row_stride = together ? k / kBlock : 1, block_stride = together ? 1 : n;
-    expand(a, tiling, rows_of(tiling), 0, left, ElementOrder::packed);
-    launch("gemm_small.cpp", tiling, {{"DTYPE", 0}, {"ROWS", m}, {"WEIGHTS", static_cast<int>(weights)}}, "gemm_small",
-           last_tile(tiling, m, n, split), left.codes.as<uint8_t>(), left.exponents.as<uint32_t>(), w.codes.as<uint8_t>(),
-           scale, row_stride, block_stride, kNoBias, int64_t{0}, int64_t{0}, y.as<float>(), m, n, k, kMagicBits);
+    StoredOperand stored = w.stored();
+    if (weights != Weights::scales_together) stored = {stored.codes, columns_of_scales.as<uint8_t>(), 1, n};
+    expand(syclrt::expand_activations_variant(gpu, Format::mxfp4, std::nullopt, ElementOrder::packed, 16), a, 0, left);
+    launch(syclrt::gemm_small_variant(gpu, Format::mxfp4, m, weights, DType::f32, 16), "gemm_small",
+           last_tile(tile, lanes, m, n, kSmallSplit),
+           GemmSmallArguments{left.arrays(), stored, output(y, m, n), k, kStartBits});
     EXPECT_TRUE(same_bits(corner<float>(y, m, n, in.m, in.n), native(in)));
   }
 
-  /// The last tile of a product whose kernel has bits of its own, against those that it gives for that tile alone.
-  template <class Launch>
-  void check_own_bits(const Tiling& tiling, int64_t m, int64_t n, int64_t k, const Launch& multiply) {
-    const int64_t first_row = (m - 1) / tiling.rows() * tiling.rows(),
-                  first_column = (n - 1) / tiling.columns() * tiling.columns();
-    const Operands in(m - first_row, n - first_column, k, 100, 140, 7);
-    // X of bfloat16 has 16 bits an element: four times the codes, without the exponents that give Inf and NaN.
+  /// The last tile of a product against the bits that the same kernel gives for that tile alone, where no other has them.
+  /// `multiply` gets A, W, as many elements of A in bfloat16, and y of Y's type T.
+  template <class T, class Multiply>
+  void check_own_bits(Tile tile, int lanes, int64_t m, int64_t n, int64_t k, Format format, const Multiply& multiply) {
+    const int64_t rows_of_tile = m - last_of(m, tile.rows()) * tile.rows(),
+                  columns_of_tile = n - last_of(n, tile.columns(lanes)) * tile.columns(lanes);
+    Operands in(rows_of_tile, columns_of_tile, k, 100, 140, 7);
     std::mt19937 random(8);
+    in.a.resize(static_cast<size_t>(in.m * code_bytes(format, k)));
+    for (uint8_t& byte : in.a) byte = static_cast<uint8_t>(random());
+    // Without the exponents that give Inf and NaN.
     std::vector<uint16_t> x(static_cast<size_t>(in.m * k));
     for (uint16_t& bits : x) bits = static_cast<uint16_t>(random() % 2 << 15 | (120 + random() % 8) << 7 | random() % 128);
-    const auto run = [&](int64_t rows, int64_t columns, std::vector<uint16_t>& result) {
-      const Tall a(rows, k, in.a, in.a_scale), w(columns, k, in.w, in.w_scale);
-      const Sparse half(rows * k * 2), y(rows * columns * 2);
+    const auto run = [&](int64_t rows, int64_t columns, std::vector<T>& result) {
+      const Tall a(rows, k, in.a, in.a_scale, format), w(columns, k, in.w, in.w_scale);
+      const Sparse half(rows * k * 2), y(rows * columns * static_cast<int64_t>(sizeof(T)));
       if (!a.valid() || !w.valid() || !half.valid() || !y.valid()) GTEST_SKIP() << "no such address space";
       std::copy(x.begin(), x.end(), half.as<uint16_t>() + (rows - in.m) * k);
-      multiply(a, w, half.as<uint16_t>(), y.as<uint16_t>(), rows, columns);
-      result = corner<uint16_t>(y, rows, columns, in.m, in.n);
+      multiply(a, w, half.as<uint16_t>(), y);
+      result = corner<T>(y, rows, columns, in.m, in.n);
     };
     ASSERT_GT(m * n, kBeyond);
-    std::vector<uint16_t> far, near;
+    std::vector<T> far, near;
     run(m, n, far);
     if (IsSkipped()) return;
     run(in.m, in.n, near);
-    EXPECT_EQ(far, near);
-    EXPECT_GT(std::count_if(near.begin(), near.end(), [](uint16_t bits) { return (bits & 0x7FFF) != 0; }), in.m * in.n / 2);
+    EXPECT_EQ(std::memcmp(far.data(), near.data(), far.size() * sizeof(T)), 0);
+    EXPECT_GT(std::count_if(near.begin(), near.end(), [](T value) { return value != T{}; }), in.m * in.n / 2);
   }
 
-  void check_half(const Tiling& tiling, int64_t m, int64_t n, int split) {
+  /// The native backend's bits for W4A8 are compared elsewhere (tests/test_sycl_variants.py).
+  void check_large_w4a8(Gpu gpu, int64_t m, int64_t n) {
+    check_own_bits<float>(
+        gpu.architecture->large, gpu.architecture->sub_group, m, n, 160, Format::mxint8,
+        [&](const Tall& a, const Tall& w, const uint16_t*, const Sparse& y) { run_large(gpu, Format::mxint8, a, w, y); });
+  }
+
+  void check_half(Gpu gpu, Tile tile, int64_t m, int64_t n, int split) {
     constexpr int64_t k = 160;
-    check_own_bits(tiling, m, n, k,
-                   [&](const Tall&, const Tall& w, const uint16_t* x, uint16_t* y, int64_t rows, int64_t columns) {
-      launch("gemm_w4a16_matrix.cpp", tiling, {{"DTYPE", 2}, {"SPLIT", split}, {"ALIGNED_ROWS", 1}}, "gemm_w4a16_matrix",
-             last_tile(tiling, rows, columns, split), x, w.codes.as<uint8_t>(), w.scale.as<uint8_t>(), k / kBlock, int64_t{1},
-             kNoBias, int64_t{0}, int64_t{0}, y, rows, columns, k);
+    const int lanes = gpu.architecture->sub_group;
+    check_own_bits<uint16_t>(tile, lanes, m, n, k, Format::mxfp4,
+                             [&](const Tall& a, const Tall& w, const uint16_t* x, const Sparse& y) {
+      const int64_t rows = a.rows;
+      launch(syclrt::gemm_w4a16_matrix_variant(gpu, tile, split, DType::bf16, true, 16), "gemm_w4a16_matrix",
+             last_tile(tile, lanes, rows, w.rows, split), GemmW4a16Arguments{x, w.stored(), output(y, rows, w.rows), k});
     });
   }
 
-  void check_native(int64_t m, int64_t n) {
+  void check_bdpas(int64_t m, int64_t n) {
     constexpr int64_t k = 160;
-    check_own_bits(kNative, m, n, k,
-                   [&](const Tall& a, const Tall& w, const uint16_t*, uint16_t* y, int64_t rows, int64_t columns) {
-      launch("gemm_native.cpp", kNative, {{"DTYPE", 2}}, "gemm_native", last_tile(kNative, rows, columns),
-             a.codes.as<uint8_t>(), a.scale.as<uint8_t>(), w.codes.as<uint8_t>(), w.scale.as<uint8_t>(), k / kBlock, int64_t{1},
-             kNoBias, int64_t{0}, int64_t{0}, y, rows, columns, k);
+    const Tile tile = kCri.architecture->bdpas;
+    const int lanes = kCri.architecture->sub_group;
+    check_own_bits<uint16_t>(tile, lanes, m, n, k, Format::mxfp4,
+                             [&](const Tall& a, const Tall& w, const uint16_t*, const Sparse& y) {
+      launch(syclrt::gemm_bdpas_variant(kCri, tile, DType::bf16), "gemm_bdpas", last_tile(tile, lanes, a.rows, w.rows),
+             GemmArguments{a.stored(), w.stored(), output(y, a.rows, w.rows), k, 0});
     });
   }
 
   /// gemm_w4a16.cpp, in which a sub-group computes one row.
   void check_portable_half(int lanes, int64_t m, int64_t n) {
     constexpr int64_t k = 160;
-    const Tiling tiling = {lanes, false, 1, 1};
-    check_own_bits(tiling, m, n, k,
-                   [&](const Tall&, const Tall& w, const uint16_t* x, uint16_t* y, int64_t rows, int64_t columns) {
-      const int64_t first_row = (rows - 1) / tiling.rows() * tiling.rows(), first_column = (columns - 1) / lanes * lanes;
-      launch("gemm_w4a16.cpp", tiling, {{"DTYPE", 2}}, "gemm_w4a16",
-             range({rows - first_row, lanes}, {1, lanes}, {first_row, first_column}), x, w.codes.as<uint8_t>(),
-             w.scale.as<uint8_t>(), k / kBlock, int64_t{1}, kNoBias, int64_t{0}, int64_t{0}, y, rows, columns, k);
+    check_own_bits<uint16_t>({1, 1}, lanes, m, n, k, Format::mxfp4,
+                             [&](const Tall& a, const Tall& w, const uint16_t* x, const Sparse& y) {
+      const int64_t rows = a.rows, first_row = last_of(rows, kRowUnit) * kRowUnit,
+                    first_column = last_of(w.rows, lanes) * lanes;
+      launch(syclrt::gemm_w4a16_variant({lanes, false}, DType::bf16, 16), "gemm_w4a16",
+             range({rows - first_row, lanes}, {1, lanes}, {first_row, first_column}),
+             GemmW4a16Arguments{x, w.stored(), output(y, rows, w.rows), k});
     });
   }
 
   /// gemm.cpp, in which a sub-group computes as many rows as it has lanes.
   void check_portable(int lanes, int64_t m, int64_t n) {
     constexpr int64_t k = 160;
-    const int64_t first_row = (m - 1) / lanes * lanes, first_column = (n - 1) / lanes * lanes;
-    const Operands in(m - first_row, n - first_column, k, 100, 140, 9);
+    const Tile tile = {lanes / kRowUnit, 1};
+    const Operands in(m - last_of(m, lanes) * lanes, n - last_of(n, lanes) * lanes, k, 100, 140, 9);
     const Tall a(m, k, in.a, in.a_scale), w(n, k, in.w, in.w_scale);
     const Sparse y(m * n * 4);
     if (!a.valid() || !w.valid() || !y.valid()) GTEST_SKIP() << "no such address space";
     ASSERT_GT(m * n, kBeyond);
-    launch("gemm.cpp", {lanes, false, lanes / 8, 1}, {}, "gemm", last_tile({lanes, false, lanes / 8, 1}, m, n),
-           a.codes.as<uint8_t>(), a.scale.as<uint8_t>(), w.codes.as<uint8_t>(), w.scale.as<uint8_t>(), k / kBlock, int64_t{1},
-           kNoBias, int64_t{0}, int64_t{0}, y.as<float>(), 0, m, n, k);
+    launch(syclrt::gemm_variant({lanes, false}, Format::mxfp4, 16), "gemm", last_tile(tile, lanes, m, n),
+           GemmArguments{a.stored(), w.stored(), output(y, m, n), k, 0});
     EXPECT_TRUE(same_bits(corner<float>(y, m, n, in.m, in.n), native(in)));
   }
 };
@@ -267,27 +284,27 @@ TEST_F(Offsets, ManyRowsOfALargeProduct) { check_large(kBmg, kMany + 37, 90); }
 TEST_F(Offsets, ManyColumnsOfALargeProduct) { check_large(kBmg, 73, kMany + 21); }
 TEST_F(Offsets, ManyRowsOfALargeProductOnAlchemist) { check_large(kDg2, kMany + 13, 90); }
 TEST_F(Offsets, ManyColumnsOfALargeProductOnAlchemist) { check_large(kDg2, 73, kMany + 21); }
+TEST_F(Offsets, ManyRowsOfALargeProductWithMxint8) { check_large_w4a8(kBmg, kMany + 37, 90); }
 
 TEST_F(Offsets, ManyColumnsOfASmallProduct) {
-  check_small(16, true, 8 * kMany + 5, 160, Weights::any);
-  check_small(16, true, 8 * kMany + 5, 128, Weights::whole_quads);
-  check_small(16, true, 8 * kMany + 5, 128, Weights::scales_together);
+  check_small(kBmg, 8 * kMany + 5, 160, Weights::any);
+  check_small(kBmg, 8 * kMany + 5, 128, Weights::whole_quads);
+  check_small(kBmg, 8 * kMany + 5, 128, Weights::scales_together);
 }
 TEST_F(Offsets, ManyColumnsOfASmallProductOnAlchemist) {
-  check_small(8, false, 8 * kMany + 5, 160, Weights::any);
-  check_small(8, false, 8 * kMany + 5, 128, Weights::scales_together);
+  check_small(kDg2, 8 * kMany + 5, 160, Weights::any);
+  check_small(kDg2, 8 * kMany + 5, 128, Weights::scales_together);
 }
 
-TEST_F(Offsets, ManyRowsInSixteenBits) { check_half(kBmgHalf, kMany + 37, 90, 1); }
-TEST_F(Offsets, ManyColumnsInSixteenBits) { check_half(kBmgHalf, 73, kMany + 21, 1); }
-TEST_F(Offsets, ManyRowsInSixteenBitsOnAlchemist) { check_half(kDg2Half, kMany + 37, 90, 1); }
-TEST_F(Offsets, ManyColumnsInSixteenBitsOnAlchemist) { check_half(kDg2Half, 73, kMany + 3, 1); }
-TEST_F(Offsets, ManyColumnsInSixteenBitsWithKSplit) { check_half({16, true, 1, 1}, 8, 8 * kMany + 5, 8); }
+TEST_F(Offsets, ManyRowsInSixteenBits) { check_half(kBmg, kBmg.architecture->w4a16, kMany + 37, 90, 1); }
+TEST_F(Offsets, ManyColumnsInSixteenBits) { check_half(kBmg, kBmg.architecture->w4a16, 73, kMany + 21, 1); }
+TEST_F(Offsets, ManyRowsInSixteenBitsOnAlchemist) { check_half(kDg2, kDg2.architecture->w4a16, kMany + 37, 90, 1); }
+TEST_F(Offsets, ManyColumnsInSixteenBitsOnAlchemist) { check_half(kDg2, kDg2.architecture->w4a16, 73, kMany + 3, 1); }
+TEST_F(Offsets, ManyColumnsInSixteenBitsWithKSplit) { check_half(kBmg, {1, 1}, 8, 8 * kMany + 5, kSmallSplit); }
+TEST_F(Offsets, ManyColumnsInSixteenBitsWithKSplitOnAlchemist) { check_half(kDg2, {1, 1}, 8, 8 * kMany + 5, kSmallSplit); }
 
-TEST_F(Offsets, ManyColumnsInSixteenBitsWithKSplitOnAlchemist) { check_half({8, false, 1, 1}, 8, 8 * kMany + 5, 8); }
-
-TEST_F(Offsets, ManyRowsOfTheNativeInstruction) { check_native(kMany + 19, 90); }
-TEST_F(Offsets, ManyColumnsOfTheNativeInstruction) { check_native(73, kMany + 21); }
+TEST_F(Offsets, ManyRowsOfTheBlockScaledInstruction) { check_bdpas(kMany + 19, 90); }
+TEST_F(Offsets, ManyColumnsOfTheBlockScaledInstruction) { check_bdpas(73, kMany + 21); }
 
 TEST_F(Offsets, ManyRowsWithoutAMatrixUnit) { check_portable(16, kMany + 5, 90); }
 TEST_F(Offsets, ManyColumnsWithoutAMatrixUnit) { check_portable(8, 73, kMany + 5); }

@@ -106,7 +106,7 @@ TEST(Plan, WhatIsForcedIsTaken) {
   const Architecture& cri = named("cri");
   const ProductShape shape = {300, 300, 4096, false};
   EXPECT_EQ(plan_gemm(cri, 160, shape, Kernel::portable).kernel, Kernel::portable);
-  EXPECT_EQ(plan_gemm(cri, 160, shape, Kernel::native).kernel, Kernel::native);
+  EXPECT_EQ(plan_gemm(cri, 160, shape, Kernel::bdpas).kernel, Kernel::bdpas);
   EXPECT_EQ(plan_gemm(cri, 160, shape, Kernel::small).rows, 32);
   EXPECT_TRUE(same(plan_gemm(cri, 160, shape, Kernel::medium).tile, cri.medium));
   EXPECT_TRUE(same(plan_gemm(cri, 1, shape, Kernel::large).tile, cri.large));

@@ -2,6 +2,7 @@
 // The SYCL kernels on Intel's CPU device against the native ones, through the loader, without torch.
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <thread>
 
 #include "definition.h"
@@ -59,6 +60,51 @@ TEST_F(Sycl, QuantizeAndDequantizeGiveTheNativeBits) {
       ASSERT_EQ(q[0], q[1]) << mode;
       ASSERT_EQ(scale[0], scale[1]) << mode;
       ASSERT_TRUE(same_bits(back[0], back[1])) << mode;
+    }
+  }
+}
+
+// Bytes are MXINT8's codes, -128 among them.
+TEST_F(Sycl, GemmOfMxint8GivesTheNativeBits) {
+  unsigned seed = 100;
+  for (const int64_t m : {1, 16, 33}) {
+    for (const int64_t k : {32, 160, 544}) {
+      for (const auto& [low, high] : {std::pair{100, 140}, std::pair{0, 255}, std::pair{40, 80}}) {
+        const int64_t n = 35;
+        const Operands in(m, n, k, low, high, ++seed), bytes(m, 1, 2 * k, 0, 0, seed);
+        std::vector<float> y[2] = {std::vector<float>(static_cast<size_t>(m * n)),
+                                   std::vector<float>(static_cast<size_t>(m * n))};
+        const Backend* backends[] = {native.get(), &sycl};
+        for (int i = 0; i < 2; ++i) {
+          backends[i]->multiply({Activations::codes(Format::mxint8, bytes.a.data(), in.a_scale.data(), m, k),
+                                 in.weight(),
+                                 {y[i].data(), DType::f32, {nullptr, 0, 0}}});
+        }
+        ASSERT_TRUE(same_bits(y[0], y[1])) << m << " " << k << " " << low;
+      }
+    }
+  }
+}
+
+TEST_F(Sycl, Mxint8GivesTheNativeBits) {
+  for (const int64_t k : {32, 96, 128, 416}) {
+    const int64_t rows = 5;
+    std::vector<float> x = random_floats(rows * k, static_cast<unsigned>(k), 130.0f);
+    x[3] = std::numeric_limits<float>::quiet_NaN();
+    for (const int group : {32, 128}) {
+      std::vector<uint8_t> q[2], scale[2];
+      std::vector<float> back[2];
+      const Backend* backends[] = {native.get(), &sycl};
+      for (int i = 0; i < 2; ++i) {
+        q[i].resize(static_cast<size_t>(rows * k));
+        scale[i].resize(static_cast<size_t>(rows * k / 32));
+        back[i].resize(static_cast<size_t>(rows * k));
+        backends[i]->quantize({x.data(), DType::f32, Quantizer::mxint8(group), rows, k, q[i].data(), scale[i].data()});
+        backends[i]->dequantize({Format::mxint8, q[i].data(), scale[i].data(), rows, k, back[i].data(), DType::f32});
+      }
+      ASSERT_EQ(q[0], q[1]) << k << " " << group;
+      ASSERT_EQ(scale[0], scale[1]) << k << " " << group;
+      ASSERT_TRUE(same_bits(back[0], back[1])) << k << " " << group;
     }
   }
 }

@@ -92,6 +92,28 @@ def save_compressed(source: Path, folder: Path, groups: Groups) -> Path:
     return folder
 
 
+INT8 = {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True, "dynamic": True}
+
+
+def save_as_w4a8(
+    weight_only: Path,
+    folder: Path,
+    *,
+    xpu_fp4: dict[str, Any] | None = None,
+    input_activations: dict[str, Any] | None = None,
+) -> Path:
+    """A weight-only checkpoint with a hint for xpu_fp4, or with int8 activations."""
+    shutil.copytree(weight_only, folder)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    quantized = config["quantization_config"]
+    (group,) = quantized["config_groups"].values()
+    assert group["input_activations"] is None
+    group["input_activations"] = input_activations
+    quantized["xpu_fp4"] = xpu_fp4
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def save_as_quark(compressed: Path, folder: Path, preset: Preset) -> Path:
     """A compressed-tensors checkpoint in AMD Quark's layout: the same bytes under other names."""
     shutil.copytree(compressed, folder)

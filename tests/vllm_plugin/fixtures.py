@@ -25,6 +25,8 @@ class Models:
     bf16: Path
     w4a4: Path
     w4a16: Path
+    w4a8: Path
+    int8: Path
     mixed: Path
     quark_w4a4: Path
     quark_w4a16: Path
@@ -54,6 +56,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, uncompiled: None) -> Models
         bf16,
         w4a4,
         w4a16,
+        checkpoints.save_as_w4a8(w4a16, folder / "w4a8", xpu_fp4={"activations": "mxint8", "group": 128}),
+        checkpoints.save_as_w4a8(w4a16, folder / "int8", input_activations=checkpoints.INT8),
         checkpoints.save_compressed(bf16, folder / "mixed", MIXED),
         checkpoints.save_as_quark(w4a4, folder / "quark_w4a4", "MXFP4"),
         checkpoints.save_as_quark(w4a16, folder / "quark_w4a16", "MXFP4A16"),
@@ -65,13 +69,13 @@ Reference = Callable[..., list[list[int]]]
 
 @pytest.fixture(scope="session")
 def reference(models: Models) -> Reference:
-    """Groups -> the tokens that Transformers is certain of."""
+    """Groups and how else activations are rounded -> the tokens that Transformers is certain of."""
     known: dict[str, list[list[int]]] = {}
 
-    def tokens(groups: Groups, *, xpu_activations: bool = False) -> list[list[int]]:
-        key = f"{groups} {xpu_activations}"
+    def tokens(groups: Groups, *, activations: str | None = None) -> list[list[int]]:
+        key = f"{groups} {activations}"
         if key not in known:
-            known[key] = certain_tokens(models.bf16, groups, xpu_activations=xpu_activations)
+            known[key] = certain_tokens(models.bf16, groups, activations=activations)
         return known[key]
 
     return tokens
@@ -88,6 +92,8 @@ def engines(models: Models, vllm_folder: Path) -> Engines:
         {
             "w4a4": w4a4,
             "w4a16": w4a16,
+            "w4a8": {"model": str(models.w4a8)},
+            "int8": {"model": str(models.int8)},
             "mixed": {"model": str(models.mixed)},
             "quark_w4a4": quark_w4a4 | {"prepare": "quark_in_float32"},
             "w4a4_bf16": w4a4 | half,
@@ -95,5 +101,20 @@ def engines(models: Models, vllm_folder: Path) -> Engines:
             "quark_w4a4_bf16": quark_w4a4 | half,
             "quark_w4a16_bf16": quark_w4a16 | half,
             "compiled": w4a4 | {"enforce_eager": False},
+            "w4a8_compiled": {"model": str(models.w4a8), "enforce_eager": False},
         },
+    )
+
+
+@pytest.fixture(scope="session")
+def engines_on_request(models: Models, vllm_folder: Path) -> Engines:
+    """Engines that are asked for MXINT8 activations, whatever their checkpoint says."""
+    return Engines(
+        vllm_folder,
+        {
+            "w4a4": {"model": str(models.w4a4)},
+            "mixed": {"model": str(models.mixed)},
+            "quark_w4a4": {"model": str(models.quark_w4a4), "prepare": "quark_in_float32"},
+        },
+        env={"XPU_FP4_ACTIVATIONS": "mxint8"},
     )

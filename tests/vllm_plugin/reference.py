@@ -20,7 +20,7 @@ PROMPTS = [[1, *range(10 + i, 10 + i + length)] for i, length in enumerate([3, 4
 NEW_TOKENS = 8
 
 
-def _decode(model: nn.Module, prompt: list[int]) -> list[int]:
+def decode(model: nn.Module, prompt: list[int]) -> list[int]:
     tokens, ids, cache = [], torch.tensor([prompt]), None
     for _ in range(NEW_TOKENS):
         output = model(ids, past_key_values=cache, use_cache=True)
@@ -41,6 +41,16 @@ def _add_noise(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (x + NOISE * x.square().mean().sqrt() * torch.randn_like(x),)
 
 
+def _round_to_mxint8(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """x rounded to 8-bit integers under a power of two for each 128 of them, the last ones of a row being fewer."""
+    (x,) = args
+    groups = nn.functional.pad(x.double(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
+    fraction, exponent = groups.abs().amax(-1, keepdim=True).frexp()  # fraction in [0.5, 1)
+    unit = torch.exp2((exponent - 1 + (fraction >= 255 / 256).int() - 6).double())
+    codes = (groups / unit).round().clamp(-127, 127)
+    return ((codes * unit).flatten(-2)[..., : x.shape[-1]].to(x.dtype),)
+
+
 def _round_as_vllm_xpu_kernels(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     """x rounded to MXFP4 with vllm-xpu-kernels' numbers: scale 2^ceil(log2(amax / 6)), ties toward zero."""
     blocks = args[0].double().unflatten(-1, (-1, 32))
@@ -51,13 +61,16 @@ def _round_as_vllm_xpu_kernels(module: nn.Module, args: tuple[Tensor]) -> tuple[
     return ((values[code] * blocks.sign() * scale).flatten(-2).to(args[0].dtype),)
 
 
+ROUNDINGS = {"mxint8": _round_to_mxint8, "vllm-xpu-kernels": _round_as_vllm_xpu_kernels}
+
+
 @torch.no_grad()
-def certain_tokens(source: Path, groups: Groups, *, xpu_activations: bool = False) -> list[list[int]]:
+def certain_tokens(source: Path, groups: Groups, *, activations: str | None = None) -> list[list[int]]:
     """The tokens that follow each of PROMPTS, as far as they are certain.
 
     A rounding error may turn the code of an activation, and so a token and all after it. Tokens count as certain as far as
-    float64, float32, and float32 with noise in the input of every linear give the same. xpu_activations has activations
-    rounded as vllm-xpu-kernels does.
+    float64, float32, and float32 with noise in the input of every linear give the same. activations, one of ROUNDINGS, is how
+    the inputs of linears are rounded, where groups leave them alone.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the layers are tiny: handing them out costs more
@@ -68,12 +81,13 @@ def certain_tokens(source: Path, groups: Groups, *, xpu_activations: bool = Fals
         linears = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
         for linear in linears:
             _round_weight(linear)
-        for linear in linears if xpu_activations else []:
-            linear.register_forward_pre_hook(_round_as_vllm_xpu_kernels)
-        runs.append([_decode(model, prompt) for prompt in PROMPTS])
+        if activations is not None:
+            for linear in linears:
+                linear.register_forward_pre_hook(ROUNDINGS[activations])
+        runs.append([decode(model, prompt) for prompt in PROMPTS])
     for linear in linears:
         linear.register_forward_pre_hook(_add_noise, prepend=True)
-    runs += [[_decode(model, prompt) for prompt in PROMPTS] for _ in range(NOISY_RUNS)]
+    runs += [[decode(model, prompt) for prompt in PROMPTS] for _ in range(NOISY_RUNS)]
     return [_common_prefix(list(tokens)) for tokens in zip(*runs, strict=True)]
 
 

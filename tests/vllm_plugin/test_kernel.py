@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel class by itself: what vLLM asks it, what it answers, what it computes."""
 
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +17,18 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 from vllm.platforms import PlatformEnum, current_platform
 from vllm.plugins import load_general_plugins
 from xpu_fp4 import Backend, cpu_backend, reference
-from xpu_fp4.integrations.vllm import kernel, register
-from xpu_fp4.integrations.vllm.kernel import XpuFp4LinearKernel
+from xpu_fp4.checkpoints import CheckpointError, Scheme
+from xpu_fp4.integrations.vllm import kernel, register, registration
+from xpu_fp4.integrations.vllm.config import ActivationsAwareConfig, CompressedTensorsMxfp4
+from xpu_fp4.integrations.vllm.kernel import XpuFp4LinearKernel, key_of
 
 K, N = 160, 48  # five blocks
+KEYS = [None, kMxfp4Dynamic, key_of(Scheme("w4a8")), key_of(Scheme("w4a8", group=32))]
+DEFINED: dict[Scheme, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    Scheme("w4a4"): reference.quantize,
+    Scheme("w4a8"): reference.mxint8_quantize,
+    Scheme("w4a8", group=32): partial(reference.mxint8_quantize, group=32),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +119,8 @@ def test_another_platform_is_named(on_xpu: None, monkeypatch: pytest.MonkeyPatch
     assert "platforms cpu and xpu" in reason
 
 
-@pytest.mark.parametrize("key", [None, kMxfp4Dynamic])
-def test_both_activation_formats_are_ours(key: object) -> None:
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_all_activation_formats_are_ours(key: object) -> None:
     assert XpuFp4LinearKernel.can_implement(MxFp4LinearLayerConfig(key)) == (True, None)
     assert type(init_mxfp4_linear_kernel(key)) is XpuFp4LinearKernel
 
@@ -122,13 +133,16 @@ def test_other_activation_formats_are_refused_by_name() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("leading", [(7,), (2, 3), (0,), (1,)])
-def test_w4a4_has_the_bits_of_the_definition(dtype: torch.dtype, with_bias: bool, leading: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("scheme", DEFINED, ids=str)
+def test_defined_schemes_have_the_bits_of_the_definition(
+    scheme: Scheme, dtype: torch.dtype, with_bias: bool, leading: tuple[int, ...]
+) -> None:
     layer, weight, scale = random_layer()
-    served = init_mxfp4_linear_kernel(kMxfp4Dynamic)
+    served = init_mxfp4_linear_kernel(key_of(scheme))
     served.process_weights_after_loading(layer)
     x = torch.randn(*leading, K).to(dtype)
     bias = torch.randn(N).to(dtype) if with_bias else None
-    expected = reference.gemm(*reference.quantize(x.flatten(0, -2)), weight, scale, dtype, bias)
+    expected = reference.gemm(*DEFINED[scheme](x.flatten(0, -2)), weight, scale, dtype, bias)
     assert torch.equal(served.apply_weights(layer, x, bias), expected.view(*leading, N))
 
 
@@ -177,6 +191,89 @@ def test_a_gpu_expands_the_weights_of_w4a4_where_it_is_asked_to(
         assert torch.equal(served.apply_weights(layer, x), without)
 
 
+# ---- what a checkpoint says, and a request instead of it ----
+
+
+MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": True}
+
+
+def config_with(activations: object, hint: object) -> ActivationsAwareConfig:
+    group = {"targets": ["Linear"], "weights": MXFP4, "input_activations": activations}
+    described = {"format": "mxfp4-pack-quantized", "config_groups": {"group_0": group}, "ignore": [], "xpu_fp4": hint}
+    config: ActivationsAwareConfig = ActivationsAwareConfig.from_config(described)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("activations", "hint", "expected"),
+    [
+        (None, None, Scheme("w4a16")),
+        (None, {"scale_mode": "floor"}, Scheme("w4a16")),
+        (None, {"activations": "mxint8", "group": 128}, Scheme("w4a8")),
+        (None, {"activations": "mxint8", "group": 32, "scale_mode": "floor"}, Scheme("w4a8", group=32)),
+        (MXFP4 | {"dynamic": True}, {"activations": "mxint8"}, Scheme("w4a4")),
+        (INT8, None, Scheme("w4a8", group=32)),
+        (INT8 | {"group_size": 128, "scale_dtype": "torch.uint8"}, {"activations": "mxint8", "group": 32}, Scheme("w4a8")),
+    ],
+)
+def test_a_checkpoint_says_what_becomes_of_activations(activations: object, hint: object, expected: Scheme) -> None:
+    scheme = config_with(activations, hint).get_scheme(nn.Linear(K, N), "model.layers.0.mlp.down_proj")
+    assert scheme is not None
+    assert isinstance(scheme, CompressedTensorsMxfp4) == (expected.mode != "w4a4")
+    assert scheme.kernel.config.activation_quant_key == key_of(expected)
+
+
+@pytest.mark.parametrize(
+    ("activations", "hint", "message"),
+    [
+        (INT8 | {"group_size": 64}, None, "input_activations of mlp.down_proj.group_size is 64, expected 32 or 128"),
+        (INT8 | {"dynamic": False}, None, "is not MXINT8: dynamic False, expected True"),
+        (None, {"activations": "mxint4"}, "quantization_config.xpu_fp4.activations is 'mxint4', expected one of mxint8"),
+    ],
+)
+def test_other_activations_are_named(activations: object, hint: object, message: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        config_with(activations, hint).get_scheme(nn.Linear(K, N), "mlp.down_proj")
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_a_request_goes_before_what_the_checkpoint_says_and_is_logged_once(
+    key: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XPU_FP4_ACTIVATIONS", "mxint8")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to pytest
+    kernel._announce.cache_clear()
+    with caplog.at_level(logging.INFO, "vllm.xpu_fp4"):
+        init_mxfp4_linear_kernel(key)
+        served = init_mxfp4_linear_kernel(key)
+    layer, weight, scale = random_layer()
+    served.process_weights_after_loading(layer)
+    x = torch.randn(5, K)
+    expected = reference.gemm(*reference.mxint8_quantize(x), weight, scale, torch.float32)
+    assert torch.equal(served.apply_weights(layer, x), expected)
+    said = [message for message in caplog.messages if "XPU_FP4_ACTIVATIONS" in message]
+    assert said == ["XPU_FP4_ACTIVATIONS=mxint8: every MXFP4 layer runs in w4a8 group 128, whatever the checkpoint says"]
+
+
+def test_an_unknown_request_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XPU_FP4_ACTIVATIONS", "int8")
+    with pytest.raises(ValueError, match="XPU_FP4_ACTIVATIONS is 'int8', expected mxint8"):
+        init_mxfp4_linear_kernel(None)
+
+
+@pytest.mark.parametrize("activations", [None, "", "mxint8"])
+def test_on_xpu_a_request_puts_ours_in_front(on_xpu: None, monkeypatch: pytest.MonkeyPatch, activations: str | None) -> None:
+    if activations is not None:
+        monkeypatch.setenv("XPU_FP4_ACTIVATIONS", activations)
+    built_in: dict[PlatformEnum, list[type]] = {PlatformEnum.XPU: [XPUMxFp4LinearKernel]}
+    monkeypatch.setattr(linear_kernels, "_POSSIBLE_MXFP4_KERNELS", built_in)
+    registration.register_kernel_and_config()
+    first, second = (XpuFp4LinearKernel, XPUMxFp4LinearKernel) if activations else (XPUMxFp4LinearKernel, XpuFp4LinearKernel)
+    assert kernels_of(PlatformEnum.XPU) == [first, second]
+    assert type(init_mxfp4_linear_kernel(kMxfp4Dynamic)) is first
+
+
 def test_a_slice_of_wider_activations_is_served() -> None:
     layer, weight, scale = random_layer()
     served = init_mxfp4_linear_kernel(kMxfp4Dynamic)
@@ -186,7 +283,7 @@ def test_a_slice_of_wider_activations_is_served() -> None:
     assert torch.equal(served.apply_weights(layer, x), expected)
 
 
-@pytest.mark.parametrize("key", [None, kMxfp4Dynamic])
+@pytest.mark.parametrize("key", KEYS, ids=str)
 def test_dynamo_traces_the_layer_without_a_break(key: object) -> None:
     layer, _, _ = random_layer()
     served = init_mxfp4_linear_kernel(key)

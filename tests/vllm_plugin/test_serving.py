@@ -4,13 +4,16 @@
 from pathlib import Path
 
 import pytest
+import torch
+import xpu_fp4
 
 from .engine import EngineFailed, Engines, Run, generate
 from .fixtures import MIXED, W4A4, W4A16, Models, Reference
-from .reference import NEW_TOKENS, PROMPTS
+from .reference import NEW_TOKENS, PROMPTS, ROUNDINGS, decode
 
 CALLS = 2 * 4 * NEW_TOKENS  # layers x (qkv, o, gate_up, down), in every step
 W4A4_OPS = {"xpu_fp4::mxfp4_linear_prepacked": CALLS}
+W4A8_OPS = {"xpu_fp4::mxfp4_linear_w4a8_prepacked": CALLS}
 W4A16_OPS = {"xpu_fp4::mxfp4_linear_w4a16_prepacked": CALLS}
 
 
@@ -21,7 +24,7 @@ def assert_tokens(run: Run, expected: list[list[int]]) -> None:
 
 
 def test_formats_are_told_apart_by_their_tokens(reference: Reference) -> None:
-    answers = [reference(W4A4), reference(W4A16), reference(MIXED), reference(W4A16, xpu_activations=True)]
+    answers = [reference(W4A4), reference(W4A16), reference(MIXED), *(reference(W4A16, activations=name) for name in ROUNDINGS)]
     firsts = [[tokens[:4] for tokens in answer if len(tokens) >= 4] for answer in answers]
     assert all(a != b for i, a in enumerate(firsts) for b in firsts[:i])
 
@@ -36,6 +39,37 @@ def test_weight_only_of_compressed_tensors_keeps_activations(engines: Engines, r
     run = engines["w4a16"]
     assert_tokens(run, reference(W4A16))
     assert run.ops == W4A16_OPS
+
+
+@pytest.mark.parametrize("checkpoint", ["w4a8", "int8", "w4a8_compiled"])
+def test_w4a8_by_our_hint_or_by_int8_activations(engines: Engines, reference: Reference, checkpoint: str) -> None:
+    run = engines[checkpoint]
+    assert_tokens(run, reference(W4A16, activations="mxint8"))
+    assert run.ops == W4A8_OPS
+
+
+@pytest.mark.parametrize("checkpoint", ["w4a4", "mixed", "quark_w4a4"])
+def test_w4a8_on_request_whatever_the_checkpoint_says(
+    engines_on_request: Engines, reference: Reference, checkpoint: str
+) -> None:
+    run = engines_on_request[checkpoint]
+    assert_tokens(run, reference(W4A16, activations="mxint8"))
+    assert run.ops == W4A8_OPS
+    assert run.log.count("XPU_FP4_ACTIVATIONS=mxint8: every MXFP4 layer runs in w4a8 group 128") == 1
+
+
+@pytest.mark.parametrize("checkpoint", ["w4a8", "int8"])
+def test_load_model_decodes_the_same_tokens(models: Models, reference: Reference, checkpoint: str) -> None:
+    model = xpu_fp4.load_model(getattr(models, checkpoint), dtype=torch.float32)
+    with torch.inference_mode():
+        tokens = [decode(model, prompt) for prompt in PROMPTS]
+    expected = reference(W4A16, activations="mxint8")
+    assert [found[: len(want)] for found, want in zip(tokens, expected, strict=True)] == expected
+
+
+def test_an_unknown_request_is_named(models: Models, vllm_folder: Path) -> None:
+    with pytest.raises(EngineFailed, match="XPU_FP4_ACTIVATIONS is 'int4', expected mxint8"):
+        generate(models.w4a4, vllm_folder, env={"XPU_FP4_ACTIVATIONS": "int4"})
 
 
 def test_weight_only_is_recognised_layer_by_layer(engines: Engines, reference: Reference) -> None:
@@ -84,5 +118,5 @@ def test_vllm_alone_refuses(models: Models, vllm_folder: Path) -> None:
 
 def test_vllms_own_xpu_kernel_runs_on_our_ops(models: Models, reference: Reference, vllm_folder: Path) -> None:
     run = generate(models.w4a4, vllm_folder, prepare="drop_in", env={"VLLM_DISABLED_KERNELS": "XpuFp4LinearKernel"})
-    assert_tokens(run, reference(W4A16, xpu_activations=True))
+    assert_tokens(run, reference(W4A16, activations="vllm-xpu-kernels"))
     assert run.ops == dict.fromkeys(("_xpu_C::fp4_gemm", "_C::per_token_group_quant_mxfp4"), CALLS)

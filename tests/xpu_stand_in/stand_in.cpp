@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // PyTorch's XPU device as far as csrc/torch/xpu.cpp uses it, over Intel's CPU device: two devices with two streams each, an
 // allocator, and the functions of libc10_xpu that the CPU build of torch only declares. So that the binding itself is executed:
-// which queue, which device, whose memory, who waits.
+// which queue, which device, whose memory, who waits. Compiled, it is the libc10_xpu.so that build.py
+// links xpu_fp4 to.
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty_strided.h>
@@ -22,8 +23,6 @@
 #include <tuple>
 #include <utility>
 #include <vector>
-
-#include "torch/compat.h"
 
 namespace {
 
@@ -234,7 +233,6 @@ TORCH_LIBRARY(xpu_stand_in, library) {
   library.def("set_current(int device, int stream) -> ()", set_current);
   library.def("current_device() -> int", [] { return int64_t{device_now}; });
   library.def("allocations() -> int[]", [] { return std::vector<int64_t>{allocations, fresh_allocations}; });
-  library.def("override_compat_ops() -> str[]", xpu_fp4::override_compat_ops);
   library.def("close_gate(int device, int stream) -> ()", close_gate);
   library.def("open_gate() -> ()", [] { gate_is_open = true; });
   library.def("is_idle(int device, int stream) -> bool", is_idle);

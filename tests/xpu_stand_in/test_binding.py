@@ -88,8 +88,34 @@ def test_every_op_gives_the_cpus_bits(device: Any, variant: str) -> None:  # noq
         assert_same(device, y, on_cpu)
 
 
+def test_mxint8_and_w4a8_give_the_cpus_bits(device: Any, variant: str) -> None:  # noqa: ANN401
+    x, weight, scale, bias = layer()
+    on_device = moved(device, (x, weight, scale, bias))
+    q, q_scale = own.mxint8_quantize(x)
+    gemm = (q, weight.t(), q_scale.view(torch.uint8), scale.t().contiguous())
+    got = [
+        *own.mxint8_quantize(on_device[0]),
+        own.mxint8_dequantize(*moved(device, (q, q_scale)), torch.float32),
+        own.mxfp4_linear_w4a8(*on_device),
+        own.mxfp4_gemm(*moved(device, gemm), torch.float16, on_device[3]),
+    ]
+    expected = [
+        q,
+        q_scale,
+        own.mxint8_dequantize(q, q_scale, torch.float32),
+        own.mxfp4_linear_w4a8(x, weight, scale, bias),
+        own.mxfp4_gemm(*gemm, torch.float16, bias),
+    ]
+    if variant != "portable":
+        expanded = own.mxfp4_expand(*on_device[1:3])
+        got.append(own.mxfp4_linear_w4a8_expanded(*on_device[:3], expanded, on_device[3]))
+        expected.append(expected[3])
+    device.synchronize(0, 0)
+    for y, on_cpu in zip(got, expected, strict=True):
+        assert_same(device, y, on_cpu)
+
+
 def test_vllms_names_serve_xpu_tensors(device: Any, bmg: None) -> None:  # noqa: ANN401
-    device.override_compat_ops()
     x, weight, scale, _ = layer()
     q, q_scale = torch.empty(M, K // 2, dtype=torch.uint8), torch.empty(M, K // 32)
     arguments = moved(device, (x, q, q_scale))

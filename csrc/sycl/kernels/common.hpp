@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device code: types, unaligned loads and the matrix primitive. Kernels are compiled at first use by SYCL's runtime compiler,
-// one program per variant; the host (sycl/backend.cpp) sets these macros:
+// one program per variant; the host (sycl/variants.cpp) sets these macros:
 //   XPU_FP4_SUB_GROUP    lanes of a sub-group: 16, or 8 on GPUs whose matrix unit is 8 wide (Alchemist)
 //   XPU_FP4_MATRIX_UNIT  1 where the device has Intel's int8 matrix unit, 0 for the stand-in
 //   XPU_FP4_ALIGNMENT    bytes to which the vector-accessed pointers are aligned: 16, or 1 if any of them is not
-//   XPU_FP4_DTYPE        where a kernel depends on it: the DType of the tensor that is not MXFP4, as its number
+//   XPU_FP4_DTYPE        where a kernel depends on it: the DType of the tensor of floats, as its number
+//   XPU_FP4_FORMAT       where a kernel depends on it: the Format of the activations, or of the operand that it expands
 //   XPU_FP4_REGISTERS    where a kernel wants 256 registers per thread on a GPU instead of 128
 #pragma once
 #include <sycl/sycl.hpp>
@@ -15,8 +16,9 @@
 #define XPU_FP4_GRF  // not a property that the CPU device knows
 #endif
 
-#include "format/accumulate.h"
-#include "format/block.h"
+#include "arguments.hpp"
+#include "format/mxint8.h"
+#include "layout.hpp"
 
 namespace syclext = sycl::ext::oneapi;
 namespace syclexp = sycl::ext::oneapi::experimental;
@@ -41,6 +43,9 @@ constexpr int kSubGroup = XPU_FP4_SUB_GROUP;
 #ifdef XPU_FP4_DTYPE
 constexpr DType kDType = static_cast<DType>(XPU_FP4_DTYPE);
 #endif
+#ifdef XPU_FP4_FORMAT
+constexpr Format kFormat = static_cast<Format>(XPU_FP4_FORMAT);
+#endif
 
 // SYCL offers kernel properties only through this macro. The sub-group's size is asked for by the attribute: the runtime
 // compiler of SYCL 2025.3 drops the property `sub_group_size<N>` of such a function (its SPIR-V has no SubgroupSize), so that
@@ -59,9 +64,6 @@ struct alignas(XPU_FP4_ALIGNMENT) Bytes16 {
   uint8_t byte[16];
 };
 inline Bytes16 load16(const void* address) { return *static_cast<const Bytes16*>(address); }
-
-/// Bytes of lane i's share of a 32-element row of A: two codes per lane at 16 lanes, four at 8.
-constexpr int kRowBytes = kBlockBytes / kSubGroup;
 
 // ---- one 8 x kSubGroup x 32 product of int8 matrices, int32 sums ----
 // lane l of a: for each of 8 rows the int8 values K = 2l, 2l+1 (8 lanes: K = 4l .. 4l+3)
@@ -84,7 +86,7 @@ inline int dot4(uint32_t a, uint32_t b, int acc) {
   return acc;
 }
 inline int8 matrix_mad(RowFragment a, int8 b, int8 acc) {
-  for (int r = 0; r < 8; ++r) {
+  for (int r = 0; r < kRowUnit; ++r) {
     for (int j = 0; j < 8; ++j) acc[r] = dot4(row_dword(a, r, j), static_cast<uint32_t>(b[j]), acc[r]);
   }
   return acc;

@@ -104,11 +104,10 @@ struct WeightColumn {
   GlobalBytes codes, scale;
   int64_t scale_block_stride;
 
-  XPU_FP4_INLINE WeightColumn(const uint8_t* w, const uint8_t* w_scale, int64_t scale_row_stride, int64_t block_stride,
-                              int64_t k, int64_t row, uint32_t quad)
-      : codes((GlobalBytes)w + row * (k / 2) + quad * (kQuad * kBlockBytes)),
-        scale_block_stride(kWeights == Weights::scales_together ? 1 : block_stride) {
-    scale = (GlobalBytes)w_scale + row * scale_row_stride + quad * kQuad * scale_block_stride;
+  XPU_FP4_INLINE WeightColumn(const StoredOperand& w, int64_t k, int64_t row, uint32_t quad)
+      : codes((GlobalBytes)w.codes + row * (k / 2) + quad * (kQuad * kBlockBytes)),
+        scale_block_stride(kWeights == Weights::scales_together ? 1 : w.scale_block_stride) {
+    scale = (GlobalBytes)w.scale + row * w.scale_row_stride + quad * kQuad * scale_block_stride;
   }
 
   XPU_FP4_INLINE void step(uint32_t quads) {

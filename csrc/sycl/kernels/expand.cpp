@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Writes the expanded form (layout.hpp) of an operand: `expand` from codes and scales, `quantize_expand` from floats in one go.
-// A lane does one row of one quad; a sub-group, the kLanes rows of a group. Memory traffic per quad and row: 68 bytes in
-// (quantize_expand: the floats), 132 out.
-// Macros: XPU_FP4_ARRANGEMENT; XPU_FP4_ORDER, of elements; XPU_FP4_DTYPE for quantize_expand.
-#include "convert.hpp"
-#include "layout.hpp"
+// A lane does one row of one quad; a sub-group, the kLanes rows of a group. Memory traffic per quad and row: 68 bytes of MXFP4
+// or 132 of MXINT8 in (quantize_expand: the floats, of MXINT8 twice), 132 out.
+// Macros: XPU_FP4_FORMAT; XPU_FP4_ARRANGEMENT; XPU_FP4_ORDER, of elements; XPU_FP4_DTYPE for quantize_expand.
+#include "alignment.hpp"
+#ifdef XPU_FP4_DTYPE
+#include "quantizer.hpp"
+#else
+#include "common.hpp"
+#endif
 
 using namespace xpu_fp4;
 
@@ -14,102 +18,27 @@ typedef uint32_t Dwords8 __attribute__((ext_vector_type(8)));
 constexpr auto kArrangement = static_cast<Arrangement>(XPU_FP4_ARRANGEMENT);
 constexpr auto kOrder = static_cast<ElementOrder>(XPU_FP4_ORDER);
 constexpr int kLanes = kSubGroup;
-constexpr int kMaxShift = 3;  // 12 << 3 = 96 fits an int8
+constexpr AlignmentRule kRule = alignment_rule(kArrangement, kFormat);
+constexpr int kBlockDwords = code_bytes(kFormat, kBlock) / 4;
 
 /// One row's quad. Blocks beyond the last have codes 0.
 struct RowQuad {
-  uint32_t codes[kQuad][4];
+  uint32_t codes[kQuad][kBlockDwords];
   uint32_t scale[kQuad];
 };
 
-/// How the quad is expanded: every block shifted left by scale - exponent.
-struct Alignment {
-  uint32_t exponent[kQuad];
-  uint32_t levels;  // that it rules out
-};
-
-struct Range {
-  uint32_t low = 255, high = 0;
-  inline void add(uint32_t scale) {
-    low = sycl::min(low, scale);
-    high = sycl::max(high, scale);
-  }
-  inline bool empty() const { return low > high; }
-  inline bool aligned() const { return high - low <= kMaxShift; }  // not if empty
-};
-
-/// The near levels that a row of A rules out (quad_sum.hpp says why): `scale`, within 8 from `least` + 3 on, is what blocks'
-/// sums are multiples of; `exponent`, at least `least`, is the unit of their chains.
-inline uint32_t not_near(const uint32_t (&scale)[kQuad], const uint32_t (&exponent)[kQuad], uint32_t least) {
-  uint32_t most[kQuad], unit[kQuad], applies = 0;
+inline bool is_zero(const uint32_t (&codes)[kBlockDwords]) {
+  uint32_t any = 0;
 #pragma unroll
-  for (int b = 0; b < kQuad; ++b) {
-    most[b] = 3u << scale[b] - least;
-    unit[b] = 1u << exponent[b] - least;
-  }
-#pragma unroll
-  for (uint32_t level = kNearLevel; level < kBlockLevel; ++level) {
-    const auto [first, second, third, fourth] = NearOrder(level).block;
-    if (first == second) continue;
-    const bool exact = unit[second] + unit[third] <= most[first] && unit[third] <= most[second];
-    if (exact && exponent[third] == exponent[fourth]) applies |= 1u << level;
-  }
-  return kNoNearLevel & ~applies;
+  for (int i = 0; i < kBlockDwords; ++i) any |= codes[i];
+  return (any & (kFormat == Format::mxfp4 ? 0x77777777u : 0xFFFFFFFFu)) == 0;  // -0 is zero too
 }
 
-/// Blocks of zeros take any exponent: their products are +0 whatever it is. Others take the least that they can, which makes
-/// their sums multiples of the most: that is what the near level needs.
-inline Alignment align(const RowQuad& quad) {
-  constexpr bool columns = kArrangement == Arrangement::column_fragments;
-  Range all;
-  bool nan = false, zero[kQuad];
+inline Alignment alignment_of(const RowQuad& quad) {
+  bool zero[kQuad];
 #pragma unroll
-  for (int b = 0; b < kQuad; ++b) {
-    const uint32_t* codes = quad.codes[b];
-    nan |= quad.scale[b] == e8m0::kNan;
-    zero[b] = ((codes[0] | codes[1] | codes[2] | codes[3]) & 0x77777777u) == 0;
-    if (!zero[b]) all.add(quad.scale[b]);
-  }
-  if (all.empty()) all.add(e8m0::kBias);
-  Alignment result;
-  uint32_t scale[kQuad], (&exponent)[kQuad] = result.exponent;
-  const bool outside = all.low < kWindowLow || all.high > kWindowHigh;
-#pragma unroll
-  for (int b = 0; b < kQuad; ++b) exponent[b] = scale[b] = nan ? uint32_t{e8m0::kNan} : zero[b] ? all.low : quad.scale[b];
-  if (nan || outside) {
-    // A row of A that is NaN becomes so on every level (gemm_large.cpp); a column does on the general one.
-    result.levels = nan && !columns ? 0 : kOnlyGeneral;
-    return result;
-  }
-  // Where not all four can share an exponent, the blocks of a column's pair may. A row of A has low blocks, and high ones with
-  // outliers in the same channels as other rows.
-  Range part[2];
-  bool second[kQuad];
-#pragma unroll
-  for (int b = 0; b < kQuad; ++b) {
-    second[b] = columns ? !all.aligned() && b >= 2 : scale[b] - all.low > kMaxShift;
-    if (!zero[b] && !second[b]) part[0].add(scale[b]);
-    if (!zero[b] && second[b]) part[1].add(scale[b]);
-  }
-#pragma unroll
-  for (int b = 0; b < kQuad; ++b) {
-    const Range own = second[b] ? part[1] : part[0];
-    exponent[b] = (own.aligned() ? own.high : scale[b]) - kMaxShift;
-  }
-  const uint32_t spread = all.high - all.low;
-  result.levels = 0;
-  if (!all.aligned()) {
-    result.levels = 1u << kQuadLevel;
-    if (exponent[0] != exponent[1] || exponent[2] != exponent[3]) result.levels |= 1u << kPairLevel;
-  }
-  // With the near level's addresses gemm_large would not fit in Alchemist's registers; its block level is fast enough.
-  constexpr bool has_near = kArrangement != Arrangement::row_fragments;
-  if (!has_near || spread > (columns ? 2 : 8)) {
-    result.levels |= kNoNearLevel;
-  } else if (!columns && !all.aligned()) {
-    result.levels |= not_near(scale, exponent, all.low - kMaxShift);
-  }
-  return result;
+  for (int b = 0; b < kQuad; ++b) zero[b] = is_zero(quad.codes[b]);
+  return align(kRule, quad.scale, zero);
 }
 
 /// Codes 4 i .. 4 i + 3 of a block in kOrder, one in each byte.
@@ -130,32 +59,42 @@ inline uint32_t expand4(uint32_t codes, uint32_t shift) {
   return ((magnitude ^ low_bits) + negative) ^ negative << 7;
 }
 
-struct Expanded {
-  uint8_t* codes;
-  uint32_t* exponents;
-  uint32_t* levels;
+/// Dword i of a block in kOrder: of MXFP4,
+inline uint32_t expanded4(const uint32_t (&codes)[4], int i, uint32_t shift) { return expand4(codes4(codes, i), shift); }
+/// and of MXINT8, which is not shifted.
+inline uint32_t expanded4(const uint32_t (&codes)[8], int i, uint32_t) {
+  if (kOrder == ElementOrder::packed) return codes[i];
+  // Every other byte of two dwords.
+  const auto half = [&](uint32_t x) { return x >> 8 * (i % 2) & 0x00FF00FFu; };
+  const auto close = [](uint32_t x) { return (x | x >> 8) & 0xFFFFu; };
+  return close(half(codes[i & ~1])) | close(half(codes[i | 1])) << 16;
+}
+
+struct Expanded : ExpandedOperand {
   int64_t rows, padded_rows;
   uint32_t quads;
 
   /// Whole sub-groups only: the levels are those of the group.
   inline void store(const RowQuad& in, int64_t row, uint32_t quad) const {
-    const Alignment alignment = align(in);
+    const Alignment alignment = alignment_of(in);
     const int64_t group = row / kLanes;
     const uint32_t* e = alignment.exponent;
     exponents[(group * quads + quad) * kLanes + row % kLanes] = e[0] | e[1] << 8 | e[2] << 16 | e[3] << 24;
     if constexpr (kOrder == ElementOrder::apart) {  // products for few rows read no levels
       const uint32_t ruled_out = sycl::reduce_over_group(this_sub_group(), alignment.levels, sycl::bit_or<uint32_t>());
-      const uint32_t pitch = (quads + kLanes - 1) / kLanes * kLanes;
+      const uint32_t pitch = round_up(quads, uint32_t{kLanes});
       if (row % kLanes == 0) levels[group * pitch + quad] = ruled_out;
     }
     if (kArrangement == Arrangement::rows && row >= rows) return;
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
       // The shift of a block of zeros, whose exponent may be above its scale, does not matter; NaN's codes are not read.
-      const uint32_t shift = in.scale[b] - e[b] & kMaxShift;
+      const uint32_t shift = (in.scale[b] - e[b]) & kRule.shift;
       Dwords8 out;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = expand4(codes4(in.codes[b], i), shift);
+      for (int i = 0; i < 8; ++i) {
+        out[i] = expanded4(in.codes[b], i, shift);
+      }
       store_block(out, row, quad, b);
     }
   }
@@ -165,7 +104,8 @@ struct Expanded {
     if constexpr (kArrangement == Arrangement::rows) {
       *(Dwords8*)(codes + (row * quads + quad) * kQuadElements + b * kBlock) = block;
     } else if constexpr (kArrangement == Arrangement::row_fragments) {
-      *(Dwords8*)(codes + ((row / 8 * quads + quad) * kQuad + b) * (8 * kBlock) + row % 8 * kBlock) = block;
+      *(Dwords8*)(codes + ((row / kRowUnit * quads + quad) * kQuad + b) * (kRowUnit * kBlock) + row % kRowUnit * kBlock) =
+          block;
     } else {
       auto* out = (uint32_t*)codes + ((row / kLanes * quads + quad) * kQuad + b) * (8 * kLanes) + row % kLanes;
 #pragma unroll
@@ -184,8 +124,8 @@ inline Place this_place() {
 }
 
 XPU_FP4_KERNEL(2)
-expand(const uint8_t* codes, const uint8_t* scale, int64_t scale_row_stride, int64_t scale_block_stride, uint8_t* out,
-       uint32_t* exponents, uint32_t* levels, int64_t rows, int64_t padded_rows, int64_t k) {
+expand(XPU_FP4_STORED_PARAMETERS(in), XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, int64_t padded_rows, int64_t k) {
+  const StoredOperand from = XPU_FP4_STORED(in);
   const auto [row, quad] = this_place();
   if (row >= padded_rows) return;  // whole sub-groups
   const int64_t blocks = k / kBlock;
@@ -194,57 +134,64 @@ expand(const uint8_t* codes, const uint8_t* scale, int64_t scale_row_stride, int
   for (int b = 0; b < kQuad; ++b) {
     const int64_t block = int64_t{quad} * kQuad + b;
     const bool real = row < rows && block < blocks;
-    Bytes16 packed = {};
-    if (real) packed = load16(codes + (row * blocks + block) * kBlockBytes);
-    const auto dwords = __builtin_bit_cast(Dwords4, packed);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) in.codes[b][i] = dwords[i];
-    in.scale[b] = real ? scale[row * scale_row_stride + block * scale_block_stride] : uint8_t{e8m0::kBias};
+    for (int part = 0; part < kBlockDwords / 4; ++part) {
+      Bytes16 bytes = {};
+      if (real) bytes = load16(from.codes + (row * blocks + block) * (4 * kBlockDwords) + 16 * part);
+      const auto dwords = __builtin_bit_cast(Dwords4, bytes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) in.codes[b][4 * part + i] = dwords[i];
+    }
+    in.scale[b] = real ? from.scale[row * from.scale_row_stride + block * from.scale_block_stride] : uint8_t{e8m0::kBias};
   }
-  Expanded{out, exponents, levels, rows, padded_rows, static_cast<uint32_t>((blocks + kQuad - 1) / kQuad)}.store(in, row, quad);
+  Expanded{XPU_FP4_EXPANDED(out), rows, padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
 }
 
 #ifdef XPU_FP4_DTYPE
-constexpr int kVector = 16 / size_of(kDType);  // elements of a load
+using BlockValues = Values<kBlock>;
 
-/// mxfp4_quantize of one block, its codes as packed dwords.
-inline uint32_t quantize_block(const uint8_t* x, ScaleMode mode, uint32_t (&codes)[4]) {
-  float values[kBlock];
-  uint32_t amax_bits = 0;
+/// The row's quad from x on, of which `blocks` exist.
+template <class Quad>
+inline void quantize_quad(const uint8_t* x, int64_t blocks, const QuantizeExpandArguments& args, Quad& in) {
+  constexpr int bytes = kBlock * size_of(kDType);
+  if constexpr (kFormat == Format::mxfp4) {
 #pragma unroll
-  for (int v = 0; v < kBlock / kVector; ++v) {
-    alignas(16) const Bytes16 bytes = load16(x + 16 * v);
+    for (int b = 0; b < kQuad; ++b) {
+      if (b >= blocks) break;
+      const BlockValues values(x + b * bytes);
+      const uint8_t scale = e8m0::from_amax(values.amax_bits, static_cast<ScaleMode>(args.mode));
+      encode(values, Mxfp4Encoder(scale), in.codes[b]);
+      in.scale[b] = scale;
+    }
+  } else {
+    // Twice over the floats: a group's would not stay in registers.
+    uint32_t amax_bits[kQuad], all = 0;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[v * kVector + i] = load_converted<kDType>(&bytes, i);
-      amax_bits = sycl::max(amax_bits, magnitude_bits(values[v * kVector + i]));
+    for (int b = 0; b < kQuad; ++b) {
+      amax_bits[b] = b < blocks ? BlockValues(x + b * bytes).amax_bits : 0;
+      all = sycl::max(all, amax_bits[b]);
+    }
+#pragma unroll
+    for (int b = 0; b < kQuad; ++b) {
+      if (b >= blocks) break;
+      in.scale[b] = mxint8::scale_byte(args.group == kBlock ? amax_bits[b] : all);
+      encode(BlockValues(x + b * bytes), Mxint8Encoder(in.scale[b]), in.codes[b]);
     }
   }
-  const uint8_t scale = e8m0::from_amax(amax_bits, mode);
-  const float reciprocal = e8m0::reciprocal(scale);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) codes[i] = 0;
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) codes[i / 8] |= quantize_element(values[i], reciprocal) << 4 * (i % 8);
-  return scale;
 }
 
 XPU_FP4_KERNEL(2)
-quantize_expand(const uint8_t* x, int mode, uint8_t* out, uint32_t* exponents, uint32_t* levels, int64_t rows,
-                int64_t padded_rows, int64_t k) {
+quantize_expand(const void* x, XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, int64_t padded_rows, int64_t k, int mode,
+                int group) {
+  const QuantizeExpandArguments args = {x, XPU_FP4_EXPANDED(out), rows, padded_rows, k, mode, group};
   const auto [row, quad] = this_place();
-  if (row >= padded_rows) return;  // whole sub-groups
-  const int64_t blocks = k / kBlock;
+  if (row >= args.padded_rows) return;  // whole sub-groups
+  const int64_t blocks = args.k / kBlock, first = int64_t{quad} * kQuad;
   RowQuad in = {};
 #pragma unroll
-  for (int b = 0; b < kQuad; ++b) {
-    const int64_t block = int64_t{quad} * kQuad + b;
-    in.scale[b] = e8m0::kBias;
-    if (row < rows && block < blocks) {
-      const uint8_t* from = x + (row * blocks + block) * kBlock * size_of(kDType);
-      in.scale[b] = quantize_block(from, static_cast<ScaleMode>(mode), in.codes[b]);
-    }
-  }
-  Expanded{out, exponents, levels, rows, padded_rows, static_cast<uint32_t>((blocks + kQuad - 1) / kQuad)}.store(in, row, quad);
+  for (int b = 0; b < kQuad; ++b) in.scale[b] = e8m0::kBias;
+  const uint8_t* from = static_cast<const uint8_t*>(args.x) + (row * blocks + first) * kBlock * size_of(kDType);
+  if (row < args.rows) quantize_quad(from, blocks - first, args, in);
+  Expanded{args.out, args.rows, args.padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
 }
 #endif

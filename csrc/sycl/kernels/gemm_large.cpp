@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4 for many rows: Y [M, N] = A x W^T + bias over expanded operands (layout.hpp), the bits of format/accumulate.h.
+// W4A4 and W4A8 for many rows: Y [M, N] = A x W^T + bias over expanded operands (layout.hpp), the bits of format/accumulate.h.
 //
 // A sub-group computes 8 * XPU_FP4_ROW_UNITS rows x kLanes * XPU_FP4_COLUMN_UNITS columns: the columns of a quad stay in
 // registers, the rows pass 8 at a time. Its level (layout.hpp) decides how each quad is summed (quad_sum.hpp); on the near
-// level its blocks are loaded in that order. Macros: XPU_FP4_ROW_UNITS, XPU_FP4_COLUMN_UNITS, XPU_FP4_DTYPE (Y's),
-// XPU_FP4_BLOCK_2D, XPU_FP4_REGISTERS.
+// level its blocks are loaded in that order. Macros: XPU_FP4_FORMAT (of A), XPU_FP4_ROW_UNITS, XPU_FP4_COLUMN_UNITS,
+// XPU_FP4_DTYPE (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_REGISTERS.
 #include "operands.hpp"
 #include "output.hpp"
 #include "quad_sum.hpp"
@@ -13,6 +13,7 @@ using namespace xpu_fp4;
 
 constexpr int kRowUnits = XPU_FP4_ROW_UNITS, kColumnUnits = XPU_FP4_COLUMN_UNITS;
 constexpr int kTileRows = kRowUnit * kRowUnits;
+constexpr bool kHasNear = kBlock2D && kFormat == Format::mxfp4;
 constexpr int kUnitsPerGroup = kLanes / kRowUnit;  // row units that share a word of exponents per lane
 
 struct Tile {
@@ -21,7 +22,7 @@ struct Tile {
   ColumnCodes<kColumnUnits> columns;
   GlobalWords column_exponents;
   uint32_t quads;
-  int8 magic;
+  int8 start;
 };
 
 /// acc += the quad's share of 8 rows x kLanes columns.
@@ -29,11 +30,11 @@ template <int level>
 XPU_FP4_STEP void add_unit(const Tile& tile, const RowFragment (&a)[kQuad], const int8 (&b)[kQuad],
                            const RowScales<level>& rows, const ColumnScales<level>& columns, int first_row, float8& acc) {
   if constexpr (level == kNearLevel) {
-    const float8 terms = near_terms(a, b, tile.magic, rows, first_row);
+    const float8 terms = near_terms(a, b, tile.start, rows, first_row);
 #pragma unroll(kUnroll)
     for (int r = 0; r < kRowUnit; ++r) acc[r] = sycl::fma(terms[r], columns.scale[0], acc[r]);
   } else {
-    const ChainSums<level> sums(a, b, tile.magic);
+    const ChainSums<level> sums(a, b, tile.start);
 #pragma unroll(kUnroll)
     for (int r = 0; r < kRowUnit; ++r) {
       const float term = quad_term(sums, r, rows, first_row + r, columns);
@@ -90,24 +91,23 @@ struct Levels {
 };
 
 XPU_FP4_KERNEL(2)
-gemm_large(const uint8_t* a, const uint32_t* a_exponents, const uint32_t* a_levels, const uint8_t* b,
-           const uint32_t* b_exponents, const uint32_t* b_levels, const float* bias, int64_t bias_row_stride,
-           int64_t bias_column_stride, void* y, int64_t m, int64_t n, uint32_t quads, uint32_t magic) {
+gemm_large(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_EXPANDED_PARAMETERS(b), XPU_FP4_OUTPUT_PARAMETERS, uint32_t quads,
+           uint32_t start_bits) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kTileRows;
   const int64_t first_column = uniform(static_cast<int64_t>(item.get_global_id(1)) / kLanes) * (kColumnUnits * kLanes);
   if (first_row >= m || first_column >= n) return;
-  const uint32_t pitch = (quads + kLanes - 1) / kLanes * kLanes;
+  const uint32_t pitch = round_up(quads, uint32_t{kLanes});
   const uint64_t row_group = first_row / kLanes, column_group = first_column / kLanes;
 
   Tile tile;
   tile.quads = quads;
   const auto rows = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kTileRows}));
-  tile.rows = ManyRowCodes({(GlobalBytes)a + uint64_t(first_row) * quads * kQuadElements, quads, rows});
+  tile.rows = ManyRowCodes({(GlobalBytes)a_codes + uint64_t(first_row) * quads * kQuadElements, quads, rows});
   tile.row_exponents = (GlobalWords)a_exponents + row_group * quads * kLanes;
   tile.column_exponents = (GlobalWords)b_exponents + column_group * quads * kLanes;
-  tile.columns = {(GlobalBytes)b + column_group * quads * (kQuad * kColumnFragmentBytes), quads};
-  tile.magic = magic_of_lane(magic);
+  tile.columns = {(GlobalBytes)b_codes + column_group * quads * (kQuad * kColumnFragmentBytes), quads};
+  tile.start = start_of_lane(start_bits);
   const Levels levels = {(GlobalWords)a_levels + row_group * pitch, (GlobalWords)b_levels + column_group * pitch, pitch};
 
   // The sub-groups of a work-group share the rows, or the columns, of their tiles; each prefetches a part.
@@ -132,7 +132,7 @@ gemm_large(const uint8_t* a, const uint32_t* a_exponents, const uint32_t* a_leve
         add_quad_of_tile<kQuadLevel>(tile, quad, acc);
       } else if (level == kPairLevel) {
         add_quad_of_tile<kPairLevel>(tile, quad, acc);
-      } else if (kBlock2D && level < kBlockLevel) {
+      } else if (kHasNear && level < kBlockLevel) {
         add_quad_of_tile<kNearLevel>(tile, quad, acc, NearOrder(level));
       } else if (level == kBlockLevel) {
         add_quad_of_tile<kBlockLevel>(tile, quad, acc);
@@ -141,5 +141,5 @@ gemm_large(const uint8_t* a, const uint32_t* a_exponents, const uint32_t* a_leve
       }
     }
   }
-  Output{bias, bias_row_stride, bias_column_stride, y, m, n}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
+  Output{XPU_FP4_OUTPUT}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
 }

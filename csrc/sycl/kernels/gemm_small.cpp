@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4 for few rows: Y [M, N] = A x W^T + bias, A expanded (layout.hpp), W as it is in the checkpoint; the bits of
+// W4A4 and W4A8 for few rows: Y [M, N] = A x W^T + bias, A expanded (layout.hpp), W as it is in the checkpoint; the bits of
 // format/accumulate.h. Bound by the bandwidth of W's packed codes, which are read once for every XPU_FP4_ROWS rows.
 //
 // A work-group computes XPU_FP4_ROWS rows x kLanes columns. Its kSplit sub-groups share K: in a round each decodes its own quad
 // of weights in registers and leaves the quad's sums in local memory; then each adds up, for its share of the rows, the round's
-// quads in ascending order. So the order is that of the definition. Macros: XPU_FP4_ROWS, XPU_FP4_DTYPE (Y's),
-// XPU_FP4_BLOCK_2D, XPU_FP4_WEIGHTS (Weights of layout.hpp).
+// quads in ascending order. So the order is that of the definition. Macros: XPU_FP4_FORMAT (of A), XPU_FP4_ROWS, XPU_FP4_DTYPE
+// (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_WEIGHTS (Weights of layout.hpp).
 #include <sycl/ext/oneapi/work_group_static.hpp>
 
 #include "decode.hpp"
@@ -15,10 +15,10 @@
 using namespace xpu_fp4;
 
 constexpr int kRows = XPU_FP4_ROWS;
-constexpr int kRowUnits = (kRows + kRowUnit - 1) / kRowUnit;
-constexpr int kGroups = (kRows + kLanes - 1) / kLanes;  // of rows, that share a word of exponents per lane
+constexpr int kRowUnits = ceil_div(kRows, kRowUnit);
+constexpr int kGroups = ceil_div(kRows, kLanes);  // of rows, that share a word of exponents per lane
 constexpr int kSplit = kSmallSplit;
-constexpr int kOwnRows = (kRows + kSplit - 1) / kSplit;
+constexpr int kOwnRows = ceil_div(kRows, kSplit);
 constexpr int kUnitRows = kRows < kRowUnit ? kRows : kRowUnit;
 using Decoded = DecodedBlock<(kRows > 16 ? 2 : 1)>;  // so that the matrix unit keeps up with memory
 
@@ -88,7 +88,7 @@ XPU_FP4_INLINE float pair_term(const int8 (&sums)[2], int r, const RowScales<lev
 /// Sums of one quad for all rows, to local memory. One pair of blocks after the other, to hold few of them.
 template <int level>
 XPU_FP4_STEP void store_terms(const Rows& rows, const uint32_t (&exponents)[kGroups], const WeightQuad& w, uint32_t quad,
-                              const int8& magic, LocalWords out) {
+                              const int8& start, LocalWords out) {
   const ColumnScales<level> columns(w.exponents);
   const Decoded blocks[kQuad] = {Decoded(w.packed[0]), Decoded(w.packed[1]), Decoded(w.packed[2]), Decoded(w.packed[3])};
 #pragma unroll(kUnroll)
@@ -99,7 +99,7 @@ XPU_FP4_STEP void store_terms(const Rows& rows, const uint32_t (&exponents)[kGro
     for (int half = 0; half < 2; ++half) {
       RowFragment a[2];
       rows.codes.load_pair(unit, quad, half, a);
-      const int8 sums[2] = {matrix_mad(a[0], blocks[2 * half], magic), matrix_mad(a[1], blocks[2 * half + 1], magic)};
+      const int8 sums[2] = {matrix_mad(a[0], blocks[2 * half], start), matrix_mad(a[1], blocks[2 * half + 1], start)};
 #pragma unroll(kUnroll)
       for (int r = 0; r < kUnitRows; ++r) {
         const float pair = pair_term(sums, r, scales, unit * kRowUnit + r, columns, half);
@@ -123,42 +123,42 @@ XPU_FP4_INLINE void barrier() {
 }
 
 /// The highest bit of each byte that is an exponent outside of the window; of the other bits nothing is known.
-XPU_FP4_INLINE uint32_t outside_of_window(uint32_t exponents) {
+XPU_FP4_INLINE uint32_t outside_of_window(uint32_t exponents, Window window) {
   constexpr uint32_t each = 0x01010101u;
   const uint32_t rest = exponents & 0x7F * each;
-  const uint32_t low = rest + (128 - kWindowLow) * each;    // without the bit: below the window, if the exponent is below 128
-  const uint32_t high = rest + (255 - kWindowHigh) * each;  // with it: above, if not
+  const uint32_t low = rest + (128 - window.low) * each;    // without the bit: below the window, if the exponent is below 128
+  const uint32_t high = rest + (255 - window.high) * each;  // with it: above, if not
   return (exponents & high) | ~(exponents | low);
 }
 
 XPU_FP4_INLINE bool any_outside_of_window(const uint32_t (&rows)[kGroups], uint32_t columns) {
-  uint32_t outside = outside_of_window(columns);
+  uint32_t outside = outside_of_window(columns, kWeightWindow);
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) outside |= outside_of_window(rows[group]);
+  for (int group = 0; group < kGroups; ++group) {
+    outside |= outside_of_window(rows[group], activations_window(kFormat));
+  }
   return sycl::any_of_group(this_sub_group(), (outside & 0x80808080u) != 0);
 }
 
 XPU_FP4_KERNEL(2)
-gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* w, const uint8_t* w_scale, int64_t w_scale_row_stride,
-           int64_t w_scale_block_stride, const float* bias, int64_t bias_row_stride, int64_t bias_column_stride, void* y,
-           int64_t m, int64_t n, int64_t k, uint32_t magic_bits) {
+gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k,
+           uint32_t start_bits) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   static syclexp::work_group_static<RoundTerms[2]> terms;
   const uint32_t split = uniform(this_sub_group().get_group_linear_id());
   const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kRows;
   const int64_t first_column = static_cast<int64_t>(item.get_global_id(1)) / (kLanes * kSplit) * kLanes;
-  const auto quads = static_cast<uint32_t>((k + kQuadElements - 1) / kQuadElements);
+  const auto quads = static_cast<uint32_t>(ceil_div(k, kQuadElements));
   const auto blocks = static_cast<uint32_t>(k / kBlock);
 
   // Rows are padded to groups: a tile may start inside of one only where it is smaller, and then it is the first.
   const uint64_t row_group = first_row / kLanes;
   const auto height = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kRows}));
-  const Rows rows = {{(GlobalBytes)a + uint64_t(first_row) * quads * kQuadElements, quads, height},
+  const Rows rows = {{(GlobalBytes)a_codes + uint64_t(first_row) * quads * kQuadElements, quads, height},
                      (GlobalWords)a_exponents + row_group * quads * kLanes,
                      quads};
-  WeightColumn column(w, w_scale, w_scale_row_stride, w_scale_block_stride, k, sycl::min(first_column + lane_id(), n - 1),
-                      split);
-  const int8 magic = magic_of_lane(magic_bits);
+  WeightColumn column(XPU_FP4_STORED(w), k, sycl::min(first_column + lane_id(), n - 1), split);
+  const int8 start = start_of_lane(start_bits);
   const uint32_t first_own = split * kOwnRows;
 
   float acc[kOwnRows] = {};
@@ -173,9 +173,9 @@ gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* w, cons
       uint32_t exponents[kGroups];
       rows.load_exponents(quad, exponents);
       if (any_outside_of_window(exponents, weights.exponents)) {
-        store_terms<kGeneralLevel>(rows, exponents, weights, quad, magic, own_terms);
+        store_terms<kGeneralLevel>(rows, exponents, weights, quad, start, own_terms);
       } else {
-        store_terms<kBlockLevel>(rows, exponents, weights, quad, magic, own_terms);
+        store_terms<kBlockLevel>(rows, exponents, weights, quad, start, own_terms);
       }
     } else {
       const float zeros[kUnitRows] = {};  // which change no sum: none is -0
@@ -196,7 +196,7 @@ gemm_small(const uint8_t* a, const uint32_t* a_exponents, const uint8_t* w, cons
     column.step(kSplit);
     buffer ^= 1;  // the next round writes what the one before has read: one barrier is enough
   }
-  const Output output = {bias, bias_row_stride, bias_column_stride, y, m, n};
+  const Output output{XPU_FP4_OUTPUT};
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) {
     const uint32_t row = first_own + i;

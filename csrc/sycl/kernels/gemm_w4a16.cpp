@@ -22,9 +22,7 @@ inline float block_sum(const void* x, int64_t first, const Bytes16& packed) {
   return add_runs(sum[0], sum[1], sum[2], sum[3]);
 }
 
-XPU_FP4_KERNEL(2)
-gemm_w4a16(const void* x, const uint8_t* w, const uint8_t* w_scale, int64_t w_scale_row_stride, int64_t w_scale_block_stride,
-           const float* bias, int64_t bias_row_stride, int64_t bias_column_stride, void* y, int64_t m, int64_t n, int64_t k) {
+XPU_FP4_KERNEL(2) gemm_w4a16(const void* x, XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const int64_t row = item.get_global_id(0), lane_column = item.get_global_id(1);
   // A lane beyond N repeats the last column: it must not leave before the sum is complete. For the lanes that remain, Intel's
@@ -38,7 +36,7 @@ gemm_w4a16(const void* x, const uint8_t* w, const uint8_t* w_scale, int64_t w_sc
     for (int b = 0; b < kQuad; ++b) {
       const int64_t block = quad + b;
       if (block < row_blocks) {
-        const float sum = block_sum(x, row * k + block * kBlock, load16(w + column * (k / 2) + block * kBlockBytes));
+        const float sum = block_sum(x, row * k + block * kBlock, load16(w_codes + column * (k / 2) + block * kBlockBytes));
         p[b] = block_share(sum, weight_factor(w_scale[column * w_scale_row_stride + block * w_scale_block_stride]));
       }
     }

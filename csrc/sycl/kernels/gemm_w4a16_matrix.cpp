@@ -196,9 +196,7 @@ XPU_FP4_INLINE void add_splits(Sums& acc, uint32_t split) {
 }
 
 XPU_FP4_KERNEL(2)
-gemm_w4a16_matrix(const uint8_t* x, const uint8_t* w, const uint8_t* w_scale, int64_t w_scale_row_stride,
-                  int64_t w_scale_block_stride, const float* bias, int64_t bias_row_stride, int64_t bias_column_stride, void* y,
-                  int64_t m, int64_t n, int64_t k) {
+gemm_w4a16_matrix(const void* x, XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   // One tile per sub-group, or per work-group of kSplit sub-groups.
   const auto tile_column = uniform(static_cast<int64_t>(item.get_global_id(1)) / (kLanes * kSplit));
@@ -213,7 +211,8 @@ gemm_w4a16_matrix(const uint8_t* x, const uint8_t* w, const uint8_t* w_scale, in
 #pragma unroll
   for (int j = 0; j < kColumnUnits; ++j) {
     const int64_t column = sycl::min(first_column + kLanes * j + lane_id(), n - 1);
-    columns[j] = {(GlobalBytes)w + column * (k / 2), (GlobalBytes)w_scale + column * w_scale_row_stride, w_scale_block_stride};
+    columns[j] = {(GlobalBytes)w_codes + column * (k / 2), (GlobalBytes)w_scale + column * w_scale_row_stride,
+                  w_scale_block_stride};
   }
 
   Sums acc;
@@ -233,5 +232,5 @@ gemm_w4a16_matrix(const uint8_t* x, const uint8_t* w, const uint8_t* w_scale, in
     add_splits(acc, split);
     if (split != 0) return;
   }
-  Output{bias, bias_row_stride, bias_column_stride, y, m, n}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
+  Output{XPU_FP4_OUTPUT}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
 }

@@ -1,22 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// The expanded form of an MXFP4 operand: what the pre-pass (expand.cpp) writes and the products with the matrix unit read. Host
-// and device.
+// The expanded form of an operand, MXFP4 or of A MXINT8: what the pre-pass (expand.cpp) writes and the products with the matrix
+// unit read. Host and device.
 //
 // R rows, padded to whole tiles, in groups of one sub-group (lanes = rows of the group); K in quads of 128. Every array is
 // group-major, so that a tile adds one 64-bit offset and walks K with 32 bits.
-//   codes      int8, twice the value, shifted left by up to 3 (so |code| <= 96), such that blocks of a quad share an exponent
-//              where they can; K rounded up to whole quads, the tail zero. Arranged as Arrangement says
+//   codes      int8; K rounded up to whole quads, the tail zero. Arranged as Arrangement says. MXFP4: twice the value, shifted
+//              left by up to 3 (so |code| <= 96), such that blocks of a quad share an exponent where they can. MXINT8: as they
+//              are, which leaves no room for a shift
 //   exponents  uint32 [group][quad][lane]: the scale bytes of the quad's four blocks, reduced by the shift
 //   levels     uint32 [group][quad, rounded up to lanes]: bit l is set if Level l does not apply to all of the group's rows
 #pragma once
 #include <cstdint>
 
 #include "format/accumulate.h"
+#include "format/integer.h"
 
 namespace xpu_fp4 {
 
 /// The bits of 1.25 * 2^23, from which sums start (quad_sum.hpp).
-constexpr uint32_t kMagicBits = 0x4B200000;
+constexpr uint32_t kStartBits = 0x4B200000;
+
+/// Rows of a matrix instruction.
+constexpr int kRowUnit = 8;
 
 /// Sub-groups of a work-group of gemm_small.cpp, which share K there.
 constexpr int kSmallSplit = 8;
@@ -26,7 +31,8 @@ constexpr int kSmallSplit = 8;
 enum Level : uint32_t {
   kQuadLevel,  // the four blocks share one exponent: one int32 sum
   kPairLevel,  // blocks 0 and 1 share one, blocks 2 and 3 share one
-  kNearLevel,  // a column's blocks share one; two of a row's do, and the others' are not far. 16 numbers: NearOrder
+  kNearLevel,  // a column's blocks share one; two of a row's do, and the others' are not far. MXFP4 alone. 16 numbers:
+               // NearOrder
   kBlockLevel = kNearLevel + 16,  // any exponents inside the window
   kGeneralLevel,                  // an exponent outside of the window, or NaN
 };
@@ -44,15 +50,23 @@ struct NearOrder {
   }
 };
 
-/// Unbiased exponents in [-44, 33] need no care for subnormals or overflow. With L = 44 and H = 33 the least bit of any
-/// intermediate is 2^-(2L + H) >= 2^-126. Four blocks, in units of a column's exponent that a shift may have reduced by 3, are
-/// below 2^(14.2 + 2H + L + 3) < 2^128.
-constexpr unsigned kWindowLow = 127 - 44;
-constexpr unsigned kWindowHigh = 127 + 33;
+/// Scale bytes that need no care for subnormals or overflow: unbiased exponents in [-L, H], L = 44. H is 33 for W and for MXFP4
+/// activations, 30 for MXINT8. The least bit of any intermediate, in units of a column's exponent, is 2^-(2L + 33) >= 2^-126;
+/// MXINT8's 2^-5 enters with the column's exponent at the end, where 2^-(2L + 7) is the least. Four blocks, in units of a
+/// column's exponent that a shift may have reduced by 3, are below
+///   MXFP4,  |d| <= 4608:    2^(14.2 + 33 + 33 + L + 3) < 2^128
+///   MXINT8, |d| <= 49152:   2^(17.6 + 30 + 33 + L + 3) < 2^128
+struct Window {
+  unsigned low, high;
+};
+constexpr Window kWeightWindow = {127 - 44, 127 + 33};
+constexpr Window activations_window(Format format) {
+  return {kWeightWindow.low, format == Format::mxint8 ? 127 + 30 : kWeightWindow.high};
+}
 
-/// Of the 32 elements inside of a block: any will do that both operands have.
+/// Order of the 32 elements in a block. Both operands must use the same.
 enum class ElementOrder : int {
-  apart,  // as packed dwords come apart: the low nibbles of a dword's four bytes, then the high ones. No nibble has to move
+  apart,  // of eight elements 0 2 4 6 1 3 5 7: the low nibbles of a packed dword, then the high ones, so that none has to move
   packed  // as in the checkpoint: for products with operands of four bits
 };
 
@@ -78,7 +92,7 @@ struct ExpandedLayout {
   int lanes;
 
   constexpr int64_t groups() const { return padded_rows / lanes; }
-  constexpr int64_t level_pitch() const { return (quads + lanes - 1) / lanes * lanes; }
+  constexpr int64_t level_pitch() const { return round_up(quads, lanes); }
   constexpr int64_t codes_bytes() const { return padded_rows * quads * kQuadElements; }
   constexpr int64_t exponents_bytes() const { return padded_rows * quads * 4; }
   constexpr int64_t levels_bytes() const { return groups() * level_pitch() * 4; }

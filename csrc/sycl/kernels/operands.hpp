@@ -3,7 +3,6 @@
 //   XPU_FP4_BLOCK_2D   1 for devices that have 2D block loads: all with 16 lanes. Decides the arrangement of A
 #pragma once
 #include "common.hpp"
-#include "layout.hpp"
 
 typedef unsigned xpu_fp4_uint2 __attribute__((ext_vector_type(2)));
 typedef unsigned xpu_fp4_uint4 __attribute__((ext_vector_type(4)));
@@ -48,7 +47,6 @@ using float8 = xpu_fp4_float8;
 constexpr int kUnroll = XPU_FP4_MATRIX_UNIT ? 64 : 1;
 
 constexpr int kLanes = kSubGroup;
-constexpr int kRowUnit = 8;                           // rows of a matrix-mad
 constexpr int kRowFragmentBytes = kRowUnit * kBlock;  // a block of 8 rows
 constexpr int kColumnFragmentBytes = kLanes * kBlock;
 constexpr bool kBlock2D = XPU_FP4_BLOCK_2D;

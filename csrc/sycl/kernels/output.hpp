@@ -6,12 +6,7 @@
 
 namespace xpu_fp4 {
 
-struct Output {
-  const float* bias;
-  int64_t bias_row_stride, bias_column_stride;
-  void* y;
-  int64_t m, n;
-
+struct Output : OutputArguments {
   XPU_FP4_INLINE float bias_of(int64_t row, int64_t column) const {
     return ((XPU_FP4_GLOBAL const float*)bias)[row * bias_row_stride + column * bias_column_stride];
   }

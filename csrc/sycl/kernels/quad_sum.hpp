@@ -2,14 +2,21 @@
 // Device code: the sum of one quad, with the bits of format/accumulate.h, from the integers of the matrix unit. Beside the
 // matrix-mads, an output and quad cost 2 float instructions where the quad's exponents are aligned, 4 where its pairs are or
 // the rows' are near, 8 inside of the window, 16 in general (layout.hpp), and no integer instruction:
-//  * A chain of matrix-mads starts from the bits of m = 1.25 * 2^23. |d| < 2^21, so the int32 result *is* the float m + d.
+//  * A chain of matrix-mads starts from the bits of m = 1.25 * 2^23. |d| < 2^21, so the int32 result *is* the float m + d: four
+//    blocks sum to at most 128 * 96 * 96 with MXFP4 activations, 128 * 128 * 96 = 1572864 with MXINT8, whose codes may be -128.
 //  * u = fma(that, sa, -m * sa) = d * sa is exact; sa is the row's power of two, a scalar operand.
 //  * The column's power of two goes into the fma that adds. Sums inside of a quad are kept in units of the first block's; the
 //    others enter as ratios. Scaling by a power of two commutes with rounding inside of the window.
+//  * Both operands are integers that are too large by a power of two: 2^2 together for MXFP4 activations, 2^7 for MXINT8. It
+//    leaves with the column's first scale, which is normal inside of the window, and on the general level exact: 2^-134 at
+//    least.
+//  * The general level's first product, d * 2^min(ea, 100) with |d| < 2^19, is finite and no bit of it is below 2^-127. The
+//  next
+//    rounds; where the third factor is not 1, it is at least 2^-34 and so the third is exact.
 //
-// Near: a column's scales are within 2 powers of two of each other, a row's within 8. So a quad's four products are multiples
-// of some unit, and their sum is at most 4608 * (3 * 2^10 + 1) < 2^24 of it: the definition rounds none of its three sums, and
-// the order is free. With blocks f, g, and h and i in one chain,
+// Near, with MXFP4 activations: a column's scales are within 2 powers of two of each other, a row's within 8. So a quad's four
+// products are multiples of some unit, and their sum is at most 4608 * (3 * 2^10 + 1) < 2^24 of it: the definition rounds none
+// of its three sums, and the order is free. With blocks f, g, and h and i in one chain,
 //   x = fma(m + df, sf, -m (sf + sg + sh)) = df sf - m (sg + sh)
 //   y = fma(m + dg, sg, x)                 = df sf + dg sg - m sh
 //   z = fma(m + dh, sh, y)                 = the sum
@@ -30,11 +37,14 @@ namespace xpu_fp4 {
 #define XPU_FP4_STEP inline
 #endif
 
-constexpr float kMagic = float_of(kMagicBits);
+constexpr float kStart = float_of(kStartBits);
+
+/// Both operands' integers are too large by 2^this.
+constexpr int kTooLarge = -(integer_exponent(kFormat) + integer_exponent(Format::mxfp4));
 
 /// Its bits, from a kernel's argument, and made to look different from lane to lane: a constant, or a uniform value,
 /// would be written to eight registers before every chain.
-XPU_FP4_INLINE int8 magic_of_lane(uint32_t magic) { return static_cast<int>(magic + lane_id() * (magic & 1)); }
+XPU_FP4_INLINE int8 start_of_lane(uint32_t bits) { return static_cast<int>(bits + lane_id() * (bits & 1)); }
 
 template <int level>
 constexpr int kChains = level == kQuadLevel   ? 1
@@ -44,24 +54,24 @@ constexpr int kChains = level == kQuadLevel   ? 1
 XPU_FP4_INLINE uint32_t exponent_of(uint32_t exponents, uint32_t block) { return exponents >> (8 * block) & 255u; }
 XPU_FP4_INLINE float power(uint32_t biased) { return float_of(biased << 23); }  // 1 .. 254; 255 gives Inf
 
-/// The sums of a quad's chains for 8 rows, as floats that are kMagic too large.
+/// The sums of a quad's chains for 8 rows, as floats that are kStart too large.
 template <int level>
 struct ChainSums {
   static_assert(level != kNearLevel, "near_terms() has chains of its own");
   int8 sum[kChains<level>];
 
-  XPU_FP4_INLINE ChainSums(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& magic) {
+  XPU_FP4_INLINE ChainSums(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& start) {
     constexpr int blocks = kQuad / kChains<level>;
 #pragma unroll(kUnroll)
     for (int c = 0; c < kChains<level>; ++c) {
-      sum[c] = magic;
+      sum[c] = start;
 #pragma unroll(kUnroll)
       for (int i = c * blocks; i < (c + 1) * blocks; ++i) sum[c] = matrix_mad(a[i], b[i], sum[c]);
     }
   }
 };
 
-/// Of kLanes rows, lane = row: sa, and what takes the magic off.
+/// Of kLanes rows, lane = row: sa, and what takes the start off.
 template <int level>
 struct RowScales {
   float scale[kChains<level>], offset[kChains<level>], rest[kChains<level>];
@@ -78,7 +88,7 @@ struct RowScales {
       } else {
         scale[c] = power(e);  // a NaN scale is Inf here, and Inf - Inf below: rows of NaN stay on the fast levels
       }
-      offset[c] = scale[c] * -kMagic;
+      offset[c] = scale[c] * -kStart;
     }
   }
 };
@@ -90,11 +100,11 @@ struct RowScales<kNearLevel> {
   XPU_FP4_INLINE RowScales(uint32_t exponents, const NearOrder& order) {
 #pragma unroll
     for (int c = 0; c < 3; ++c) scale[c] = power(exponent_of(exponents, order.block[c]));
-    offset = (scale[0] + scale[1] + scale[2]) * -kMagic;
+    offset = (scale[0] + scale[1] + scale[2]) * -kStart;
   }
 };
 
-/// Of kLanes columns, lane = column: the first scale over 4, since both operands hold twice their values, and ratios.
+/// Of kLanes columns, lane = column: the first scale, over 2^kTooLarge, and ratios.
 template <int level>
 struct ColumnScales {
   float scale[kChains<level>];
@@ -108,10 +118,10 @@ struct ColumnScales {
       for (int b = 0; b < kQuad; ++b) {
         // e8m0::value() in three instructions: 2^-127 has the bits 0x00400000, and e + 1 reaches 256 for NaN only.
         const float value = float_of(sycl::max(e[b] << 23, 0x00400000u) | (e[b] + 1) >> 8 << 22);
-        scale[b] = value * 0.25f;
+        scale[b] = value * pow2(-kTooLarge);
       }
     } else {
-      scale[0] = power(e[0] - 2);
+      scale[0] = power(e[0] - kTooLarge);
       if constexpr (level == kPairLevel) scale[1] = power(e[2] - e[0] + 127);
       if constexpr (level == kBlockLevel) {
         scale[1] = power(e[1] - e[0] + 127);
@@ -130,14 +140,14 @@ struct ColumnScales<kNearLevel> : ColumnScales<kQuadLevel> {
 
 /// The near level's sums for 8 rows, from operands in its order. A chain ends before the next begins, so that one takes
 /// registers.
-XPU_FP4_INLINE float8 near_terms(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& magic,
+XPU_FP4_INLINE float8 near_terms(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& start,
                                  const RowScales<kNearLevel>& rows, int first_row) {
   float8 sum;
 #pragma unroll(kUnroll)
   for (int r = 0; r < kRowUnit; ++r) sum[r] = of_lane(rows.offset, first_row + r);
 #pragma unroll
   for (int c = 0; c < 3; ++c) {
-    int8 chain = matrix_mad(a[c], b[c], magic);
+    int8 chain = matrix_mad(a[c], b[c], start);
     if (c == 2) chain = matrix_mad(a[3], b[3], chain);
 #pragma unroll(kUnroll)
     for (int r = 0; r < kRowUnit; ++r) {

@@ -20,12 +20,12 @@ METHOD = "compressed-tensors"
 FORMAT = "mxfp4-pack-quantized"
 PACKED, SCALE = "weight_packed", "weight_scale"
 EXTENSION = "xpu_fp4"
-"""A key of quantization_config that other readers skip: an object of EXTENSION_KEYS.
+"""A key of quantization_config that other readers skip: an object of _EXTENSION_KEYS.
 
 `scale_mode` is the rule for MXFP4 activations, if it is not `even`. `activations`, "mxint8", is what activations that a group
 leaves alone are quantized to, and `group` how many of them share a scale.
 """
-EXTENSION_KEYS = ("scale_mode", "activations", "group")
+_EXTENSION_KEYS = ("scale_mode", "activations", "group")
 
 _MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": BLOCK, "symmetric": True}
 _MXINT8 = {"num_bits": 8, "type": "int", "strategy": "group", "symmetric": True}
@@ -66,6 +66,10 @@ def check_keys(config: dict[str, Any], where: str) -> list[str]:
         raise refusal(f"{where}.sparsity_config", f"stores sparse weights ({sparsity['format']})")
     if is_set(config.get("moe_sparsity_config")):
         raise refusal(f"{where}.moe_sparsity_config", "gives layers different numbers or kinds of experts")
+    if unknown := require_object(config.get(EXTENSION), f"{where}.{EXTENSION}").keys() - set(_EXTENSION_KEYS):
+        # Whatever they mean, they are ours, and may change results.
+        found, known = ", ".join(sorted(unknown)), ", ".join(_EXTENSION_KEYS)
+        raise CheckpointError(f"{where}.{EXTENSION} has the keys {found}, expected {known}: a newer xpu_fp4 may know more")
     notes = unknown_keys(config, _KEYS)
     if is_set(config.get("kv_cache_scheme")):
         notes.append("kv_cache_scheme (the KV cache is not quantized)")
@@ -145,11 +149,8 @@ def write_config(scheme: Scheme, ignore: Iterable[str]) -> dict[str, Any]:
 
 def weight_only_scheme(config: dict[str, Any], where: str) -> Scheme:
     """The scheme of the groups without input_activations: W4A16, or what our own key has instead."""
-    extension, where = require_object(config.get(EXTENSION), f"{where}.{EXTENSION}"), f"{where}.{EXTENSION}"
-    if unknown := extension.keys() - set(EXTENSION_KEYS):
-        # Whatever they mean, it is ours, and may change results.
-        found, known = ", ".join(sorted(unknown)), ", ".join(EXTENSION_KEYS)
-        raise CheckpointError(f"{where} has the keys {found}, expected {known}: a newer xpu_fp4 may know more")
+    where = f"{where}.{EXTENSION}"
+    extension = require_object(config.get(EXTENSION), where)
     modes = {activations.in_extension: mode for mode, activations in _ACTIVATIONS.items() if activations.in_group is None}
     name = extension.get("activations")
     if name not in modes:
@@ -200,9 +201,13 @@ def _check_arguments(arguments: Any, expected: dict[str, Any], name: str, where:
 
 
 def _scheme_of(module: str, schemes: dict[str, Scheme], patterns: Patterns, files: TensorFiles, tensor: str) -> Scheme:
-    """An exact name goes before a regex, and a regex before the class, as in compressed-tensors."""
-    regexes = (t for t in schemes if t.startswith(PREFIX) and patterns.matches(module, t.removeprefix(PREFIX)))
-    target = module if module in schemes else next(regexes, "Linear")
+    """An exact name goes before a regex, the first regex of the alphabet before others, and any before the class.
+
+    So compressed-tensors decides; the order of groups does not matter.
+    """
+    regexes = sorted(target for target in schemes if target.startswith(PREFIX))
+    matching = (target for target in regexes if patterns.matches(module, target.removeprefix(PREFIX)))
+    target = module if module in schemes else next(matching, "Linear")
     # The class of what is packed cannot be seen in the files; it is Linear for all that these layers can be.
     if target in schemes:
         return schemes[target]

@@ -12,10 +12,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from .._text import shorten
 from ..functional import Mode
 from .description import Checkpoint
 from .errors import CheckpointError, printable
-from .placement import Place, check_shapes, name_in, replace_layers, state_of
+from .placement import Place, find_tensors, replace_layers, state_of
 from .reader import CONFIG, open_checkpoint, read_config
 from .tensor_files import TensorFiles
 
@@ -50,7 +51,7 @@ def load_model(folder: str | PathLike[str], *, mode: Mode | None = None, **kwarg
     model, info = model_class(folder).from_pretrained(folder, config=config, output_loading_info=True, **options)
     # Transformers would go on with random numbers.
     if absent := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
-        raise CheckpointError(f"{folder} has no tensors, or of another shape, for {_some(absent)}")
+        raise CheckpointError(f"{folder} has no tensors, or of another shape, for {shorten(absent)}")
     return model
 
 
@@ -96,14 +97,15 @@ def apply_checkpoint(model: Model, folder: str | PathLike[str], *, mode: Mode | 
     for name, place in places.items():
         _load_layer(model, checkpoint, name, place)
     loaded, left_over = _load_others(model, checkpoint)
+    left_over += [layer.packed for name, layer in checkpoint.layers.items() if name not in places]
     if hasattr(model, "tie_weights"):
         cast(Callable[[], None], model.tie_weights)()
     for module in {place.module for place in places.values()}:
         loaded |= {f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters()}
     if missing := _missing(model, loaded):
-        raise CheckpointError(f"{checkpoint.folder} has no tensors for {_some(missing)}")
+        raise CheckpointError(f"{checkpoint.folder} has no tensors for {shorten(missing)}")
     if left_over:
-        warnings.warn(printable(f"{checkpoint.folder}: the model has no place for {_some(left_over)}"), stacklevel=2)
+        warnings.warn(printable(f"{checkpoint.folder}: the model has no place for {shorten(left_over)}"), stacklevel=2)
     return model
 
 
@@ -191,12 +193,9 @@ def _put_expert(experts: nn.Module, name: str, value: Tensor, place: Place) -> N
 
 def _load_others(model: nn.Module, checkpoint: Checkpoint) -> tuple[set[str], list[str]]:
     """Loads what is not quantized; returns the names in the model, and the names that the model has no place for."""
-    check_shapes(model, checkpoint)
-    state = state_of(model)
     loaded: set[str] = set()
     left_over = []
-    for name in checkpoint.other_tensors():
-        found = name_in(state, model, name)
+    for name, found in find_tensors(model, checkpoint.files, checkpoint.other_tensors()).items():
         if found is None:
             left_over.append(name)
             continue
@@ -214,11 +213,6 @@ def _missing(model: nn.Module, loaded: Collection[str]) -> list[str]:
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     unknown |= (buffers & model.state_dict().keys()) - set(loaded)
     return sorted(unknown | {name for name, tensor in state_of(model).items() if tensor.is_meta})
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

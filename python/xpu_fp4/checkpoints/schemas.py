@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types of what is read of config.json: checked once, so that all else may rely on them.
+"""The types of what is read of config.json and modules.json: checked once, so that all else may rely on them.
 
 Keys that are not here are read by nobody, or have a check of their own.
 """
@@ -17,6 +17,12 @@ class Config(msgspec.Struct):
     architectures: list[str] | None = None
     quantization_config: dict[str, Any] | None = None
     text_config: dict[str, Any] | None = None
+
+
+class Part(msgspec.Struct):
+    """An entry of modules.json, which sentence-transformers has."""
+
+    path: str | None = None
 
 
 class CompressedTensors(msgspec.Struct):

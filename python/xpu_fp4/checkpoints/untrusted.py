@@ -87,11 +87,26 @@ def _target(path: Path, root: Path) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError, with the file's name, if there is none."""
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The array in a JSON file. Raises CheckpointError, with the file's name, if there is none."""
+    content = _read_json(path)
+    if not isinstance(content, list):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON array")
+    return content
+
+
+def _read_json(path: Path) -> Any:
     try:
         with open_file(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > MOST_JSON:
                 raise CheckpointError(f"{path} has {size} bytes, expected JSON of at most {MOST_JSON >> 20} MiB")
-            content = json.loads(file.read(MOST_JSON + 1).decode("utf-8"), parse_int=_integer)
+            return json.loads(file.read(MOST_JSON + 1).decode("utf-8"), parse_int=_integer)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except CheckpointError:
@@ -100,9 +115,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not readable JSON: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def _integer(digits: str) -> int:

@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -13,12 +13,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from .. import reference
 from .._library import ops
 from .._version import __version__
 from ..backends import Backend, backends, cpu_backend
-from ..functional import linear, quantize
+from ..functional import Mode, linear, mxint8_quantize, quantize
 
 
 def _installed(distribution: str) -> str:
@@ -51,24 +52,33 @@ def _serving(name: str) -> Iterator[torch.device]:
             yield torch.device("cpu")
 
 
+_MODES: dict[Mode, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
+    "w4a4": (quantize, reference.quantize),
+    "w4a8": (mxint8_quantize, reference.mxint8_quantize),
+}
+"""The modes that are defined to the bit, with what quantizes their x, by our ops and by the definition."""
+
+
 def self_test(name: str) -> str | None:
-    """Quantize and W4A4 on one backend against the reference: None if all bits agree, else what differs."""
+    """Quantize, W4A4 and W4A8 on one backend against the reference: None if all bits agree, else what differs."""
     generator = torch.Generator().manual_seed(0)
     # Exponents wide enough to reach subnormal products; one NaN block.
     spread = torch.randint(-70, 8, (37, 12, 1), generator=generator)
     x = (torch.randn(37, 12, 32, generator=generator) * torch.exp2(spread.float())).flatten(1)
     x[3, 40] = torch.nan
-    w = torch.randn(21, 12 * 32, generator=generator)
-    q, scale = reference.quantize(x)
-    w_q, w_scale = reference.quantize(w)
-    expected = reference.gemm(q, scale, w_q, w_scale, torch.float32)
-    with _serving(name) as device:
-        got_q, got_scale = (t.cpu().view(torch.uint8) for t in quantize(x.to(device)))
-        got = linear(x.to(device), w_q.to(device), w_scale.to(device)).cpu()
-    if not (torch.equal(got_q, q) and torch.equal(got_scale, scale)):
-        return "quantize differs from the reference"
-    different = int((got.view(torch.int32) != expected.view(torch.int32)).sum())
-    return f"W4A4 differs from the reference in {different} of {got.numel()} outputs" if different else None
+    w, w_scale = reference.quantize(torch.randn(21, 12 * 32, generator=generator))
+    for mode, (quantize_x, define_x) in _MODES.items():
+        q, scale = define_x(x)
+        expected = reference.gemm(q, scale, w, w_scale, torch.float32)
+        with _serving(name) as device:
+            got_q, got_scale = (t.cpu() for t in quantize_x(x.to(device)))
+            got = linear(x.to(device), w.to(device), w_scale.to(device), mode=mode).cpu()
+        if not (torch.equal(got_q.view(torch.uint8), q.view(torch.uint8)) and torch.equal(got_scale.view(torch.uint8), scale)):
+            return f"{quantize_x.__name__} differs from the reference"
+        different = int((got.view(torch.int32) != expected.view(torch.int32)).sum())
+        if different:
+            return f"{mode.upper()} differs from the reference in {different} of {got.numel()} outputs"
+    return None
 
 
 def _verdict(backend: Backend) -> tuple[str, bool]:

@@ -4,29 +4,61 @@
 import functools
 import os
 from itertools import zip_longest
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.kernels.linear import MxFp4LinearKernel, MxFp4LinearLayerConfig
-from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Dynamic
+from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, QuantKey, ScaleDesc, kMxfp4Dynamic
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from ..._library import BLOCK
 from ...backends import Backend, backend, cpu_backend_name
-<<<<<<< HEAD
-from ...functional import Mode, modes_of
+from ...checkpoints.description import Scheme
+from ...checkpoints.errors import CheckpointError
+from ...checkpoints.reader import CONFIG, check_keys
+from ...functional import Group, modes_of
 from ...weight import PackedWeight
+from . import logger
+
+_SCHEMES: dict[QuantKey | None, Scheme] = {
+    kMxfp4Dynamic: Scheme("w4a4"),
+    **{
+        QuantKey(torch.int8, ScaleDesc(torch.uint8, False, GroupShape(1, group))): Scheme("w4a8", group=group)
+        for group in get_args(Group)
+    },
+    None: Scheme("w4a16"),
+}
+"""What vLLM calls the activations of each scheme."""
+
+REQUEST = "XPU_FP4_ACTIVATIONS"
+_BY_REQUEST = {"mxint8": Scheme("w4a8")}
 
 _TENSORS = ("weight", "weight_scale", "xpu_fp4_expanded")
 """Where a layer has the tensors of its PackedWeight, in that order; those that its form lacks are None."""
-=======
-from ...checkpoints.errors import CheckpointError
-from ...checkpoints.reader import CONFIG, check_keys
-from ...functional import Mode, expand, linear, linear_prepacked, prepack
->>>>>>> w-checkpoints
+
+
+def key_of(scheme: Scheme) -> QuantKey | None:
+    """What vLLM calls the activations of a scheme."""
+    return next(key for key, known in _SCHEMES.items() if known.arguments() == scheme.arguments())
+
+
+def requested_scheme() -> Scheme | None:
+    """The scheme that XPU_FP4_ACTIVATIONS asks for in every layer, whatever the checkpoint says; None if it is not set."""
+    request = os.environ.get(REQUEST)
+    if not request:
+        return None
+    if request not in _BY_REQUEST:
+        raise ValueError(f"{REQUEST} is {request!r}, expected {' or '.join(_BY_REQUEST)}")
+    return _BY_REQUEST[request]
+
+
+@functools.cache
+def _announce(request: Scheme) -> None:
+    """Once in each process."""
+    logger.info("%s=%s: every MXFP4 layer runs in %s, whatever the checkpoint says", REQUEST, os.environ[REQUEST], request)
 
 
 @functools.cache
@@ -59,12 +91,20 @@ def _refusal_of_checkpoint() -> str | None:
 
 
 class XpuFp4LinearKernel(MxFp4LinearKernel):
-    """MXFP4 weights with activations quantized to MXFP4 (W4A4, scale rule `even`) or left as they are (W4A16).
+    """MXFP4 weights with activations quantized to MXFP4 (W4A4, scale rule `even`) or MXINT8 (W4A8), or left alone (W4A16).
 
     Weights are taken as checkpoints store them: uint8 [N, K/2] and scales uint8 [N, K/32]. Activations are float32, float16 or
-    bfloat16 [..., K], with any number of leading dimensions. With XPU_FP4_EXPAND_WEIGHTS=1 a GPU keeps W4A4 weights in the form
-    of `xpu_fp4.expand` too: faster prefill for three times the memory of weights.
+    bfloat16 [..., K], with any number of leading dimensions. XPU_FP4_ACTIVATIONS=mxint8 makes each layer W4A8 in groups of 128.
+    With XPU_FP4_EXPAND_WEIGHTS=1 a GPU keeps weights, but for W4A16, in the form of `xpu_fp4.expand` too: faster prefill for
+    three times the memory of weights.
     """
+
+    def __init__(self, config: MxFp4LinearLayerConfig) -> None:
+        super().__init__(config)
+        request = requested_scheme()
+        if request is not None:
+            _announce(request)
+        self._scheme = (request or _SCHEMES[config.activation_quant_key]).arguments()
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -78,10 +118,10 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
     @classmethod
     def can_implement(cls, config: MxFp4LinearLayerConfig) -> tuple[bool, str | None]:
         key = config.activation_quant_key
-        if key not in (None, kMxfp4Dynamic):
+        if key not in _SCHEMES:
             return False, (
-                f"the checkpoint asks for activations quantized as {key}; xpu_fp4 has dynamic MXFP4 activations (W4A4) and "
-                "unquantized ones (W4A16): quantize the model to one of these"
+                f"the checkpoint asks for activations quantized as {key}; xpu_fp4 has dynamic MXFP4 activations (W4A4), "
+                "dynamic MXINT8 ones (W4A8) and unquantized ones (W4A16): quantize the model to one of these"
             )
         refusal = _refusal_of_checkpoint()
         return refusal is None, refusal
@@ -91,7 +131,8 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
         codes, scale = layer.weight.data, layer.weight_scale.data
         _check_blocks(getattr(layer, "prefix", type(layer).__name__), codes, scale)
         weight = PackedWeight.stored(codes, scale).best()
-        if weight.form == "stored" and self._mode in modes_of("expanded") and os.environ.get("XPU_FP4_EXPAND_WEIGHTS") == "1":
+        can_expand = weight.form == "stored" and self._scheme["mode"] in modes_of("expanded")
+        if can_expand and os.environ.get("XPU_FP4_EXPAND_WEIGHTS") == "1":
             weight = weight.expanded()
         layer.xpu_fp4_form = (weight.form, weight.n, weight.k)
         for name, tensor in zip_longest(_TENSORS, weight.tensors):
@@ -105,11 +146,7 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
         form, n, k = layer.xpu_fp4_form
         tensors = [getattr(layer, name) for name in _TENSORS]
         weight = PackedWeight(form, n, k, tuple(tensor for tensor in tensors if tensor is not None))
-        return weight.linear(x, bias, mode=self._mode)
-
-    @property
-    def _mode(self) -> Mode:
-        return "w4a16" if self.config.activation_quant_key is None else "w4a4"
+        return weight.linear(x, bias, **self._scheme)
 
 
 def _check_blocks(name: str, weight: Tensor, scale: Tensor) -> None:

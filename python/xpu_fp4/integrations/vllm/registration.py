@@ -3,13 +3,15 @@
 
 import dataclasses
 import inspect
+import os
 
+import vllm.model_executor.kernels.linear as linear_kernels
 from vllm.model_executor.kernels.linear import MxFp4LinearLayerConfig, register_linear_kernel
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.platforms import PlatformEnum
 
-from .kernel import XpuFp4LinearKernel
-from .weight_only import WeightOnlyAwareConfig
+from .config import ActivationsAwareConfig
+from .kernel import REQUEST, XpuFp4LinearKernel
 
 
 def register_kernel_and_config() -> None:
@@ -24,5 +26,9 @@ def register_kernel_and_config() -> None:
     # Behind what is registered already: on XPU vLLM's own kernel stays first, and ours takes what it refuses.
     for platform in (PlatformEnum.CPU, PlatformEnum.XPU):
         register_linear_kernel(XpuFp4LinearKernel, platform, "mxfp4")
+        if os.environ.get(REQUEST):
+            # But not where other activations are asked for, of which vLLM's knows nothing.
+            kernels = linear_kernels._POSSIBLE_MXFP4_KERNELS[platform]
+            kernels.insert(0, kernels.pop())
     if runs_here:
-        register_quantization_config("compressed-tensors")(WeightOnlyAwareConfig)
+        register_quantization_config("compressed-tensors")(ActivationsAwareConfig)

@@ -102,16 +102,14 @@ struct Scales {
 };
 
 XPU_FP4_KERNEL(2)
-gemm_native(const uint8_t* a, const uint8_t* a_scale, const uint8_t* w, const uint8_t* w_scale, int64_t w_scale_row_stride,
-            int64_t w_scale_block_stride, const float* bias, int64_t bias_row_stride, int64_t bias_column_stride, void* y,
-            int64_t m, int64_t n, int64_t k) {
+gemm_bdpas(XPU_FP4_STORED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k, int) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kTileRows;
   const int64_t first_column = uniform(static_cast<int64_t>(item.get_global_id(1)) / kLanes) * kTileColumns;
   if (first_row >= m || first_column >= n) return;
   const auto blocks = static_cast<uint32_t>(k / kBlock);
-  const Codes rows = {(GlobalBytes)a + first_row * (k / 2), k / 2, m - first_row};
-  const Codes columns = {(GlobalBytes)w + first_column * (k / 2), k / 2, n - first_column};
+  const Codes rows = {(GlobalBytes)a_codes + first_row * (k / 2), k / 2, m - first_row};
+  const Codes columns = {(GlobalBytes)w_codes + first_column * (k / 2), k / 2, n - first_column};
   Scales row_scales[kRowUnits], column_scales[kColumnUnits];
 #pragma unroll
   for (int i = 0; i < kRowUnits; ++i) {
@@ -151,5 +149,5 @@ gemm_native(const uint8_t* a, const uint8_t* a_scale, const uint8_t* w, const ui
       }
     }
   }
-  Output{bias, bias_row_stride, bias_column_stride, y, m, n}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
+  Output{XPU_FP4_OUTPUT}.store_tile<kRowUnits, kColumnUnits>(acc, first_row, first_column);
 }

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches of the kernels in kernels/: a function each, which chooses the program's variant, the range and the arguments.
+#pragma once
+#include <initializer_list>
+#include <memory>
+
+#include "../../product.h"
+#include "../kernels/arguments.hpp"
+#include "../queue.h"
+
+namespace xpu_fp4::syclrt::launch {
+
+/// The alignment variant that these addresses allow.
+int alignment_of(std::initializer_list<const void*> addresses);
+bool starts_cache_line(const void* address);
+
+/// Rows x lanes in work-groups of one row; enough lanes to fill a core, few enough that small outputs spread over all of them.
+Range grid(int64_t rows, int64_t lanes);
+
+// ---- conversions ----
+void quantize(const Queue& queue, const Quantize& args);
+void group_quantize(const Queue& queue, const GroupQuantize& args);
+void dequantize(const Queue& queue, const Dequantize& args);
+
+/// An operand in the expanded form of kernels/layout.hpp. Each array starts on a cache line, as block loads want it.
+struct Expanded {
+  ExpandedLayout layout;
+  ExpandedOperand arrays;
+  std::shared_ptr<void> memory;  // null where it is the caller's
+
+  Expanded(const ExpandedLayout& of, void* at, std::shared_ptr<void> owned = nullptr);
+  static int64_t bytes(const ExpandedLayout& layout);
+};
+ExpandedLayout weight_layout(const Architecture& architecture, int64_t n, int64_t k);
+void expand_weight(const Queue& queue, Gpu gpu, const Weight& w, const Expanded& out);
+
+// ---- products on devices without a matrix unit: activations as codes, or as floats ----
+std::string gemm(const Queue& queue, const Product& product);
+std::string gemm_w4a16(const Queue& queue, const Product& product);
+
+// ---- products on a matrix unit. Each returns the label of the variant that it took ----
+std::string gemm_small(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product);
+std::string gemm_large(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product);
+std::string gemm_bdpas(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product);
+std::string gemm_w4a16_matrix(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product);
+
+}  // namespace xpu_fp4::syclrt::launch

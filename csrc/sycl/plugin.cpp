@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "plugin.h"
+
+#include <utility>
+
+#include "backend.h"
+#include "kernels/alignment.hpp"
+
+#define XPU_FP4_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace xpu_fp4::syclrt {
+namespace {
+
+class SyclPlugin final : public Plugin {
+ public:
+  std::vector<DeviceInfo> devices() const override { return sycl_devices(); }
+
+  const Backend& cpu() const override {
+    // Not destroyed: at exit the SYCL runtime may be gone before a static of ours.
+    static const Backend& backend = *make_backend(cpu_queue()).release();
+    return backend;
+  }
+
+  std::unique_ptr<Backend> on_queue(void* queue, Allocate allocate) const override {
+    return make_backend(queue_of(queue, std::move(allocate)));
+  }
+};
+
+}  // namespace
+
+XPU_FP4_EXPORT const Plugin* xpu_fp4_sycl_plugin() {
+  static const SyclPlugin plugin;
+  return &plugin;
+}
+
+// For tools/level_mix.py: the levels that each of so many quads, of four scale bytes and no block of zeros, rules out.
+XPU_FP4_EXPORT void xpu_fp4_sycl_levels(const uint8_t* scales, int64_t quads, int arrangement, int format, uint32_t* levels) {
+  const AlignmentRule rule = alignment_rule(static_cast<Arrangement>(arrangement), static_cast<Format>(format));
+  for (int64_t quad = 0; quad < quads; ++quad) {
+    uint32_t scale[kQuad];
+    for (int b = 0; b < kQuad; ++b) scale[b] = scales[quad * kQuad + b];
+    levels[quad] = align(rule, scale, {}).levels;
+  }
+}
+
+// For `make isa` (tools/gpu_programs.py).
+XPU_FP4_EXPORT const char* xpu_fp4_sycl_variants() {
+  static const std::string json = variants_json();
+  return json.c_str();
+}
+
+}  // namespace xpu_fp4::syclrt

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "queue.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <sycl/sycl.hpp>
+#include <utility>
+
+#include "../cpu/float_environment.h"
+#include "../format/integer.h"
+#include "programs.h"
+
+namespace xpu_fp4::syclrt {
+namespace {
+
+namespace syclexp = sycl::ext::oneapi::experimental;
+
+void set_argument(sycl::handler& handler, int index, const Argument& argument) {
+  if (argument.is_pointer) {
+    handler.set_arg(index, *static_cast<void* const*>(argument.value));
+  } else {
+    handler.set_arg(index, syclexp::raw_kernel_arg(argument.value, argument.size));
+  }
+}
+
+class SyclQueue final : public Queue {
+ public:
+  SyclQueue(sycl::queue queue, Allocate allocate, bool wait)
+      : queue_(std::move(queue)), device_(queue_.get_device()), allocate_(std::move(allocate)), wait_(wait) {}
+
+  std::string device_name() const override { return device_.get_info<sycl::info::device::name>(); }
+  bool is_gpu() const override { return device_.is_gpu(); }
+  int64_t compute_units() const override {
+    return static_cast<int64_t>(device_.get_info<sycl::info::device::max_compute_units>());
+  }
+  const Architecture* architecture() const override {
+    if (!device_.is_gpu() || !device_.has(sycl::aspect::ext_intel_matrix)) return nullptr;
+    return architecture_of_ip(static_cast<uint64_t>(device_.get_info<syclexp::info::device::architecture>()));
+  }
+  Target target() const override { return target_of(device_); }
+  std::shared_ptr<void> allocate(int64_t bytes) const override { return allocate_(bytes); }
+
+ private:
+  void submit(const Variant& variant, const char* kernel, const Range& range,
+              const std::vector<Argument>& arguments) const override {
+    if (range.global[0] == 0 || range.global[1] == 0) return;
+    const auto pair = [](const std::array<int64_t, 2>& of) {
+      return sycl::range<2>(static_cast<size_t>(of[0]), static_cast<size_t>(of[1]));
+    };
+    // The CPU device's worker threads take over the float environment of the thread that submits.
+    const DefaultFloatEnvironment environment;
+    try {
+      const sycl::kernel compiled = get_kernel(queue_, variant, kernel);
+      const sycl::event event = sycl::queue(queue_).submit([&](sycl::handler& handler) {
+        for (size_t i = 0; i < arguments.size(); ++i) set_argument(handler, static_cast<int>(i), arguments[i]);
+        if (range.dimensions == 1) {
+          handler.parallel_for(sycl::nd_range<1>(pair(range.global)[1], pair(range.group)[1]), compiled);
+        } else {
+          handler.parallel_for(sycl::nd_range<2>(pair(range.global), pair(range.group)), compiled);
+        }
+      });
+      if (wait_) sycl::event(event).wait_and_throw();
+    } catch (const sycl::exception& error) {
+      throw std::runtime_error("xpu_fp4: the SYCL kernel " + std::string(kernel) + " failed on " + device_name() + ": " +
+                               error.what());
+    }
+  }
+
+  sycl::queue queue_;
+  sycl::device device_;
+  Allocate allocate_;
+  bool wait_;  // tensors on the CPU: the caller may read them at once
+};
+
+std::shared_ptr<void> allocate_on_host(int64_t bytes) {
+  void* memory = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(bytes, 1), 64)));
+  if (memory == nullptr) throw std::bad_alloc();
+  return {memory, std::free};
+}
+
+DeviceInfo describe(const sycl::device& device) {
+  const Target target = target_of(device);
+  const auto platform = device.get_platform().get_info<sycl::info::platform::name>();
+  return {device.get_info<sycl::info::device::name>(), platform + " " + device.get_info<sycl::info::device::driver_version>(),
+          target.sub_group, target.matrix_unit};
+}
+
+}  // namespace
+
+std::unique_ptr<Queue> cpu_queue() {
+  try {
+    const DefaultFloatEnvironment environment;  // the runtime starts its threads now
+    // The default handler of asynchronous errors ends the process; this one lets wait_and_throw raise them.
+    const auto rethrow = [](const sycl::exception_list& errors) {
+      for (const std::exception_ptr& error : errors) std::rethrow_exception(error);
+    };
+    return std::make_unique<SyclQueue>(sycl::queue(sycl::cpu_selector_v, rethrow, sycl::property::queue::in_order{}),
+                                       allocate_on_host, true);
+  } catch (const sycl::exception& error) {
+    throw std::runtime_error(
+        std::string("xpu_fp4: SYCL has no CPU device: ") + error.what() +
+        ". It needs Intel's OpenCL CPU runtime (pip package intel-opencl-rt), OCL_ICD_FILENAMES naming its "
+        "libintelocl.so, and an ONEAPI_DEVICE_SELECTOR, if set, that admits opencl:cpu");
+  }
+}
+
+std::unique_ptr<Queue> queue_of(void* queue, Allocate allocate) {
+  const auto& stream = *static_cast<sycl::queue*>(queue);
+  if (!stream.is_in_order()) throw std::runtime_error("xpu_fp4: the queue must be in-order: an op's kernels rely on it");
+  return std::make_unique<SyclQueue>(stream, std::move(allocate), false);
+}
+
+std::vector<DeviceInfo> sycl_devices() {
+  try {
+    std::vector<DeviceInfo> result;
+    for (const sycl::device& device : sycl::device::get_devices()) {
+      if (device.is_cpu() || device.is_gpu()) result.push_back(describe(device));
+    }
+    return result;
+  } catch (const sycl::exception& error) {
+    throw std::runtime_error(std::string("xpu_fp4: SYCL cannot list its devices: ") + error.what());
+  }
+}
+
+}  // namespace xpu_fp4::syclrt

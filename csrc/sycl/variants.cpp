@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "variants.h"
+
+namespace xpu_fp4::syclrt {
+namespace {
+
+constexpr int kLargeRegisters = 256, kSmallRegisters = 128;
+
+const char* name_of(DType type) { return type == DType::f32 ? "f32" : type == DType::f16 ? "f16" : "bf16"; }
+
+// Part of a label, where the activations are not MXFP4.
+const char* suffix(Format of) { return of == Format::mxint8 ? ", W4A8" : ""; }
+
+std::string name_of(Tile tile, int lanes) { return std::to_string(tile.rows()) + "x" + std::to_string(tile.columns(lanes)); }
+
+Macros target_macros(Target target, int alignment) {
+  return {{"SUB_GROUP", target.sub_group}, {"MATRIX_UNIT", target.matrix_unit}, {"ALIGNMENT", alignment}};
+}
+
+Macros gpu_macros(Gpu gpu, int alignment, Macros own) {
+  Macros macros = target_macros({gpu.architecture->sub_group, gpu.matrix_unit}, alignment);
+  macros.emplace_back("BLOCK_2D", gpu.architecture->block_2d);
+  macros.insert(macros.end(), own.begin(), own.end());
+  return macros;
+}
+
+Macros with(Macros macros, const char* name, int value) {
+  macros.emplace_back(name, value);
+  return macros;
+}
+
+Macros tile_macros(Tile tile, DType type, int registers) {
+  return {{"DTYPE", static_cast<int>(type)},
+          {"ROW_UNITS", tile.row_units},
+          {"COLUMN_UNITS", tile.column_units},
+          {"REGISTERS", registers}};
+}
+
+}  // namespace
+
+Variant quantize_variant(Target target, DType of, int alignment) {
+  return {"quantize.cpp",
+          with(target_macros(target, alignment), "DTYPE", static_cast<int>(of)),
+          name_of(of),
+          {"quantize", "group_quantize", "quantize_mxint8"}};
+}
+
+Variant dequantize_variant(Target target, DType to) {
+  return {"dequantize.cpp",
+          with(target_macros(target, 16), "DTYPE", static_cast<int>(to)),
+          name_of(to),
+          {"dequantize", "dequantize_mxint8"}};
+}
+
+Variant gemm_variant(Target target, Format of, int alignment) {
+  return {"gemm.cpp",
+          with(target_macros(target, alignment), "FORMAT", static_cast<int>(of)),
+          std::string("no matrix unit") + suffix(of),
+          {"gemm"}};
+}
+
+Variant gemm_w4a16_variant(Target target, DType of, int alignment) {
+  return {"gemm_w4a16.cpp",
+          with(target_macros(target, alignment), "DTYPE", static_cast<int>(of)),
+          "no matrix unit",
+          {"gemm_w4a16"}};
+}
+
+Variant expand_weight_variant(Gpu gpu, int alignment) {
+  return {"expand.cpp",
+          gpu_macros(gpu, alignment,
+                     {{"ARRANGEMENT", static_cast<int>(Arrangement::column_fragments)},
+                      {"ORDER", static_cast<int>(ElementOrder::apart)},
+                      {"FORMAT", static_cast<int>(Format::mxfp4)}}),
+          "W",
+          {"expand"}};
+}
+
+Variant expand_activations_variant(Gpu gpu, Format of, std::optional<DType> dtype, ElementOrder order, int alignment) {
+  const Arrangement arrangement = gpu.architecture->block_2d ? Arrangement::rows : Arrangement::row_fragments;
+  Macros own = {
+      {"ARRANGEMENT", static_cast<int>(arrangement)}, {"ORDER", static_cast<int>(order)}, {"FORMAT", static_cast<int>(of)}};
+  std::string label = order == ElementOrder::packed ? "A for few rows" : "A";
+  std::vector<std::string> kernels = {"expand"};
+  if (dtype) {
+    own.emplace_back("DTYPE", static_cast<int>(*dtype));
+    label += std::string(", ") + name_of(*dtype);
+    kernels.emplace_back("quantize_expand");
+  }
+  return {"expand.cpp", gpu_macros(gpu, alignment, own), label + suffix(of), kernels};
+}
+
+Variant gemm_small_variant(Gpu gpu, Format of, int rows, Weights weights, DType out, int alignment) {
+  const char* known = weights == Weights::any ? ", any K" : weights == Weights::whole_quads ? ", scales apart" : "";
+  return {"gemm_small.cpp",
+          gpu_macros(gpu, alignment,
+                     {{"DTYPE", static_cast<int>(out)},
+                      {"ROWS", rows},
+                      {"WEIGHTS", static_cast<int>(weights)},
+                      {"FORMAT", static_cast<int>(of)}}),
+          std::to_string(rows) + " rows" + known + suffix(of),
+          {"gemm_small"}};
+}
+
+Variant gemm_large_variant(Gpu gpu, Format of, Tile tile, DType out) {
+  return {"gemm_large.cpp",
+          gpu_macros(gpu, 16, with(tile_macros(tile, out, kLargeRegisters), "FORMAT", static_cast<int>(of))),
+          name_of(tile, gpu.architecture->sub_group) + " " + name_of(out) + suffix(of),
+          {"gemm_large"}};
+}
+
+Variant gemm_bdpas_variant(Gpu gpu, Tile tile, DType out) {
+  return {"gemm_bdpas.cpp",
+          gpu_macros(gpu, 16, tile_macros(tile, out, kLargeRegisters)),
+          name_of(tile, gpu.architecture->sub_group) + " " + name_of(out),
+          {"gemm_bdpas"}};
+}
+
+Variant gemm_w4a16_matrix_variant(Gpu gpu, Tile tile, int split, DType of, bool aligned_rows, int alignment) {
+  Macros own = tile_macros(tile, of, split > 1 ? kSmallRegisters : kLargeRegisters);
+  own.insert(own.end(), {{"SPLIT", split}, {"ALIGNED_ROWS", aligned_rows}});
+  return {"gemm_w4a16_matrix.cpp",
+          gpu_macros(gpu, alignment, own),
+          name_of(tile, gpu.architecture->sub_group) + " " + name_of(of) + (split > 1 ? ", K split" : ""),
+          {"gemm_w4a16_matrix"}};
+}
+
+// ---- all of them, for `make isa` ----
+
+namespace {
+
+constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
+constexpr Format kFormats[] = {Format::mxfp4, Format::mxint8};
+
+struct Counted {
+  Variant variant;
+  bool budgeted = true;  // held to the budgets of its kernels; without, to soundness alone
+};
+
+void add_products(const Architecture& architecture, std::vector<Counted>& all) {
+  const Gpu gpu = {&architecture, true};
+  for (const Format of : kFormats) {
+    for (const DType out : kDTypes) all.push_back({gemm_large_variant(gpu, of, architecture.large, out)});
+    all.push_back({gemm_large_variant(gpu, of, architecture.medium, DType::bf16), false});
+    for (const int rows : kSmallTiles) {
+      for (const Weights weights : {Weights::scales_together, Weights::whole_quads}) {
+        all.push_back({gemm_small_variant(gpu, of, rows, weights, DType::bf16, 16)});
+      }
+    }
+    for (const int rows : {8, 32}) all.push_back({gemm_small_variant(gpu, of, rows, Weights::any, DType::bf16, 16)});
+  }
+  for (const DType of : {DType::bf16, DType::f16}) {
+    all.push_back({gemm_w4a16_matrix_variant(gpu, architecture.w4a16, 1, of, true, 16)});
+  }
+  for (const int row_units : {1, 2, 4}) {
+    all.push_back({gemm_w4a16_matrix_variant(gpu, {row_units, 1}, kSmallSplit, DType::bf16, true, 16)});
+  }
+  if (architecture.bdpas.row_units > 0) all.push_back({gemm_bdpas_variant(gpu, architecture.bdpas, DType::bf16)});
+}
+
+// Where devices differ little, one with each sub-group stands for the others.
+bool stands_for_others(const Architecture& architecture) {
+  const std::string name = architecture.name;
+  return name == "bmg" || name == "dg2";
+}
+
+// Kernels that stream through memory.
+void add_streams(const Architecture& architecture, std::vector<Counted>& all) {
+  const Gpu gpu = {&architecture, true};
+  const Target target = {architecture.sub_group, true};
+  all.push_back({expand_weight_variant(gpu, 16)});
+  for (const DType dtype : kDTypes) {
+    if (dtype != DType::bf16 && !stands_for_others(architecture)) continue;
+    for (const Format of : kFormats) {
+      for (const ElementOrder order : {ElementOrder::apart, ElementOrder::packed}) {
+        all.push_back({expand_activations_variant(gpu, of, dtype, order, 16)});
+      }
+    }
+    all.push_back({quantize_variant(target, dtype, 16)});
+    all.push_back({dequantize_variant(target, dtype)});
+  }
+}
+
+// For GPUs without a matrix unit, which we do not know: compiled for ones that we do.
+void add_portable(const Architecture& architecture, std::vector<Counted>& all) {
+  if (!stands_for_others(architecture)) return;
+  const Target target = {architecture.sub_group, false};
+  for (const Format of : kFormats) all.push_back({gemm_variant(target, of, 16)});
+  all.push_back({gemm_w4a16_variant(target, DType::bf16, 16)});
+}
+
+std::string quoted(const std::string& text) { return '"' + text + '"'; }
+
+template <class Items, class Render>
+std::string joined(const Items& items, const Render& render) {
+  std::string text;
+  for (const auto& item : items) text += (text.empty() ? "" : ", ") + render(item);
+  return text;
+}
+
+std::string json(const Counted& counted) {
+  const Variant& variant = counted.variant;
+  const std::string macros =
+      joined(variant.macros, [](const auto& macro) { return quoted(macro.first) + ": " + std::to_string(macro.second); });
+  return "{\"file\": " + quoted(variant.file) + ", \"label\": " + quoted(variant.label) + ", \"macros\": {" + macros +
+         "}, \"kernels\": [" + joined(variant.kernels, quoted) + "], \"budgeted\": " + (counted.budgeted ? "true" : "false") +
+         "}";
+}
+
+std::string json(const Architecture& architecture) {
+  std::vector<Counted> all;
+  add_products(architecture, all);
+  add_streams(architecture, all);
+  add_portable(architecture, all);
+  const Costs& costs = architecture.costs;
+  return "{\"name\": " + quoted(architecture.name) + ", \"block_2d\": " + (architecture.block_2d ? "true" : "false") +
+         ", \"costs\": {\"matrix\": " + std::to_string(costs.matrix) + ", \"bytes\": " + std::to_string(costs.bytes) +
+         ", \"small\": " + std::to_string(costs.small) + ", \"small_row\": " + std::to_string(costs.small_row) +
+         "}, \"programs\": [" + joined(all, [](const Counted& counted) { return json(counted); }) + "]}";
+}
+
+}  // namespace
+
+std::string variants_json() {
+  return "[" + joined(architectures(), [](const Architecture& architecture) { return json(architecture); }) + "]";
+}
+
+}  // namespace xpu_fp4::syclrt

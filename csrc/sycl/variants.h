@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// The programs that kernels/ is compiled to: a source and its macros. The launches (launch/) build what they need through
+// these functions; `make isa` compiles all that an architecture can need, from the same ones.
+#pragma once
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../product.h"
+#include "architectures.h"
+#include "kernels/layout.hpp"
+
+namespace xpu_fp4::syclrt {
+
+/// A macro of kernels/, without the XPU_FP4_ before it.
+using Macros = std::vector<std::pair<std::string, int>>;
+
+/// A source, compiled with these macros.
+struct Variant {
+  std::string file;  // "gemm.cpp"
+  Macros macros;
+  std::string label = {};                 // of the variants of a source: "64x32 bf16"
+  std::vector<std::string> kernels = {};  // that it gives
+};
+
+/// How our kernels are compiled for a device where no architecture's own kernels are: 16 lanes, 8 where its matrix unit is so
+/// wide or the environment asks for it.
+struct Target {
+  int sub_group;
+  bool matrix_unit;
+};
+
+/// Kernels of an architecture, for its matrix unit or for the stand-in of other devices.
+struct Gpu {
+  const Architecture* architecture;
+  bool matrix_unit;
+};
+
+// `alignment`: 16 or 1 (kernels/common.hpp). `of`: the format of the activations.
+Variant quantize_variant(Target target, DType of, int alignment);
+Variant dequantize_variant(Target target, DType to);
+Variant gemm_variant(Target target, Format of, int alignment);
+Variant gemm_w4a16_variant(Target target, DType of, int alignment);
+Variant expand_weight_variant(Gpu gpu, int alignment);
+/// `dtype`: of floats that are quantized on the way; none for codes.
+Variant expand_activations_variant(Gpu gpu, Format of, std::optional<DType> dtype, ElementOrder order, int alignment);
+Variant gemm_small_variant(Gpu gpu, Format of, int rows, Weights weights, DType out, int alignment);
+Variant gemm_large_variant(Gpu gpu, Format of, Tile tile, DType out);
+Variant gemm_bdpas_variant(Gpu gpu, Tile tile, DType out);
+/// `split`: sub-groups that share K.
+Variant gemm_w4a16_matrix_variant(Gpu gpu, Tile tile, int split, DType of, bool aligned_rows, int alignment);
+
+/// The architectures and, of each, the programs of aligned operands that `make isa` counts, as JSON.
+std::string variants_json();
+
+}  // namespace xpu_fp4::syclrt
