@@ -307,7 +307,8 @@ class MXFP4Linear(nn.Module):
             return PackedWeight("prepacked", *self._shape(), (strips,))
         with self._locked():
             weight = self._weight()
-            if self._may_prepack() and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit has no __all__
+            if self._may_prepack() and not (torch.compiler.is_compiling() or tracing):
                 weight = weight.best()
             if weight.form == "prepacked":
                 self._hold_prepacked(weight)

@@ -226,7 +226,8 @@ def _begin_or_resume(partial: Path, job: dict[str, Any], shards: set[str]) -> No
     path = partial / _JOB
     resumed = path.exists() and read_json(path) == job
     kept = {_LOCK, _JOB, *shards} if resumed else {_LOCK}
-    for entry in partial.iterdir():
+    # The configuration goes first: whatever is left beside it would load.
+    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name != CONFIG):
         if entry.name in kept:
             continue
         if entry.is_dir():
