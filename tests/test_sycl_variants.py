@@ -17,17 +17,21 @@ from helpers import (
     DTYPES,
     HALF_DTYPES,
     MODES,
+    SPREADS,
     assert_same_bits,
     gemm,
     linear_w4a4,
+    linear_w4a8,
     linear_w4a16,
     random_codes,
+    random_int8,
     random_scales,
     seeded,
+    spread_scales,
 )
-from test_gemm import CENTRES, SPREADS, Operands, spread_scales, w4a16_error
+from test_gemm import CENTRES, Operands, w4a16_error
 from torch import Tensor
-from xpu_fp4 import Mode, ScaleMode, reference
+from xpu_fp4 import Group, Mode, ScaleMode, reference
 
 LARGE = {"bmg:large": (65, 33), "ptl:large": (50, 40), "dg2:large": (17, 40)}
 TILE_ROWS = {"bmg:large": 64, "ptl:large": 48, "dg2:large": 16}
@@ -62,9 +66,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def random_activations(format: Format, m: int, k: int, generator: torch.Generator) -> Tensor:
     """Codes: packed MXFP4 uint8 [m, k/2], or MXINT8 int8 [m, k] with -128 among them."""
-    if format == "mxfp4":
-        return random_codes(m, k, generator)
-    return torch.randint(-128, 128, (m, k), generator=generator, dtype=torch.int8)
+    return random_codes(m, k, generator) if format == "mxfp4" else random_int8(m, k, generator)
 
 
 def blocks_of(codes: Tensor, scale: Tensor) -> Tensor:
@@ -107,17 +109,20 @@ def assert_native_bits(operands: Operands, dtype: torch.dtype = torch.float32, b
         assert_same_bits(gemm(*operands, dtype, bias), expected)
 
 
-def assert_native_bits_with_scales_together(operands: Operands) -> None:
-    """A row's scales side by side, as a linear passes them; its x are A's values."""
+def linear_of_values(operands: Operands) -> Tensor:
+    """A linear whose x are A's values."""
     a, a_scale, w, w_scale = operands
     if a.dtype == torch.int8:
-        x, linear = own.mxint8_dequantize(a, a_scale, torch.float32), own.mxfp4_linear_w4a8
-    else:
-        x, linear = reference.values(a, a_scale).float(), own.mxfp4_linear
+        return linear_w4a8(own.mxint8_dequantize(a, a_scale, torch.float32), w, w_scale)
+    return linear_w4a4(reference.values(a, a_scale).float(), w, w_scale)
+
+
+def assert_native_bits_with_scales_together(operands: Operands) -> None:
+    """A row's scales of W side by side, as a linear passes them."""
     with xpu_fp4.cpu_backend("native"):
-        expected = linear(x, w, w_scale)
+        expected = linear_of_values(operands)
     with xpu_fp4.cpu_backend("sycl"):
-        assert_same_bits(linear(x, w, w_scale), expected)
+        assert_same_bits(linear_of_values(operands), expected)
 
 
 def assert_every_spread(m: int, n: int, k: int, generator: torch.Generator, format: Format = "mxfp4") -> None:
@@ -331,7 +336,8 @@ def test_the_fused_linear_quantizes_to_mxint8(
     """Whole groups of 128, a last one of 32 and of 96; amax at 255/128 of a power of two and just below; the least floats."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     m, n = SHAPES.get(variant, (18, 20))
-    for k, group in product((160, 224), (32, 128)):
+    groups: tuple[Group, ...] = get_args(Group)
+    for k, group in product((160, 224), groups):
         weight, scale = random_codes(n, k, generator), random_scales(n, k, generator)
         x = difficult_floats(m, k, dtype, generator)
         x[0] = x[0].clamp(-0.9, 0.9)
@@ -339,7 +345,7 @@ def test_the_fused_linear_quantizes_to_mxint8(
         x[4] = torch.finfo(dtype).smallest_subnormal * torch.randint(-300, 300, (k,), generator=generator)
         with xpu_fp4.cpu_backend("native"):
             codes, bytes_of = own.mxint8_quantize(x, group)
-            expected = own.mxfp4_linear_w4a8(x, weight, scale, None, group)
+            expected = linear_w4a8(x, weight, scale, None, group)
         with xpu_fp4.cpu_backend("sycl"):
             got, got_bytes = own.mxint8_quantize(x, group)
             assert_same_bits(got_bytes, bytes_of)
@@ -347,7 +353,7 @@ def test_the_fused_linear_quantizes_to_mxint8(
             assert_same_bits(
                 own.mxint8_dequantize(got, got_bytes, dtype)[4:5], own.mxint8_dequantize(codes, bytes_of, dtype)[4:5]
             )
-            assert_same_bits(own.mxfp4_linear_w4a8(x, weight, scale, None, group), expected)
+            assert_same_bits(linear_w4a8(x, weight, scale, None, group), expected)
 
 
 @pytest.mark.parametrize("variant", ["bmg:large", "dg2:large"])
