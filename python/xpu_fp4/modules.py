@@ -64,10 +64,10 @@ class MXFP4Linear(nn.Module):
     format: `weight_packed` uint8 [N, K/2], `weight_scale` uint8 [N, K/32] (2^(byte - 127)), `bias` [N]. A new module is all
     zeros.
 
-    On the CPU the first forward (in eval or train mode, but not one that torch.compile traces) moves the weight into the native
-    kernels' layout, which it keeps instead: see `prepack_`. Then `weight_packed` and `weight_scale` are no longer parameters;
-    reading them, `state_dict` and `load_state_dict` go on as before. On a GPU the weight stays as it is; `expand_` keeps a
-    second form beside it.
+    On the CPU the first forward (in eval or train mode, but not one that torch.compile or torch.jit traces) moves the weight
+    into the native kernels' layout, which it keeps instead: see `prepack_`. Then `weight_packed` and `weight_scale` are no
+    longer parameters; reading them, `state_dict` and `load_state_dict` go on as before. On a GPU the weight stays as it is;
+    `expand_` keeps a second form beside it.
 
     Threads may share a module: run its first forward together, and copy, pickle, move, save, load, prepack and expand it
     meanwhile. Where the weight stays as it is, loading and moving change tensors in place, as nn.Linear does.
@@ -307,7 +307,8 @@ class MXFP4Linear(nn.Module):
             return PackedWeight("prepacked", *self._shape(), (strips,))
         with self._locked():
             weight = self._weight()
-            if self._may_prepack() and not torch.compiler.is_compiling():
+            tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit has no __all__
+            if self._may_prepack() and not (torch.compiler.is_compiling() or tracing):
                 weight = weight.best()
             if weight.form == "prepacked":
                 self._hold_prepacked(weight)

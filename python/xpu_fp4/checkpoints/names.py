@@ -25,10 +25,24 @@ def names_in_model(model: nn.Module, tensors: Iterable[str]) -> dict[str, list[s
     return candidates
 
 
+def without_conversion(model: nn.Module, tensors: Iterable[str]) -> list[str]:
+    """The tensors that Transformers loads as they are. Others it transposes, stacks or splits."""
+    from transformers.core_model_loading import WeightConverter
+
+    converters = [rule for rule in _rules(model) if isinstance(rule, WeightConverter)]
+    names = names_in_model(model, tensors)
+    return [tensor for tensor in names if not any(rule.rename_source_key(names[tensor][0])[1] for rule in converters)]
+
+
 def _renamings(model: nn.Module) -> list[Any]:
     if not hasattr(model, "base_model_prefix"):  # no model of Transformers, which may not even be there
         return []
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    return [rule for rule in _rules(model) if isinstance(rule, WeightRenaming)]
+
+
+def _rules(model: nn.Module) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model))

@@ -3,6 +3,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from .description import Checkpoint, Layer, Scheme
 from .errors import CheckpointError
 from .experts import DOWN, GATE_UP, MXFP4Experts
 from .names import names_in_model
+from .tensor_files import TensorFiles
 
 # The linear layers of one expert, as checkpoints name them: the projection of the experts module, and which part of its rows.
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
@@ -71,6 +73,30 @@ def _places(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]:
         elif not any(_leaves_out(model, candidate) for candidate in candidates):
             kind = type(model).__name__
             raise CheckpointError(f"{checkpoint.folder} quantizes {name}, but {kind} has no module of that name")
+    return places
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, the ones that are not saved too."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tensor.data for name, tensor in named}
+
+
+def find_tensors(model: nn.Module, files: TensorFiles, tensors: Iterable[str]) -> dict[str, str | None]:
+    """Where in a model's state each of a checkpoint's tensors belongs, None if nowhere.
+
+    Raises CheckpointError, naming the tensor, if one has another shape than the model's: some would broadcast, and Transformers
+    lets some pass.
+    """
+    state = state_of(model)
+    places = {}
+    for name, candidates in names_in_model(model, tensors).items():
+        places[name] = found = next((candidate for candidate in candidates if candidate in state), None)
+        info = files[name]
+        if found is not None and info.shape != tuple(state[found].shape):
+            raise CheckpointError(
+                f"{info} has shape {list(info.shape)}, but the model's {found} has {list(state[found].shape)}"
+            )
     return places
 
 

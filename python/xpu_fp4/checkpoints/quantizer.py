@@ -20,19 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .._library import BLOCK
 from .._text import shorten
 from ..functional import Mode, ScaleMode, check_mode, quantize
-from . import compressed_tensors
+from . import compressed_tensors, schemas
 from .description import Scheme
-from .errors import CheckpointError
+from .errors import CheckpointError, printable
 from .matrices import FLOATS, Module, modules_with_matrices
 from .models import skeleton
-from .reader import CONFIG, quantization_config
-from .tensor_files import INDEX, TensorFiles, read_json
+from .patterns import PREFIX, NameSet, Patterns
+from .reader import CONFIG, quantization_config, read_config
+from .tensor_files import INDEX, TensorFiles
+from .untrusted import check_type, model_files, open_file, read_json, read_json_list
 
 PARTIAL = ".partial"
 _JOB = "job.json"
@@ -143,7 +146,7 @@ def quantize_checkpoint(
             progress(done, total)
         _copy_small_files(plan.source, partial)
         _write_index(partial, [partial / file.name for file in plan.files.files])
-        config = read_json(plan.source / CONFIG)
+        config = read_config(plan.source)
         config["quantization_config"] = compressed_tensors.write_config(Scheme(mode, scale_mode), plan.ignore)
         _write_atomically(partial / CONFIG, json.dumps(config, indent=2))
         for name in (_JOB, _LOCK):
@@ -156,10 +159,12 @@ def quantize_checkpoint(
 
 def _matching(modules: Iterable[Module], patterns: Sequence[str], argument: str) -> set[str]:
     matching: set[str] = set()
+    compiled = Patterns(argument)
     for pattern in patterns:
-        matched = {module.name for module in modules if compressed_tensors.matches(module.name, pattern)}
+        entry = NameSet([pattern], compiled)
+        matched = {module.name for module in modules if module.name in entry}
         if not matched:
-            raise ValueError(f"{argument} has {pattern!r}, which matches no linear layer; a regex starts with re:")
+            raise ValueError(f"{argument} has {pattern!r}, which matches no linear layer; a regex starts with {PREFIX}")
         matching |= matched
     return matching
 
@@ -169,7 +174,8 @@ def _warn_of_others(source: Path, modules: Iterable[Module]) -> None:
     if others:
         share = sum(module.numel for module in others) / sum(module.numel for module in modules)
         names = shorten([module.name for module in others])
-        warnings.warn(f"{source}: {share:.0%} of the weights are not quantized, in no linear layer: {names}", stacklevel=3)
+        message = f"{source}: {share:.0%} of the weights are not quantized, in no linear layer: {names}"
+        warnings.warn(printable(message), stacklevel=3)
 
 
 def _warn_of_fused(source: Path, linears: Iterable[Module], kept: Collection[str]) -> None:
@@ -178,7 +184,8 @@ def _warn_of_fused(source: Path, linears: Iterable[Module], kept: Collection[str
         layers[module.fused][module.name in kept].append(module.name)
     mixed = [f"{shorten(of[True])} beside {shorten(of[False])}" for of in layers.values() if of[True] and of[False]]
     if mixed:
-        warnings.warn(f"{source}: vLLM cannot load a fused layer of two precisions, kept is {shorten(mixed)}", stacklevel=3)
+        message = f"{source}: vLLM cannot load a fused layer of two precisions, kept is {shorten(mixed)}"
+        warnings.warn(printable(message), stacklevel=3)
 
 
 def _check_weight(files: TensorFiles, name: str) -> None:
@@ -219,7 +226,8 @@ def _begin_or_resume(partial: Path, job: dict[str, Any], shards: set[str]) -> No
     path = partial / _JOB
     resumed = path.exists() and read_json(path) == job
     kept = {_LOCK, _JOB, *shards} if resumed else {_LOCK}
-    for entry in partial.iterdir():
+    # The configuration goes first: whatever is left beside it would load.
+    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name != CONFIG):
         if entry.name in kept:
             continue
         if entry.is_dir():
@@ -247,7 +255,11 @@ def _write_shard(plan: Plan, file: Path, target: Path, scale_mode: ScaleMode) ->
         else:
             tensors[name] = tensor
     temporary = target.with_name(target.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{target} cannot be written: {error}. Finished shards are kept: make room and run it again") from error
     shutil.copymode(target.with_name(_JOB), temporary)  # safetensors' files are for their owner only
     _publish(temporary, target)
 
@@ -255,20 +267,23 @@ def _write_shard(plan: Plan, file: Path, target: Path, scale_mode: ScaleMode) ->
 def _copy_small_files(source: Path, partial: Path) -> None:
     """Copies all but hidden files, the configuration, and weights: the model's, and the same in other formats."""
     parts = _parts(source)
-    for path in sorted(source.rglob("*")):
+    for path in model_files(source):
         name = path.relative_to(source)
-        is_hidden = any(part.startswith(".") for part in name.parts)
         is_weights = path.name.endswith(_WEIGHT_FILES) and name.parts[0] not in parts
         is_ours = partial in path.parents  # the output may be in the source
-        if path.is_file() and not (is_hidden or is_weights or is_ours or name == Path(CONFIG)):
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, partial / name)
+        if is_weights or is_ours or name == Path(CONFIG):
+            continue
+        target = partial / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open_file(path, source) as content, target.open("wb") as copy:
+            shutil.copyfileobj(content, copy)
 
 
 def _parts(source: Path) -> set[str]:
     """Folders of further modules around the model, with weights of their own, as sentence-transformers has them."""
     path = source / "modules.json"
-    modules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    modules = read_json_list(path) if path.exists() else []
+    check_type(modules, list[schemas.Part], f"{path}: modules")
     return {module["path"] for module in modules if module.get("path")}
 
 

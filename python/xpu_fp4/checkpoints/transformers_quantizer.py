@@ -19,9 +19,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .._text import shorten
 from ..functional import Mode
 from . import compressed_tensors, quark
-from .errors import CheckpointError
+from .errors import CheckpointError, printable
 from .experts import MXFP4Experts
-from .placement import replace_layers
+from .names import without_conversion
+from .placement import find_tensors, replace_layers
 from .reader import read_checkpoint
 
 METHOD = "xpu_fp4"
@@ -49,7 +50,9 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
         self.checkpoint = read_checkpoint(Path(files[0]).parent).in_mode(self.quantization_config.mode)
         places = replace_layers(model, self.checkpoint)
         if left_out := self.checkpoint.layers.keys() - places.keys():
-            warnings.warn(f"{self.checkpoint.folder}: the model has no place for {shorten(left_out)}", stacklevel=2)
+            warnings.warn(printable(f"{self.checkpoint.folder}: the model has no place for {shorten(left_out)}"), stacklevel=2)
+        others = without_conversion(model, self.checkpoint.other_tensors())
+        find_tensors(model, self.checkpoint.files, others)  # for its errors
         for name in {place.module for place in places.values() if place.expert is not None}:
             cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ..checkpoints import Plan, plan_quantization, quantize_checkpoint
 from ..functional import Mode, ScaleMode
-from .common import DIRECTORY, SCHEME, errors_as_messages
+from .common import DIRECTORY, SCHEME, errors_as_messages, plain
 
 
 @click.command("quantize")
@@ -70,5 +70,5 @@ def _report(console: Console, plan: Plan, out: Path) -> None:
     before = sum(file.stat().st_size for file in plan.files.files)
     after = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     kept = ", ".join(plan.kept) or "none"
-    console.print(f"{len(plan.quantized)} linear layers are MXFP4; kept as they are: {kept}", highlight=False, soft_wrap=True)
-    console.print(f"{out}: {decimal(after)}, from {decimal(before)} of weights", highlight=False, soft_wrap=True)
+    console.print(plain(f"{len(plan.quantized)} linear layers are MXFP4; kept as they are: {kept}"), soft_wrap=True)
+    console.print(plain(f"{out}: {decimal(after)}, from {decimal(before)} of weights"), soft_wrap=True)
