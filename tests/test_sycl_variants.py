@@ -165,6 +165,22 @@ def test_near_rows_give_the_native_bits(force: pytest.MonkeyPatch, generator: to
         assert_native_bits((a, a_scale, w, w_scale))
 
 
+@pytest.mark.parametrize("variant", ["bmg:large", "ptl:large"])
+def test_sums_of_mxint8_are_too_large_to_be_near(force: pytest.MonkeyPatch, generator: torch.Generator, variant: str) -> None:
+    """Scales as the near level takes them of MXFP4, the same in all rows: with MXINT8 its sums would round."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    m, n = LARGE[variant]
+    a = torch.randint(-128, -100, (m, 128), generator=generator, dtype=torch.int8)
+    codes = torch.where(torch.rand(n, 128, generator=generator) < 0.1, 1, 7).to(
+        torch.uint8
+    )  # 0.5 and 6: large sums, also odd ones
+    w = reference.pack(codes)
+    for offsets in ((0, 8, 0, 8), (8, 0, 8, 0), (8, 0, 0, 8), (0, 0, 8, 4), (7, 0, 7, 0)):
+        a_scale = (120 + torch.tensor(offsets, dtype=torch.uint8)).expand(m, 4).contiguous()
+        w_scale = torch.randint(120, 123, (n, 4), generator=generator, dtype=torch.uint8)
+        assert_native_bits((a, a_scale, w, w_scale))
+
+
 @pytest.mark.parametrize("variant", LARGE)
 @pytest.mark.parametrize("centre", [82, 83, 86, 120, 152, 153, 160, 161])
 def test_outlier_channels_give_the_native_bits(
@@ -342,7 +358,7 @@ def test_the_fused_linear_quantizes_to_mxint8(
         x = difficult_floats(m, k, dtype, generator)
         x[0] = x[0].clamp(-0.9, 0.9)
         x[0, ::32] = 255 / 128
-        x[4] = torch.finfo(dtype).smallest_subnormal * torch.randint(-300, 300, (k,), generator=generator)
+        x[4] = torch.finfo(dtype).tiny * torch.finfo(dtype).eps * torch.randint(-300, 300, (k,), generator=generator)
         with xpu_fp4.cpu_backend("native"):
             codes, bytes_of = own.mxint8_quantize(x, group)
             expected = linear_w4a8(x, weight, scale, None, group)
