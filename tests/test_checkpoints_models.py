@@ -57,7 +57,7 @@ from xpu_fp4.checkpoints import (
     plan_quantization,
     quantize_checkpoint,
 )
-from xpu_fp4.checkpoints.tensor_files import read_json
+from xpu_fp4.checkpoints.untrusted import read_json
 from xpu_fp4.cli import main
 
 COMPRESSOR = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")

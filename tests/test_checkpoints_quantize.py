@@ -58,6 +58,20 @@ def test_shards_small_files_and_the_rest_are_kept(source: Path, tmp_path: Path) 
     )
 
 
+def test_the_same_weights_in_other_formats_are_left_out(tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "source")
+    weights = {"original/consolidated.00.pth", "onnx/model.onnx", "onnx/model.onnx_data", "metal/model.bin", "model.gguf"}
+    kept = {"original/params.json", "2_Dense/config.json", "2_Dense/model.safetensors", "modules.json"}
+    for name in weights | kept | {".cache/state"}:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    (source / "modules.json").write_text(json.dumps([{"idx": 0, "path": ""}, {"idx": 1, "path": "2_Dense"}]))
+    out = quantize_checkpoint(plan_quantization(source), source / "out")
+    expected = kept | {path.name for path in source.iterdir() if path.is_file()} - {"model.gguf"}
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == expected
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"original", "2_Dense"}
+
+
 def test_config_says_what_was_done(source: Path, tmp_path: Path) -> None:
     plan = plan_quantization(source, [Q0, r"re:lm_.*"])
     out = quantize_checkpoint(plan, tmp_path / "out", mode="w4a16", scale_mode="rceil")

@@ -18,6 +18,7 @@ from checkpoint_files import (
     MXFP4_ARGUMENTS,
     QUARK_WEIGHT,
     compressed_tensors_config,
+    llama,
     llama_json,
     packed_llama,
     quark_config,
@@ -25,6 +26,7 @@ from checkpoint_files import (
     tensors_of,
     write_checkpoint,
 )
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from helpers import assert_same_bits
 from safetensors.torch import save_file
 from torch import Tensor
@@ -116,6 +118,24 @@ def test_names_go_before_regexes_and_regexes_before_the_class(tmp_path: Path) ->
     checkpoint = open_checkpoint(compressed_tensors(tmp_path, compressed_tensors_config(config_groups=groups)))
     a16 = {name for name, layer in checkpoint.layers.items() if layer.scheme.mode == "w4a16"}
     assert a16 == {"model.layers.0.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_of_several_groups_a_layer_takes_the_one_that_compressed_tensors_gives_it(tmp_path: Path, order: Any) -> None:
+    targets = (["re:.*self_attn.*"], ["re:.*o_proj", "re:.*mlp.down.*"], ["re:.*mlp.*", "Linear"])
+    inputs = (MXFP4_ARGUMENTS | {"dynamic": True}, None, MXFP4_ARGUMENTS | {"dynamic": True})
+    groups = {str(i): group(targets=targets[i], input_activations=inputs[i]) for i in order}
+    config = compressed_tensors_config(config_groups=groups)
+    peer = llama()
+    apply_quantization_config(peer, QuantizationConfig(**config))
+    expected = {
+        name: "w4a16" if module.quantization_scheme.input_activations is None else "w4a4"
+        for name, module in peer.named_modules()
+        if getattr(module, "quantization_scheme", None)
+    }
+    checkpoint = open_checkpoint(compressed_tensors(tmp_path, config))
+    assert {name: layer.scheme.mode for name, layer in checkpoint.layers.items()} == expected
+    assert set(expected.values()) == {"w4a4", "w4a16"}
 
 
 @pytest.mark.parametrize("group_size", [32, 128])

@@ -15,6 +15,7 @@ import torch
 import xpu_fp4
 from checkpoint_files import IDS, LINEARS, VOCABULARY, llama, save_llama
 from click.testing import CliRunner, Result
+from rich.filesize import decimal
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -94,6 +95,14 @@ def test_quantize_takes_its_options(language_model: Path, tmp_path: Path) -> Non
     layers = open_checkpoint(tmp_path / "out").layers
     assert layers.keys() == {name for name in LINEARS if "down_proj" not in name}
     assert {layer.scheme.mode for layer in layers.values()} == {"w4a16"}
+
+
+def test_quantize_says_what_it_keeps_and_how_large_the_folder_is(language_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output = succeed("quantize", language_model.with_name("llama"), out, "--include", "lm_head")
+    assert "15 linear layers are MXFP4; kept as they are: none" in output
+    assert decimal(sum(path.stat().st_size for path in out.rglob("*") if path.is_file())) in output
+    assert "lm_head" in open_checkpoint(out).layers
 
 
 @pytest.mark.parametrize("scheme", get_args(Mode))

@@ -3,6 +3,8 @@
 
 import copy
 import pickle
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -159,3 +161,77 @@ def test_quantize_refuses_what_it_cannot_do() -> None:
         MXFP4Linear(K, N, mode="w8a8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mode is 'w8a8'"):
         xpu_fp4.linear(torch.ones(K), torch.zeros(N, K // 2), torch.zeros(N, 3), mode="w8a8")  # type: ignore[arg-type]
+
+
+def test_quantize_names_the_matrices_that_it_leaves() -> None:
+    attention = nn.Sequential(nn.Linear(K, K), nn.MultiheadAttention(K, 2))
+    with pytest.warns(UserWarning, match=r"79% of the parameters are not quantized, in no nn.Linear: 1.in_proj_weight, 1.out"):
+        xpu_fp4.quantize_(attention)
+    with pytest.warns(UserWarning, match=r"Sequential has no nn.Linear, nothing is quantized"):
+        xpu_fp4.quantize_(nn.Sequential(nn.Conv1d(K, K, 1), nn.ReLU()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        xpu_fp4.quantize_(nn.Sequential(nn.Embedding(40, K), nn.Linear(K, N), nn.Conv2d(K, K, 1), nn.LayerNorm(K)))
+
+
+# ---- code outside that looks at a layer's weight ----
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weight_is_the_dequantized_weight(bias: bool) -> None:
+    module = MXFP4Linear.from_linear(nn.Linear(K, N, bias=bias, dtype=torch.bfloat16))
+    expected = module.dequantized_weight(torch.bfloat16)
+    for _ in range(2):  # as it is stored, and prepacked
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        assert (weight.shape, weight.dtype, weight.device) == (expected.shape, expected.dtype, expected.device)
+        for read in (weight.float(), weight.data.float(), weight.detach().float(), torch.zeros(N, K).copy_(weight)):
+            assert torch.equal(read, expected.float())
+        x = torch.randn(3, K, dtype=torch.bfloat16)
+        assert type(weight @ x.T) is Tensor
+        assert torch.equal(weight @ x.T, expected @ x.T)
+        module(x)
+    assert "weight" not in module.state_dict()
+    assert module.to(torch.float16).weight.dtype == torch.float16
+    assert copy.deepcopy(module).weight.dtype == torch.float16
+    assert module.to("meta").weight.is_meta
+
+
+def test_weight_costs_nothing_until_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = MXFP4Linear(K, N)
+    monkeypatch.setattr(MXFP4Linear, "dequantized_weight", None)
+    assert (module.weight.dtype, module.weight.shape, module.weight.device.type) == (torch.float32, (N, K), "cpu")
+
+
+def test_weight_cannot_be_written() -> None:
+    module = MXFP4Linear.from_linear(nn.Linear(K, N))
+    before = module.dequantized_weight()
+    writes: list[Callable[[], object]] = [
+        lambda: nn.init.normal_(module.weight),
+        lambda: module.weight.copy_(torch.zeros(N, K)),
+        lambda: module.weight.__setitem__(0, 0.0),
+        lambda: setattr(module.weight, "data", torch.zeros(N, K)),
+        lambda: torch.add(before, before, out=module.weight),
+        lambda: setattr(module, "weight", nn.Parameter(torch.zeros(N, K))),
+        lambda: setattr(module, "weight", torch.zeros(N, K)),
+    ]
+    for write in writes:
+        with pytest.raises((RuntimeError, AttributeError), match="can only be read: set these instead"):
+            write()
+    assert torch.equal(module.dequantized_weight(), before)
+
+
+def test_an_encoder_layer_of_torch_computes_in_its_layers() -> None:
+    """In eval mode it has one fused operation on its layers' weights, which would not quantize activations."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, 128, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 64)
+    with pytest.warns(UserWarning, match=r"self_attn.in_proj_weight"):
+        xpu_fp4.quantize_(encoder)
+    calls: list[str] = []
+    for name, module in encoder.named_modules():
+        if isinstance(module, MXFP4Linear):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    with torch.inference_mode():
+        assert encoder(x).isfinite().all()
+    assert calls == [f"layers.{layer}.linear{i}" for layer in (0, 1) for i in (1, 2)]

@@ -142,3 +142,16 @@ def test_a_quad_that_spans_a_whole_window(backend: str, order: tuple[int, ...]) 
     mixed = spans[:, [*order, 0]].add(127).to(torch.uint8)
     operands = extreme_int8(len(mixed), 160, 30), mixed, operands[2][:64], w_scale[:64]
     assert_same_bits(gemm(*operands), expected_gemm(*operands))
+
+
+@pytest.mark.parametrize("level", OFFSETS)
+def test_whole_tiles_where_sums_underflow_and_overflow(backend: str, level: str) -> None:
+    # One exponent for all of A and the same quads in all of W, whose product's least bits or sums leave float32's range: no
+    # window may reach so far.
+    below = torch.tensor([*OFFSETS[level], 0])
+    a, w = random_int8(20, 160, seeded(31)), random_codes(40, 160, seeded(32))
+    for total in (*range(-160, -126), *range(108, 136)):
+        for ea in (total // 2, total // 2 - 10, total // 2 + 10):
+            a_scale = torch.full((20, 5), ea + 127, dtype=torch.uint8)
+            w_scale = (total - ea - below + 127).to(torch.uint8).expand(40, 5).contiguous()
+            assert_same_bits(gemm(a, a_scale, w, w_scale), expected_gemm(a, a_scale, w, w_scale))

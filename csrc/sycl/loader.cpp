@@ -5,7 +5,10 @@
 
 #include <dlfcn.h>
 #include <link.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <filesystem>
 #include <mutex>
@@ -31,6 +34,22 @@ std::string environment(const char* name) {
 }
 
 void set_unless_set(const char* name, const std::string& value) { setenv(name, value.c_str(), /*overwrite=*/0); }
+
+// The process runs what lies in a cache, so nobody else may write there: a new folder is closed to others, and so becomes one
+// that they can only read. Where none can be made, SYCL goes on without.
+void make_private(const fs::path& dir) {
+  std::error_code ignored;
+  fs::create_directories(dir.parent_path(), ignored);
+  if (mkdir(dir.c_str(), S_IRWXU) == 0 || errno != EEXIST) return;
+  struct stat found{};
+  const bool is_ours = stat(dir.c_str(), &found) == 0 && S_ISDIR(found.st_mode) && found.st_uid == geteuid();
+  if (!is_ours || (found.st_mode & (S_IWGRP | S_IWOTH)) != 0) {
+    throw std::runtime_error("xpu_fp4: the kernel cache " + dir.string() +
+                             " is not a folder of this user's that others cannot write to: make it yours and run chmod 700 on "
+                             "it, or set XPU_FP4_CACHE_DIR to a new folder");
+  }
+  if ((found.st_mode & (S_IRWXG | S_IRWXO)) != 0) chmod(dir.c_str(), S_IRWXU);
+}
 
 std::mutex mutex;
 std::string loaded_runtime;
@@ -173,6 +192,7 @@ std::string cache_dir() {
 void configure_cache() {
   const std::string dir = cache_dir();
   if (dir.empty()) return;
+  if (environment("SYCL_CACHE_DIR").empty()) make_private(dir);  // else it is the user's own, or checked already
   set_unless_set("SYCL_CACHE_PERSISTENT", "1");
   set_unless_set("SYCL_CACHE_DIR", dir);
 }

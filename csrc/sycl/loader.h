@@ -20,7 +20,8 @@ const Plugin& load_plugin();
 std::string cache_dir();
 
 /// Turns SYCL's on-disk cache on in cache_dir(), unless the user has settings of their own. Must run before SYCL's first use,
-/// and holds for the whole process: it sets SYCL's environment variables.
+/// and holds for the whole process: it sets SYCL's environment variables. The folder is made for this user alone; throws
+/// std::runtime_error where others own it or can write to it.
 void configure_cache();
 
 /// The file from which the SYCL runtime was loaded; empty before that.

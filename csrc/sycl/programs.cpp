@@ -69,6 +69,11 @@ Program build(const sycl::context& context, const sycl::device& device, const Va
   } catch (const sycl::exception& error) {
     throw std::runtime_error("xpu_fp4: SYCL cannot build " + variant.file + " for " +
                              device.get_info<sycl::info::device::name>() + ": " + error.what() + "\n" + log);
+  } catch (const std::exception& error) {
+    // What SYCL reads as a length in a damaged cache is any number, and memory runs out over it.
+    const char* cache = std::getenv("SYCL_CACHE_DIR");
+    throw std::runtime_error("xpu_fp4: SYCL cannot build " + variant.file + ": " + error.what() +
+                             ". Delete its kernel cache, whose files may be damaged: " + (cache == nullptr ? "none" : cache));
   }
 }
 

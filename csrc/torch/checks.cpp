@@ -11,15 +11,36 @@ using at::ScalarType;
 
 bool is_float(ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; }
 
-// The bytes from the first to the last element.
-std::pair<const uint8_t*, const uint8_t*> byte_range(const Tensor& tensor) {
+// The bytes from the first to the last element of a tensor that has any.
+int64_t extent(const Tensor& tensor) {
   int64_t last = 0;
   for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  return (last + 1) * static_cast<int64_t>(tensor.element_size());
+}
+
+std::pair<const uint8_t*, const uint8_t*> byte_range(const Tensor& tensor) {
   const auto* first = static_cast<const uint8_t*>(tensor.const_data_ptr());
-  return {first, first + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+  return {first, first + extent(tensor)};
 }
 
 }  // namespace
+
+void check_memory(const Argument& arg) {
+  const Tensor& tensor = arg.tensor;
+  XPU_FP4_CHECK(arg, tensor.defined(), "is None, expected a tensor");
+  XPU_FP4_CHECK(arg, !tensor.is_nested(), "is a nested tensor, expected a strided one");
+  XPU_FP4_CHECK(arg, tensor.layout() == at::kStrided && tensor.has_storage(), "has the layout ", tensor.layout(),
+                " and no storage, expected a strided tensor");
+  if (tensor.numel() == 0) return;
+  // Of a tensor without data (functional, fake, zero), asking for the pointer in the usual way raises without a name.
+  c10::StorageImpl& storage = *tensor.storage().unsafeGetStorageImpl();
+  const auto held = static_cast<int64_t>(storage.nbytes());
+  const int64_t end = tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) + extent(tensor);
+  XPU_FP4_CHECK(arg, end <= held, "has shape ", tensor.sizes(), ", whose elements end at byte ", end,
+                " of a storage that holds ", held, ": its memory was freed or shrunk");
+  XPU_FP4_CHECK(arg, storage._mutable_data_ptr_no_checks().get() != nullptr, "has shape ", tensor.sizes(),
+                " and a storage without memory (a functional, fake or zero tensor), expected one with data");
+}
 
 void check_device(const Argument& arg, const at::Device& device) {
   XPU_FP4_CHECK(arg, arg.tensor.device() == device, "is on ", arg.tensor.device(), ", expected ", device,

@@ -22,6 +22,9 @@ struct Argument {
 
 #define XPU_FP4_CHECK(argument, condition, ...) TORCH_CHECK(condition, (argument).op, ": ", (argument).name, " ", __VA_ARGS__)
 
+/// Whether there is memory behind the tensor: it is strided, and its elements lie inside a storage that is allocated. Every
+/// tensor that any op is given passes through here first (table.h), so all else may take data pointers.
+void check_memory(const Argument& arg);
 void check_device(const Argument& arg, const at::Device& device);
 void check_contiguous(const Argument& arg);
 void check_shape(const Argument& arg, at::IntArrayRef expected, const char* meaning);

@@ -20,11 +20,21 @@ struct GetNativeBackend {
   const Backend* operator()() const { return &native_backend(); }
 };
 
-std::vector<OpRow> cpu_ops() {
-  std::vector<OpRow> rows = op_table<GetCpuBackend>();
-  for (OpRow& row : prepacked_op_table<GetCpuBackend, GetNativeBackend>()) rows.push_back(std::move(row));
+struct GetNoBackend {
+  const Backend* operator()() const {
+    TORCH_CHECK(false, "xpu_fp4: this op has no kernels for tensors of this kind and device");
+  }
+};
+
+template <class GetBackend, class GetNative>
+std::vector<OpRow> all_ops() {
+  std::vector<OpRow> rows = op_table<GetBackend>();
+  for (OpRow& row : prepacked_op_table<GetBackend, GetNative>()) rows.push_back(std::move(row));
   return rows;
 }
+
+std::vector<OpRow> cpu_ops() { return all_ops<GetCpuBackend, GetNativeBackend>(); }
+std::vector<OpRow> ops_without_backend() { return all_ops<GetNoBackend, GetNoBackend>(); }
 
 const bool cpu_compat_binding = [] {
   add_compat_binding({c10::DispatchKey::CPU, fp4_gemm_row<GetCpuBackend>, group_quant_row<GetCpuBackend>});
@@ -61,6 +71,11 @@ TORCH_LIBRARY(xpu_fp4, library) {
 TORCH_LIBRARY_IMPL(xpu_fp4, Autograd, library) {
   for (const OpRow& row : cpu_ops()) library.impl(row.name().c_str(), torch::autograd::autogradNotImplementedFallback());
 }
+
+// All other tensors: sparse, nested, None. The checks that come before a backend name the argument, as torch's own error does
+// not.
+TORCH_LIBRARY_IMPL(xpu_fp4, CompositeExplicitAutograd, library) { implement(library, ops_without_backend()); }
+TORCH_LIBRARY_IMPL(xpu_fp4, NestedTensorCPU, library) { implement(library, ops_without_backend()); }
 
 TORCH_LIBRARY_IMPL(xpu_fp4, CPU, library) { implement(library, cpu_ops()); }
 

@@ -8,6 +8,7 @@
 #include <atomic>
 
 #include "../cpu/limits.h"
+#include "checks.h"
 
 namespace xpu_fp4 {
 namespace {
@@ -36,6 +37,7 @@ int64_t limit_compute(std::string_view instruction, int64_t iterations) {
 }
 
 void check_bytes(const Tensor& x, const char* name) {
+  ops::check_memory({"_limit", name, x});
   TORCH_CHECK(x.is_cpu() && x.scalar_type() == at::kByte && x.dim() == 1 && x.is_contiguous(), "xpu_fp4: ", name, " is ",
               x.toString(), " ", x.sizes(), ", expected contiguous bytes in one dimension on the CPU");
 }

@@ -73,7 +73,7 @@ Tensor prepare(const Backend& backend, const char* op, const HeldWeight& weight,
   const PreparedShape shape = backend.prepared_shape(form, weight.view.n, weight.view.k);
   // Zeros, since a form may have padding: the same weight is to give the same bytes.
   const Tensor out = at::zeros({shape.rows, shape.row_bytes}, weight.tensors[0].options().dtype(at::kByte));
-  backend.prepare(weight.view, form, out.mutable_data_ptr<uint8_t>());
+  if (out.numel() != 0) backend.prepare(weight.view, form, out.mutable_data_ptr<uint8_t>());
   return out;
 }
 

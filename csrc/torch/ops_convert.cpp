@@ -33,6 +33,7 @@ std::tuple<Tensor, Tensor> quantize(const Backend& backend, const Argument& arg,
   const Tensor dense = x.contiguous();
   const Tensor q = at::empty(with_last(x, code_bytes(to.format, k)), x.options().dtype(code_type(to.format)));
   const Tensor scale = at::empty(with_last(x, k / kBlock), x.options().dtype(at::kFloat8_e8m0fnu));
+  if (x.numel() == 0) return {q, scale};
   backend.quantize({dense.const_data_ptr(), dtype, to, rows_of(x), k, static_cast<uint8_t*>(q.data_ptr()),
                     static_cast<uint8_t*>(scale.data_ptr())});
   return {q, scale};
@@ -48,6 +49,7 @@ Tensor dequantize(const Backend& backend, const char* op, Format format, const T
   const DType out_dtype = check_out_dtype(op, "dtype", dtype);
   const Tensor dense_q = q.contiguous(), dense_scale = scale.contiguous();
   const Tensor out = at::empty(with_last(q, k), q.options().dtype(dtype));
+  if (out.numel() == 0) return out;
   backend.dequantize({format, bytes(dense_q), bytes(dense_scale), rows_of(q), k, out.data_ptr(), out_dtype});
   return out;
 }
@@ -103,6 +105,7 @@ void per_token_group_quant_mxfp4(const Backend& backend, const Tensor& input, co
   check_no_overlap(q_arg, in_arg);
   check_no_overlap(s_arg, in_arg);
   check_no_overlap(s_arg, q_arg);
+  if (input.numel() == 0) return;
   const int64_t row_stride = output_s.dim() == 2 ? output_s.stride(0) : k / kBlock;
   backend.group_quantize({input.const_data_ptr(), dtype, rows_of(input), k, group_quant::floor_from_eps(eps),
                           static_cast<uint8_t*>(output_q.data_ptr()), output_s.data_ptr<float>(), row_stride,

@@ -26,6 +26,7 @@ void check_prepacked(const Argument& arg, int64_t n, int64_t k) {
 // Codes and scales, uint8, of a checked prepacked weight.
 std::pair<Tensor, Tensor> restore(const Tensor& prepacked, int64_t n, int64_t k) {
   const Tensor codes = at::empty({n, k / 2}, prepacked.options()), scale = at::empty({n, k / kBlock}, prepacked.options());
+  if (codes.numel() == 0) return {codes, scale};
   native_backend().restore(strips_of(prepacked, n, k), codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<uint8_t>());
   return {codes, scale};
 }

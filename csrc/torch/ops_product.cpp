@@ -13,6 +13,8 @@ using at::ScalarType;
 void multiply(const Backend& backend, const char* op, const Product& product) {
   const auto reason = backend.refusal(product);
   TORCH_CHECK(!reason, op, ": weight ", *reason);
+  // Rows without columns may be said to be as many as 2^63. Where only K is 0 there is a bias to write.
+  if (product.activations.m == 0 || product.weight.n == 0) return;
   backend.multiply(product);
 }
 

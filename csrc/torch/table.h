@@ -3,11 +3,13 @@
 // GetBackend{}() gives something that points to the Backend for the current device and thread.
 #pragma once
 #include <c10/core/DeviceGuard.h>
+#include <torch/csrc/jit/frontend/function_schema_parser.h>
 #include <torch/library.h>
 
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "ops.h"
 
 namespace xpu_fp4 {
@@ -19,20 +21,37 @@ struct OpRow {
   std::string name() const { return std::string(schema).substr(0, std::string_view(schema).find('(')); }
 };
 
-/// A function of ops.h as the dispatcher calls it: without the backend, on the device of its first argument, a tensor.
+/// A function of ops.h as the dispatcher calls it: without the backend, on the device of its first argument, a tensor. All
+/// tensors have memory when it is called.
 template <class GetBackend, auto function>
 struct Bound;
 template <class GetBackend, class R, class... Args, R (*function)(const Backend&, const at::Tensor&, Args...)>
 struct Bound<GetBackend, function> {
-  static R call(const at::Tensor& first, Args... rest) {
+  c10::FunctionSchema schema;
+
+  R operator()(const at::Tensor& first, Args... rest) const {
+    size_t index = 0;
+    check(index++, first);
+    (check(index++, rest), ...);
     const c10::DeviceGuard guard(first.device());
     return function(*GetBackend{}(), first, rest...);
+  }
+
+ private:
+  template <class T>
+  void check(size_t index, const T& value) const {
+    if constexpr (std::is_same_v<T, at::Tensor>) {
+      ops::check_memory(
+          {schema.name().c_str() + schema.name().rfind(':') + 1, schema.arguments()[index].name().c_str(), value});
+    } else if constexpr (std::is_same_v<T, std::optional<at::Tensor>>) {
+      if (value) check(index, *value);
+    }
   }
 };
 
 template <class GetBackend, auto function>
 OpRow op(const char* schema) {
-  return {schema, torch::CppFunction(&Bound<GetBackend, function>::call)};
+  return {schema, torch::CppFunction(Bound<GetBackend, function>{torch::jit::parseSchema(schema)})};
 }
 
 /// Our own ops on any device, namespace xpu_fp4. `scale_mode` is "floor", "ceil", "even" or "rceil" (format/e8m0.h).

@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/xpu/XPUStream.h>
 
+#include <stdexcept>
+
 #include "../sycl/loader.h"
 #include "compat.h"
 #include "table.h"
@@ -25,7 +27,11 @@ struct GetXpuBackend {
 };
 
 const bool xpu_binding = [] {
-  syclrt::configure_cache();  // torch starts SYCL before our first op
+  try {
+    syclrt::configure_cache();  // torch starts SYCL before our first op
+  } catch (const std::runtime_error&) {
+    // An import must not end here: there is no cache then, and our first op raises the same error.
+  }
   add_compat_binding({c10::DispatchKey::XPU, fp4_gemm_row<GetXpuBackend>, group_quant_row<GetXpuBackend>});
   return true;
 }();

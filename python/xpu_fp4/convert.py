@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizes a model in place; expands its weights for GPUs."""
 
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ._library import BLOCK
+from ._text import shorten
 from .functional import Group, Mode, ScaleMode, modes_of
 from .modules import MXFP4Linear
 
 Model = TypeVar("Model", bound=nn.Module)
+_WORTH_A_WORD = 0.01
+"""Tables of positions are less than that."""
 Filter = Callable[[nn.Module, str], bool]
 
 
@@ -38,6 +43,9 @@ def quantize_(
 
     Raises:
         ValueError: the model is itself an nn.Linear (use MXFP4Linear.from_linear), or in_features is no multiple of 32.
+
+    Matrices that are in no nn.Linear, embedding or convolution (fused experts, GPT-2's Conv1D, nn.MultiheadAttention) stay as
+    they are, and are named in a warning.
     """
     if type(model) is nn.Linear:
         raise ValueError("model is itself an nn.Linear and cannot be replaced in place: use MXFP4Linear.from_linear")
@@ -49,6 +57,12 @@ def quantize_(
             raise ValueError(
                 f"{name} has in_features {linear.in_features}, expected a multiple of {BLOCK}: leave it out by filter_fn"
             )
+    others = _other_matrices(model)
+    share = sum(p.numel() for p in others.values()) / max(1, sum(p.numel() for p in model.parameters()))
+    if share >= _WORTH_A_WORD:
+        warnings.warn(f"{share:.0%} of the parameters are not quantized, in no nn.Linear: {shorten(others)}", stacklevel=2)
+    elif not linears:
+        warnings.warn(f"{type(model).__name__} has no nn.Linear, nothing is quantized", stacklevel=2)
     if progress:
         from rich.progress import track
 
@@ -62,6 +76,18 @@ def quantize_(
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, replacement[linear])
     return model
+
+
+def _other_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What could be quantized by its shape, and is in no module that is left alone on purpose."""
+    known = (nn.Embedding, nn.EmbeddingBag, _ConvNd)
+    return {
+        f"{name}.{kind}".lstrip("."): parameter
+        for name, module in model.named_modules()
+        if type(module) is not nn.Linear and not isinstance(module, known)
+        for kind, parameter in module.named_parameters(recurse=False)
+        if parameter.is_floating_point() and parameter.dim() > 1 and min(parameter.shape[-2:]) >= BLOCK
+    }
 
 
 def expand_(model: Model) -> Model:

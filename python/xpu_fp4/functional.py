@@ -47,6 +47,10 @@ _PRODUCTS: dict[Mode, _Product] = {
 }
 
 
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
+"""What autocast gives another dtype."""
+
+
 def check_mode(mode: str) -> None:
     if mode not in _PRODUCTS:
         raise ValueError(f"mode is {mode!r}, expected {_either(_PRODUCTS)}")
@@ -78,6 +82,8 @@ def multiply(
     product = _PRODUCTS[mode]
     if form not in product.ops:
         raise ValueError(f"an {form} weight is for mode {_either(modes_of(form))}, got mode {mode!r}")
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype in _CAST:
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # as nn.Linear does
     out: Tensor = product.ops[form](x, *operands, bias, *[options[name] for name in product.options])
     return out
 

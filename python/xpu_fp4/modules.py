@@ -8,12 +8,53 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ._library import BLOCK
 from .functional import Group, Mode, ScaleMode, check_mode, dequantize, modes_of, options_of, quantize
 from .weight import PackedWeight
 
 _WEIGHTS = ("weight_packed", "weight_scale")
+_READ_ONLY = "MXFP4Linear.weight is made of weight_packed and weight_scale, and can only be read: set these instead"
+
+
+class _DequantizedWeight(Tensor):
+    """An MXFP4Linear's weight, with elements only while an operation reads them."""
+
+    _is_hf_initialized = True  # so that Transformers, while it loads a model, does not fill it with random numbers
+    _module: "MXFP4Linear"
+
+    @classmethod
+    def of(cls, module: "MXFP4Linear", dtype: torch.dtype, device: torch.device) -> "_DequantizedWeight":
+        shape = (module.out_features, module.in_features)
+        weight: _DequantizedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        weight._module = module
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        # Results are plain tensors. That there is this method makes torch's encoder layer call its layers, instead of one fused
+        # operation on their weights, which would not quantize activations.
+        if func in (Tensor.__setitem__, Tensor.data.__set__):  # type: ignore[attr-defined]
+            raise RuntimeError(_READ_ONLY)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as a static method
+        cls,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: Any = (),  # noqa: ANN401
+        kwargs: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            if isinstance(value, cls) and argument.is_write:
+                raise RuntimeError(_READ_ONLY)
+        args, kwargs = tree_map_only(cls, lambda weight: weight._module.dequantized_weight(weight.dtype), (args, kwargs))
+        return func(*args, **kwargs)
 
 
 class MXFP4Linear(nn.Module):
@@ -23,13 +64,16 @@ class MXFP4Linear(nn.Module):
     format: `weight_packed` uint8 [N, K/2], `weight_scale` uint8 [N, K/32] (2^(byte - 127)), `bias` [N]. A new module is all
     zeros.
 
-    On the CPU the first forward (in eval or train mode, but not one that torch.compile traces) moves the weight into the native
-    kernels' layout, which it keeps instead: see `prepack_`. Then `weight_packed` and `weight_scale` are no longer parameters;
-    reading them, `state_dict` and `load_state_dict` go on as before. On a GPU the weight stays as it is; `expand_` keeps a
-    second form beside it.
+    On the CPU the first forward (in eval or train mode, but not one that torch.compile or torch.jit traces) moves the weight
+    into the native kernels' layout, which it keeps instead: see `prepack_`. Then `weight_packed` and `weight_scale` are no
+    longer parameters; reading them, `state_dict` and `load_state_dict` go on as before. On a GPU the weight stays as it is;
+    `expand_` keeps a second form beside it.
 
     Threads may share a module: run its first forward together, and copy, pickle, move, save, load, prepack and expand it
     meanwhile. Where the weight stays as it is, loading and moving change tensors in place, as nn.Linear does.
+
+    `weight` is there for code that looks at a layer's weight from outside: its shape, dtype and device cost nothing, but every
+    operation that reads its elements dequantizes all of them. Writing to it is an error.
 
     Args:
         in_features, out_features: K (a multiple of 32) and N.
@@ -37,7 +81,7 @@ class MXFP4Linear(nn.Module):
         mode: `w4a4`, `w4a8` or `w4a16`. The weight is the same, so the attribute may be set later.
         scale_mode: the scale rule for x in mode `w4a4`.
         group: how many elements of x share a scale in mode `w4a8`, 32 or 128.
-        device, dtype: of the parameters; dtype is the bias's.
+        device, dtype: of the parameters; dtype is the bias's, and that of `weight`.
     """
 
     _is_managed = False
@@ -63,6 +107,7 @@ class MXFP4Linear(nn.Module):
         self.mode = mode
         self.scale_mode = scale_mode
         self.group = group
+        self._dtype = dtype or torch.get_default_dtype()
         self._lock = threading.RLock()
         self._prepacked: Tensor | None
         self.register_buffer("_prepacked", None, persistent=False)
@@ -90,6 +135,7 @@ class MXFP4Linear(nn.Module):
             scale_mode=scale_mode,
             group=group,
             device="meta",
+            dtype=source.weight.dtype,
         )
         codes, scale = quantize(source.weight.detach(), scale_mode)
         module.weight_packed = _frozen(codes.view(torch.uint8))
@@ -97,6 +143,13 @@ class MXFP4Linear(nn.Module):
         if source.bias is not None:
             module.bias = _frozen(source.bias.detach().clone())
         return module.train(source.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [N, K] that the codes and scales stand for, to be read only. Slow: each operation on it dequantizes it."""
+        with self._locked():
+            device = self._weight().tensors[0].device
+        return _DequantizedWeight.of(self, self._dtype, device)
 
     @property
     def is_prepacked(self) -> bool:
@@ -192,6 +245,8 @@ class MXFP4Linear(nn.Module):
             return super().__getattr__(name) if self._prepacked is None else self._stored()[_WEIGHTS.index(name)]
 
     def __setattr__(self, name: str, value: object) -> None:
+        if name == "weight":
+            raise AttributeError(_READ_ONLY)
         if name not in _WEIGHTS:
             return super().__setattr__(name, value)  # type: ignore[arg-type]  # nn.Module takes any value
         with self._locked():
@@ -219,6 +274,7 @@ class MXFP4Linear(nn.Module):
         with self._locked():
             self._as_stored()
             super()._apply(fn, recurse)
+            self._dtype = fn(torch.empty(1, dtype=self._dtype)).dtype  # also where there is no bias
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -251,7 +307,8 @@ class MXFP4Linear(nn.Module):
             return PackedWeight("prepacked", *self._shape(), (strips,))
         with self._locked():
             weight = self._weight()
-            if self._may_prepack() and not torch.compiler.is_compiling():
+            tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit has no __all__
+            if self._may_prepack() and not (torch.compiler.is_compiling() or tracing):
                 weight = weight.best()
             if weight.form == "prepacked":
                 self._hold_prepacked(weight)

@@ -163,7 +163,7 @@ def test_w4a16_is_within_its_bound(dtype: torch.dtype, with_bias: bool, leading:
     assert bool(((got.double() - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("key", [None, kMxfp4Dynamic])
+@pytest.mark.parametrize("key", KEYS, ids=str)
 def test_the_sycl_backend_serves_the_checkpoints_own_layout_with_the_same_bits(key: object) -> None:
     layer, weight, scale = random_layer()
     served, x = init_mxfp4_linear_kernel(key), torch.randn(5, K)
@@ -175,10 +175,8 @@ def test_the_sycl_backend_serves_the_checkpoints_own_layout_with_the_same_bits(k
     assert torch.equal(served.apply_weights(unpacked, x), served.apply_weights(layer, x))
 
 
-@pytest.mark.parametrize(("key", "expands"), [(kMxfp4Dynamic, True), (None, False)])
-def test_a_gpu_expands_the_weights_of_w4a4_where_it_is_asked_to(
-    key: object, expands: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("key", "expands"), [(kMxfp4Dynamic, True), (key_of(Scheme("w4a8")), True), (None, False)], ids=str)
+def test_a_gpu_expands_the_weights_where_it_is_asked_to(key: object, expands: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _, _ = random_layer()
     served, x = init_mxfp4_linear_kernel(key), torch.randn(40, K)
     monkeypatch.setenv("XPU_FP4_SYCL_VARIANT", "bmg:large")

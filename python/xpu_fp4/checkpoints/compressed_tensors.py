@@ -5,7 +5,6 @@ llm-compressor writes it; vLLM and Transformers read it. A group's `input_activa
 groups of 32 or 128), their absence W4A16 or, where our own key of the `quantization_config` says so, W4A8.
 """
 
-import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast, get_args
 
@@ -14,6 +13,7 @@ from ..functional import Group, Mode
 from .description import Layer, Scheme, describe_layer, get_scale_mode
 from .errors import CheckpointError
 from .keys import is_set, refusal, require_object, unknown_keys
+from .patterns import PREFIX, NameSet, Patterns
 from .tensor_files import TensorFiles
 
 METHOD = "compressed-tensors"
@@ -106,13 +106,15 @@ def read_layers(config: dict[str, Any], files: TensorFiles) -> dict[str, Layer]:
         scheme = _read_group(group, config.get("format"), weight_only, where)
         schemes |= {target: scheme for target in group.get("targets") or []}
     layers = {}
+    patterns = Patterns(f"{files.folder}: quantization_config")
+    ignored = NameSet(config.get("ignore") or [], patterns)
     for tensor in files:
         module, _, kind = tensor.rpartition(".")
         if kind != PACKED:
             continue
-        if any(matches(module, pattern) for pattern in config.get("ignore") or []):
+        if module in ignored:
             raise CheckpointError(f"{files[tensor]} is packed, but quantization_config.ignore lists {module}")
-        scheme = _scheme_of(module, schemes, files, tensor)
+        scheme = _scheme_of(module, schemes, patterns, files, tensor)
         layers[module] = describe_layer(files, module, scheme, tensor, f"{module}.{SCALE}", f"{module}.bias")
     return layers
 
@@ -143,13 +145,6 @@ def write_config(scheme: Scheme, ignore: Iterable[str]) -> dict[str, Any]:
     if activations.in_extension is not None:
         extension |= {"activations": activations.in_extension, "group": scheme.group}
     return config | ({EXTENSION: extension} if extension else {})
-
-
-def matches(module: str, pattern: str) -> bool:
-    """Whether a target or an ignored name means this module: the name itself, or `re:` and a regex from its beginning."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    return pattern == module
 
 
 def weight_only_scheme(config: dict[str, Any], where: str) -> Scheme:
@@ -205,11 +200,15 @@ def _check_arguments(arguments: Any, expected: dict[str, Any], name: str, where:
         raise CheckpointError(f"{where} is not {name}: {'; '.join(wrong)}")
 
 
-def _scheme_of(module: str, schemes: dict[str, Scheme], files: TensorFiles, tensor: str) -> Scheme:
-    """An exact name goes before a regex, and a regex before the class, as in compressed-tensors."""
-    named = sorted((target for target in schemes if matches(module, target)), key=lambda target: target.startswith("re:"))
+def _scheme_of(module: str, schemes: dict[str, Scheme], patterns: Patterns, files: TensorFiles, tensor: str) -> Scheme:
+    """An exact name goes before a regex, the first regex of the alphabet before others, and any before the class.
+
+    So compressed-tensors decides; the order of groups does not matter.
+    """
+    regexes = sorted(target for target in schemes if target.startswith(PREFIX))
+    matching = (target for target in regexes if patterns.matches(module, target.removeprefix(PREFIX)))
+    target = module if module in schemes else next(matching, "Linear")
     # The class of what is packed cannot be seen in the files; it is Linear for all that these layers can be.
-    for target in [*named, "Linear"]:
-        if target in schemes:
-            return schemes[target]
+    if target in schemes:
+        return schemes[target]
     raise CheckpointError(f"{files[tensor]} is packed, but no target in quantization_config matches {module}: {list(schemes)}")

@@ -5,6 +5,7 @@
 NAME is `...experts.gate_up_proj`, whose rows alternate between gate and up, and `...experts.down_proj`. W4A16.
 """
 
+from itertools import accumulate
 from typing import Any
 
 from .description import Layer, Scheme, describe_layer
@@ -24,11 +25,13 @@ def check_keys(config: dict[str, Any], where: str) -> list[str]:
 def read_layers(config: dict[str, Any], files: TensorFiles) -> dict[str, Layer]:
     """The layers, which are told by their tensors' names; `quantization_config` says no more than the method."""
     layers = {}
+    kept = set(config.get("modules_to_not_convert") or [])
     for tensor in files:
         if not tensor.endswith(PACKED):
             continue
         name = tensor.removesuffix(PACKED)
-        excluded = [m for m in config.get("modules_to_not_convert") or [] if name == m or name.startswith(f"{m}.")]
+        owners = accumulate(name.split("."), "{}.{}".format)  # of the module, and itself
+        excluded = [owner for owner in owners if owner in kept]
         if excluded:
             raise CheckpointError(
                 f"{files[tensor]} is packed, but quantization_config.modules_to_not_convert lists {excluded[0]}"

@@ -3,7 +3,8 @@
 
 import importlib
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -11,12 +12,17 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from .._text import shorten
 from ..functional import Mode
 from .description import Checkpoint
-from .errors import CheckpointError
-from .placement import Place, names_in_model, replace_layers
-from .reader import CONFIG, open_checkpoint
-from .tensor_files import read_json
+from .errors import CheckpointError, printable
+from .placement import Place, find_tensors, replace_layers, state_of
+from .reader import CONFIG, open_checkpoint, read_config
+from .tensor_files import TensorFiles
+
+# Left out, Transformers asks on standard input whether to run a directory's code.
+_NO_CODE = {"trust_remote_code": False}
+_NO_PICKLE = {"use_safetensors": True}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,16 +39,19 @@ def load_model(folder: str | PathLike[str], *, mode: Mode | None = None, **kwarg
     device_map, attn_implementation, ...).
 
     Raises:
-        ValueError: there is no such mode.
+        ValueError: there is no such mode; trust_remote_code is set, since code in a directory is never run.
         CheckpointError: the directory is damaged, not MXFP4, or does not fit the model.
         ImportError: transformers is missing, or of a version that is not tested.
     """
     folder = Path(folder)
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError("trust_remote_code is True, expected False: code in a model directory is never run")
     config = transformers_config(folder, mode=mode)
-    model, info = model_class(folder).from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
+    options = {**kwargs, **_NO_CODE, **_NO_PICKLE}
+    model, info = model_class(folder).from_pretrained(folder, config=config, output_loading_info=True, **options)
     # Transformers would go on with random numbers.
     if absent := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
-        raise CheckpointError(f"{folder} has no tensors, or of another shape, for {_some(absent)}")
+        raise CheckpointError(f"{folder} has no tensors, or of another shape, for {shorten(absent)}")
     return model
 
 
@@ -55,11 +64,13 @@ def transformers_config(folder: str | PathLike[str], *, mode: Mode | None = None
     Raises:
         ValueError, CheckpointError, ImportError: as load_model does, before Transformers builds anything.
     """
+    folder = Path(folder)
     open_checkpoint(folder).in_mode(mode)
     auto_config = require_transformers().AutoConfig
     from .transformers_quantizer import METHOD
 
-    config = auto_config.from_pretrained(folder)
+    with _of_directory(folder):
+        config = auto_config.from_pretrained(folder, **_NO_CODE)
     text_config = config.get_text_config()
     if text_config is not config and hasattr(text_config, "quantization_config"):
         del text_config.quantization_config
@@ -86,32 +97,56 @@ def apply_checkpoint(model: Model, folder: str | PathLike[str], *, mode: Mode | 
     for name, place in places.items():
         _load_layer(model, checkpoint, name, place)
     loaded, left_over = _load_others(model, checkpoint)
+    left_over += [layer.packed for name, layer in checkpoint.layers.items() if name not in places]
     if hasattr(model, "tie_weights"):
         cast(Callable[[], None], model.tie_weights)()
     for module in {place.module for place in places.values()}:
         loaded |= {f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters()}
     if missing := _missing(model, loaded):
-        raise CheckpointError(f"{checkpoint.folder} has no tensors for {_some(missing)}")
+        raise CheckpointError(f"{checkpoint.folder} has no tensors for {shorten(missing)}")
     if left_over:
-        warnings.warn(f"{checkpoint.folder}: the model has no place for {_some(left_over)}", stacklevel=2)
+        warnings.warn(printable(f"{checkpoint.folder}: the model has no place for {shorten(left_over)}"), stacklevel=2)
     return model
 
 
 def skeleton(folder: Path) -> nn.Module:
     """The model that config.json describes, on the meta device."""
-    config = require_transformers().AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model: nn.Module = model_class(folder)(config)
+    auto_config, made = require_transformers().AutoConfig, model_class(folder)
+    with _of_directory(folder), torch.device("meta"):
+        model: nn.Module = made(auto_config.from_pretrained(folder, **_NO_CODE))
     return model
+
+
+@contextmanager
+def _of_directory(folder: Path) -> Iterator[None]:
+    """Whatever Transformers raises over a config.json, which it checks in part, becomes a CheckpointError."""
+    try:
+        yield
+    except (CheckpointError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{folder / CONFIG}: transformers refuses it: {type(error).__name__}: {error}") from error
+
+
+def load_original(folder: Path) -> Any:
+    """The unquantized Transformers model in a directory. Raises CheckpointError if it has no safetensors or leads out of it."""
+    TensorFiles(folder)
+    return model_class(folder).from_pretrained(folder, **_NO_CODE, **_NO_PICKLE)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model directory that has been opened."""
+    return require_transformers().AutoTokenizer.from_pretrained(folder, **_NO_CODE)
 
 
 def model_class(folder: Path) -> Any:
     """The class that config.json's `architectures` names."""
-    names = read_json(folder / CONFIG).get("architectures")
+    names = read_config(folder).get("architectures")
     if not names:
         raise CheckpointError(f"{folder / CONFIG} names no architectures")
-    found = getattr(require_transformers(), names[0], None)
-    if found is None:
+    transformers = require_transformers()
+    found = getattr(transformers, names[0], None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise CheckpointError(f"{folder / CONFIG} names the architecture {names[0]}, which this version of transformers lacks")
     return found
 
@@ -158,19 +193,12 @@ def _put_expert(experts: nn.Module, name: str, value: Tensor, place: Place) -> N
 
 def _load_others(model: nn.Module, checkpoint: Checkpoint) -> tuple[set[str], list[str]]:
     """Loads what is not quantized; returns the names in the model, and the names that the model has no place for."""
-    state = _state(model)
     loaded: set[str] = set()
     left_over = []
-    for name in checkpoint.other_tensors():
-        found = next((candidate for candidate in names_in_model(model, name) if candidate in state), None)
+    for name, found in find_tensors(model, checkpoint.files, checkpoint.other_tensors()).items():
         if found is None:
             left_over.append(name)
             continue
-        info = checkpoint.files[name]
-        if info.shape != tuple(state[found].shape):
-            raise CheckpointError(
-                f"{info} has shape {list(info.shape)}, but the model's {found} has {list(state[found].shape)}"
-            )
         owner, _, attribute = found.rpartition(".")
         _put(model.get_submodule(owner), attribute, checkpoint.files.tensor(name))
         loaded.add(found)
@@ -184,18 +212,7 @@ def _missing(model: nn.Module, loaded: Collection[str]) -> list[str]:
     unknown = {name for name, parameter in parameters.items() if id(parameter) not in known}
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     unknown |= (buffers & model.state_dict().keys()) - set(loaded)
-    return sorted(unknown | {name for name, tensor in _state(model).items() if tensor.is_meta})
-
-
-def _state(model: nn.Module) -> Mapping[str, Tensor]:
-    """Parameters and buffers, the ones that are not saved too."""
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: tensor.data for name, tensor in named}
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    return sorted(unknown | {name for name, tensor in state_of(model).items() if tensor.is_meta})
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

@@ -3,6 +3,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from ..modules import MXFP4Linear
 from .description import Checkpoint, Layer, Scheme
 from .errors import CheckpointError
 from .experts import DOWN, GATE_UP, MXFP4Experts
+from .names import names_in_model
+from .tensor_files import TensorFiles
 
 # The linear layers of one expert, as checkpoints name them: the projection of the experts module, and which part of its rows.
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
@@ -22,8 +25,6 @@ _PARTS = {
     "w3": (GATE_UP, 1),
     "w2": (DOWN, 0),
 }
-# Modules that Transformers has renamed since checkpoints were written.
-_RENAMED = {".block_sparse_moe.": ".mlp."}
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class Place:
 def replace_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]:
     """Puts MXFP4 modules, on the meta device, where the checkpoint has quantized layers; returns where each layer is.
 
-    Nothing is replaced if any layer does not fit. Raises CheckpointError, naming the layer, if one does not.
+    Layers that the model leaves out (multi-token prediction) have no place. Nothing is replaced if any other does not fit.
+    Raises CheckpointError, naming the layer, if one does not.
     """
-    places = {name: _place(model, checkpoint, name) for name in checkpoint.layers}
+    places = _places(model, checkpoint)
     modules: dict[str, nn.Module] = {}
     experts: defaultdict[str, dict[str, Place]] = defaultdict(dict)
     for name, place in places.items():
@@ -57,32 +59,69 @@ def replace_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]
     return places
 
 
-def names_in_model(model: nn.Module, name: str) -> list[str]:
-    """What a checkpoint's name may be in a model: one of the two may have a base model's prefix, or an older name."""
-    prefix = getattr(model, "base_model_prefix", "")
-    renamed = name
-    for old, new in _RENAMED.items():
-        renamed = renamed.replace(old, new)
-    return [variant for n in (name, renamed) for variant in (n, f"{prefix}.{n}", n.removeprefix(f"{prefix}."))]
+def _places(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]:
+    # The rules for names are for those of weights.
+    weights = {name: name if len(layer.shape) == 3 else f"{name}.weight" for name, layer in checkpoint.layers.items()}
+    names = names_in_model(model, weights.values())
+    places = {}
+    for name, weight in weights.items():
+        candidates = [candidate.removesuffix(".weight") for candidate in names[weight]]
+        found = (_place(model, checkpoint.layers[name], candidate) for candidate in candidates)
+        place = next((place for place in found if _has(model, place.module)), None)
+        if place is not None:
+            places[name] = place
+        elif not any(_leaves_out(model, candidate) for candidate in candidates):
+            kind = type(model).__name__
+            raise CheckpointError(f"{checkpoint.folder} quantizes {name}, but {kind} has no module of that name")
+    return places
 
 
-def _place(model: nn.Module, checkpoint: Checkpoint, name: str) -> Place:
-    if len(checkpoint.layers[name].shape) == 3:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, the ones that are not saved too."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tensor.data for name, tensor in named}
+
+
+def find_tensors(model: nn.Module, files: TensorFiles, tensors: Iterable[str]) -> dict[str, str | None]:
+    """Where in a model's state each of a checkpoint's tensors belongs, None if nowhere.
+
+    Raises CheckpointError, naming the tensor, if one has another shape than the model's: some would broadcast, and Transformers
+    lets some pass.
+    """
+    state = state_of(model)
+    places = {}
+    for name, candidates in names_in_model(model, tensors).items():
+        places[name] = found = next((candidate for candidate in candidates if candidate in state), None)
+        info = files[name]
+        if found is not None and info.shape != tuple(state[found].shape):
+            raise CheckpointError(
+                f"{info} has shape {list(info.shape)}, but the model's {found} has {list(state[found].shape)}"
+            )
+    return places
+
+
+def _place(model: nn.Module, layer: Layer, name: str) -> Place:
+    if len(layer.shape) == 3:
         owner, _, projection = name.rpartition(".")
-        place = Place(owner, projection)
-    elif (match := _EXPERT.fullmatch(name)) and match[3] in _PARTS and not _find(model, name):
+        return Place(owner, projection)
+    if (match := _EXPERT.fullmatch(name)) and match[3] in _PARTS and not _has(model, name):
         projection, part = _PARTS[match[3]]
-        place = Place(match[1], projection, int(match[2]), part)
-    else:
-        place = Place(name)
-    module = _find(model, place.module)
-    if module is None:
-        raise CheckpointError(f"{checkpoint.folder} quantizes {name}, but {type(model).__name__} has no module of that name")
-    return Place(module, place.projection, place.expert, place.part)
+        return Place(match[1], projection, int(match[2]), part)
+    return Place(name)
 
 
-def _find(model: nn.Module, name: str) -> str | None:
-    return next((candidate for candidate in names_in_model(model, name) if _has(model, candidate)), None)
+def _leaves_out(model: nn.Module, name: str) -> bool:
+    """Whether the model is made without this layer: one beyond the end of a list, or one that Transformers knows of."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    if any(re.search(pattern, f"{name}.weight") for pattern in patterns):
+        return True
+    module = model
+    for part in name.split("."):
+        children = dict(module.named_children())
+        if part not in children:
+            return isinstance(module, nn.ModuleList) and part.isdecimal()
+        module = children[part]
+    return False
 
 
 def _has(model: nn.Module, name: str) -> bool:

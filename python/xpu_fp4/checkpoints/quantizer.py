@@ -9,9 +9,10 @@ on where it stopped, after the last shard that was finished.
 import fcntl
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -19,27 +20,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._library import BLOCK
+from .._text import shorten
 from ..functional import Mode, ScaleMode, check_mode, quantize
-from . import compressed_tensors
+from . import compressed_tensors, schemas
 from .description import Scheme
-from .errors import CheckpointError
+from .errors import CheckpointError, printable
+from .matrices import FLOATS, Module, modules_with_matrices
 from .models import skeleton
-from .placement import names_in_model
-from .reader import CONFIG, quantization_config
-from .tensor_files import INDEX, TensorFiles, read_json
+from .patterns import PREFIX, NameSet, Patterns
+from .reader import CONFIG, quantization_config, read_config
+from .tensor_files import INDEX, TensorFiles
+from .untrusted import check_type, model_files, open_file, read_json, read_json_list
 
 PARTIAL = ".partial"
 _JOB = "job.json"
 _LOCK = "job.lock"
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_FLOATS = {"F16", "BF16", "F32"}
+_WEIGHT_FILES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot"),
+    *(".tflite", ".mlmodel", ".npz", ".nemo", ".index.json"),
+)
 _NAN_SCALE = 255
-# Linear layers of single experts, which Transformers' modules fuse.
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of input that are done, and all bytes."""
@@ -47,40 +52,62 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What quantize_checkpoint will do: the linear layers it quantizes, and those it leaves as they are."""
+    """What quantize_checkpoint will do: the linear layers it quantizes, and the modules it leaves as they are.
+
+    Kept are linear layers, by default or by ignore, and all other modules that have a matrix but for embeddings.
+    """
 
     source: Path
     files: TensorFiles
     quantized: tuple[str, ...]
     kept: tuple[str, ...]
+    ignore: tuple[str, ...]
+    """What is kept, by its names in the files and in the model, which readers go by."""
 
 
-def plan_quantization(source: str | PathLike[str], ignore: Sequence[str] | None = None) -> Plan:
+def plan_quantization(
+    source: str | PathLike[str], ignore: Sequence[str] | None = None, include: Sequence[str] | None = None
+) -> Plan:
     """Which linear layers of a Transformers model directory would be quantized.
+
+    Kept by default, since readers of the format hold them in high precision: output heads, routers and gates of experts, layers
+    with fewer than 32 rows, what brings images and sound to a language model, and layers that the model leaves out (multi-token
+    prediction).
 
     Args:
         source: a directory with config.json and safetensors.
-        ignore: names of modules, or `re:` and a regex that matches from the beginning of a name; by default lm_head.
+        ignore: further linear layers to keep, by their names in the files, or `re:` and a regex that matches from the beginning
+            of a name.
+        include: linear layers to quantize although they are kept by default, named in the same way.
 
     Raises:
         CheckpointError: the model is quantized already, its files are damaged, or a layer's K is no multiple of 32.
-        ValueError: an entry of ignore matches no linear layer.
+        ValueError: an entry of ignore or include matches no linear layer.
         ImportError: transformers is missing, which knows what the model's modules are.
+
+    Matrices that are in no linear layer (fused experts), and layers of which readers fuse a kept one with a quantized one, are
+    named in a warning.
     """
     source = Path(source)
     found = quantization_config(source)
     if found is not None:
         raise CheckpointError(f"{source} is quantized already, by {found.get('quant_method')!r}: start from its original")
     files = TensorFiles(source)
-    linears, others = _linear_layers(source, files)
-    names = [*linears, *others]
-    kept = {*others, *_ignored(names, ["lm_head"] if ignore is None else ignore, strict=ignore is not None)}
-    quantized = [name for name in linears if name not in kept]
+    modules = modules_with_matrices(skeleton(source), files)
+    linears = [module for module in modules if module.is_linear]
+    ignored = _matching(modules, ignore or (), "ignore")
+    wanted = _matching(linears, include or (), "include")
+    kept = {module.name for module in modules if not module.is_linear or (module.by_default and module.name not in wanted)}
+    kept |= ignored
+    quantized = [module.name for module in linears if module.name not in kept]
     if not quantized:
         raise CheckpointError(f"{source} has no linear layer to quantize; kept: {', '.join(sorted(kept)) or 'none'}")
     for name in quantized:
         _check_weight(files, f"{name}.weight")
-    return Plan(source, files, tuple(quantized), tuple(sorted(kept)))
+    _warn_of_others(source, [module for module in modules if module.name not in ignored])
+    _warn_of_fused(source, linears, kept)
+    names = {name for module in modules if module.name in kept for name in (module.name, module.in_model)}
+    return Plan(source, files, tuple(quantized), tuple(sorted(kept)), tuple(sorted(names)))
 
 
 def quantize_checkpoint(
@@ -119,8 +146,8 @@ def quantize_checkpoint(
             progress(done, total)
         _copy_small_files(plan.source, partial)
         _write_index(partial, [partial / file.name for file in plan.files.files])
-        config = read_json(plan.source / CONFIG)
-        config["quantization_config"] = compressed_tensors.write_config(Scheme(mode, scale_mode), plan.kept)
+        config = read_config(plan.source)
+        config["quantization_config"] = compressed_tensors.write_config(Scheme(mode, scale_mode), plan.ignore)
         _write_atomically(partial / CONFIG, json.dumps(config, indent=2))
         for name in (_JOB, _LOCK):
             (partial / name).unlink()
@@ -130,44 +157,41 @@ def quantize_checkpoint(
     return out
 
 
-def _linear_layers(source: Path, files: TensorFiles) -> tuple[list[str], list[str]]:
-    """Names of the linear layers in the files, and of further modules that readers of the format might take for such.
-
-    Those are linear layers whose weight is another module's (tied), and routers.
-    """
-    model = skeleton(source)
-    modules = dict(model.named_modules())
-    linears, others = [], []
-    found: set[str] = set()
-    for tensor in files:
-        name, _, kind = tensor.rpartition(".")
-        in_model = next((n for n in names_in_model(model, name) if n in modules), None)
-        module = None if in_model is None else modules[in_model]
-        found.add(in_model or name)
-        if kind != "weight":
-            continue
-        if type(module) is nn.Linear or (module is None and _EXPERT.search(name)):
-            linears.append(name)
-        elif len(files[tensor].shape) == 2 and not isinstance(module, nn.Embedding):
-            others.append(name)
-    tied = [name for name, module in modules.items() if type(module) is nn.Linear and name not in found]
-    return linears, [*others, *tied]
+def _matching(modules: Iterable[Module], patterns: Sequence[str], argument: str) -> set[str]:
+    matching: set[str] = set()
+    compiled = Patterns(argument)
+    for pattern in patterns:
+        entry = NameSet([pattern], compiled)
+        matched = {module.name for module in modules if module.name in entry}
+        if not matched:
+            raise ValueError(f"{argument} has {pattern!r}, which matches no linear layer; a regex starts with {PREFIX}")
+        matching |= matched
+    return matching
 
 
-def _ignored(linears: Collection[str], ignore: Sequence[str], *, strict: bool) -> set[str]:
-    kept: set[str] = set()
-    for pattern in ignore:
-        matched = {name for name in linears if compressed_tensors.matches(name, pattern)}
-        if not matched and strict:
-            raise ValueError(f"ignore has {pattern!r}, which matches no linear layer; a regex starts with re:")
-        kept |= matched
-    return kept
+def _warn_of_others(source: Path, modules: Iterable[Module]) -> None:
+    others = [module for module in modules if not module.is_linear and not module.by_default]
+    if others:
+        share = sum(module.numel for module in others) / sum(module.numel for module in modules)
+        names = shorten([module.name for module in others])
+        message = f"{source}: {share:.0%} of the weights are not quantized, in no linear layer: {names}"
+        warnings.warn(printable(message), stacklevel=3)
+
+
+def _warn_of_fused(source: Path, linears: Iterable[Module], kept: Collection[str]) -> None:
+    layers: defaultdict[str, dict[bool, list[str]]] = defaultdict(lambda: {True: [], False: []})
+    for module in linears:
+        layers[module.fused][module.name in kept].append(module.name)
+    mixed = [f"{shorten(of[True])} beside {shorten(of[False])}" for of in layers.values() if of[True] and of[False]]
+    if mixed:
+        message = f"{source}: vLLM cannot load a fused layer of two precisions, kept is {shorten(mixed)}"
+        warnings.warn(printable(message), stacklevel=3)
 
 
 def _check_weight(files: TensorFiles, name: str) -> None:
     info = files[name]
-    if info.dtype not in _FLOATS:
-        raise CheckpointError(f"{info} has dtype {info.dtype}, expected one of {', '.join(sorted(_FLOATS))}")
+    if info.dtype not in FLOATS:
+        raise CheckpointError(f"{info} has dtype {info.dtype}, expected one of {', '.join(sorted(FLOATS))}")
     if len(info.shape) != 2 or info.shape[1] % BLOCK != 0:
         raise CheckpointError(
             f"{info} has shape {list(info.shape)}, expected [N, K] with K a multiple of {BLOCK}: leave the layer out by ignore"
@@ -202,7 +226,8 @@ def _begin_or_resume(partial: Path, job: dict[str, Any], shards: set[str]) -> No
     path = partial / _JOB
     resumed = path.exists() and read_json(path) == job
     kept = {_LOCK, _JOB, *shards} if resumed else {_LOCK}
-    for entry in partial.iterdir():
+    # The configuration goes first: whatever is left beside it would load.
+    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name != CONFIG):
         if entry.name in kept:
             continue
         if entry.is_dir():
@@ -230,23 +255,36 @@ def _write_shard(plan: Plan, file: Path, target: Path, scale_mode: ScaleMode) ->
         else:
             tensors[name] = tensor
     temporary = target.with_name(target.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{target} cannot be written: {error}. Finished shards are kept: make room and run it again") from error
     shutil.copymode(target.with_name(_JOB), temporary)  # safetensors' files are for their owner only
     _publish(temporary, target)
 
 
 def _copy_small_files(source: Path, partial: Path) -> None:
-    def skipped(_: str, names: list[str]) -> set[str]:
-        return {name for name in names if name.startswith(".") or name.endswith(_WEIGHT_FILES) or name == CONFIG}
-
-    for entry in source.iterdir():
-        if skipped("", [entry.name]):
+    """Copies all but hidden files, the configuration, and weights: the model's, and the same in other formats."""
+    parts = _parts(source)
+    for path in model_files(source):
+        name = path.relative_to(source)
+        is_weights = path.name.endswith(_WEIGHT_FILES) and name.parts[0] not in parts
+        is_ours = partial in path.parents  # the output may be in the source
+        if is_weights or is_ours or name == Path(CONFIG):
             continue
-        if entry.is_dir():
-            # Subfolders hold parts like sentence-transformers' pooling; their config.json is theirs.
-            shutil.copytree(entry, partial / entry.name, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
-        else:
-            shutil.copyfile(entry, partial / entry.name)
+        target = partial / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open_file(path, source) as content, target.open("wb") as copy:
+            shutil.copyfileobj(content, copy)
+
+
+def _parts(source: Path) -> set[str]:
+    """Folders of further modules around the model, with weights of their own, as sentence-transformers has them."""
+    path = source / "modules.json"
+    modules = read_json_list(path) if path.exists() else []
+    check_type(modules, list[schemas.Part], f"{path}: modules")
+    return {module["path"] for module in modules if module.get("path")}
 
 
 def _write_index(partial: Path, shards: list[Path]) -> None:

@@ -5,13 +5,13 @@
 classes. A scheme with `input_tensors` is W4A4, without W4A16.
 """
 
-from fnmatch import fnmatchcase
 from typing import Any
 
 from .._library import BLOCK
 from .description import Layer, Scheme, describe_layer, get_scale_mode
 from .errors import CheckpointError
 from .keys import is_set, refusal, require_object, unknown_keys
+from .patterns import ShellPatterns
 from .tensor_files import TensorFiles
 
 METHOD = "quark"
@@ -84,13 +84,16 @@ def read_layers(config: dict[str, Any], files: TensorFiles) -> dict[str, Layer]:
     default_where = f"{where}.{'layer_type_quant_config.Linear' if by_type else 'global_quant_config'}"
     default = _read_scheme(by_type or config.get("global_quant_config"), default_where)
     layers = {}
+    excluded = ShellPatterns(config.get("exclude") or [], f"{where}.exclude")
+    patterns = ShellPatterns(by_name, f"{where}.layer_quant_config")
     for tensor, info in files.items():
         module, _, kind = tensor.rpartition(".")
         if kind != PACKED or info.dtype != "U8":
             continue
-        if any(fnmatchcase(module, pattern) for pattern in config.get("exclude") or []):
+        if excluded.find(module) is not None:
             raise CheckpointError(f"{info} is packed, but quantization_config.exclude lists {module}")
-        scheme = next((scheme for pattern, scheme in by_name.items() if fnmatchcase(module, pattern)), default)
+        named = patterns.find(module)
+        scheme = default if named is None else by_name[named]
         if scheme is None:
             raise CheckpointError(f"{info} is packed, but quantization_config has no weight scheme for {module}")
         layers[module] = describe_layer(files, module, scheme, tensor, f"{module}.{SCALE}", f"{module}.bias")

@@ -6,11 +6,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import compressed_tensors, gpt_oss, quark
+from . import compressed_tensors, gpt_oss, quark, schemas
 from .description import Checkpoint, Layer
-from .errors import CheckpointError
+from .errors import CheckpointError, printable
 from .keys import refusal
-from .tensor_files import TensorFiles, read_json
+from .tensor_files import TensorFiles
+from .untrusted import check_type, read_json
 
 CONFIG = "config.json"
 
@@ -23,17 +24,28 @@ class _Format(Protocol):
     def read_layers(self, config: dict[str, Any], files: TensorFiles) -> dict[str, Layer]: ...
 
 
+_TYPES = {
+    compressed_tensors.METHOD: schemas.check_compressed_tensors,
+    quark.METHOD: schemas.check_quark,
+    gpt_oss.METHOD: schemas.check_gpt_oss,
+}
 _FORMATS: dict[str, _Format] = {format.METHOD: format for format in (compressed_tensors, quark, gpt_oss)}
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
     """The `quantization_config` of a model directory, or None if it is not quantized."""
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     # Of a model with several parts, it may stand with the language model.
     found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if found is not None and not isinstance(found, dict):
-        raise CheckpointError(f"{folder / CONFIG}: quantization_config is a {type(found).__name__}, expected an object")
+    check_type(found, dict[str, Any] | None, f"{folder / CONFIG}: quantization_config")
     return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """All of a model directory's config.json. Raises CheckpointError for a key of another type than is read here."""
+    config = read_json(folder / CONFIG)
+    check_type(config, schemas.Config, f"{folder / CONFIG}: config")
+    return config
 
 
 def check_keys(config: dict[str, Any], where: str) -> list[str]:
@@ -44,7 +56,10 @@ def check_keys(config: dict[str, Any], where: str) -> list[str]:
     method = config.get("quant_method")
     if method == "fp_quant":
         raise refusal(f"{where}.quant_method 'fp_quant'", "rotates the inputs of layers before they are quantized")
-    return _FORMATS[method].check_keys(config, where) if isinstance(method, str) and method in _FORMATS else []
+    if not isinstance(method, str) or method not in _FORMATS:
+        return []
+    _TYPES[method](config, where)
+    return _FORMATS[method].check_keys(config, where)
 
 
 def open_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
@@ -57,7 +72,7 @@ def open_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
     """
     checkpoint = read_checkpoint(folder)
     if checkpoint.left_aside:
-        notes = ", ".join(checkpoint.left_aside)
+        notes = printable(", ".join(checkpoint.left_aside))
         warnings.warn(f"{checkpoint.folder / CONFIG}: left aside in quantization_config: {notes}", stacklevel=2)
     return checkpoint
 

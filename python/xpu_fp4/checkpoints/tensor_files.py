@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensors of a model directory: one safetensors file, or several under an index. Headers are read, data is mapped."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
+from .untrusted import check_files, check_type, open_file, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError, with the file's name, if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 @dataclass(frozen=True)
@@ -46,11 +33,13 @@ class TensorFiles(Mapping[str, TensorInfo]):
     """The tensors in a directory, by name.
 
     Raises CheckpointError, naming the file: none there, a shard missing or truncated, a shard without a tensor that the index
-    promises, a tensor in two shards.
+    promises, a tensor in two shards, a link that leads out of the directory.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if folder.is_dir():
+            check_files(folder)
         self.files = _files_in(folder)
         self._infos: dict[str, TensorInfo] = {}
         for file in self.files:
@@ -93,13 +82,18 @@ def _files_in(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} is not a directory")
     if found:
         raise CheckpointError(f"{folder} has {len(found)} safetensors files and neither {INDEX} nor {SINGLE}")
+    if pickles := sorted(path.name for path in folder.glob("*.bin")):
+        raise CheckpointError(
+            f"{folder} has {pickles[0]} and no safetensors files: pickles run code of their author's and are not read; if you "
+            "trust them, from_pretrained and save_pretrained of transformers convert the model"
+        )
     raise CheckpointError(f"{folder} has no safetensors files")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor names to file names")
+    weight_map: dict[str, str] = read_json(folder / INDEX).get("weight_map")  # type: ignore[assignment]  # checked now
+    where = f"{folder / INDEX} has no weight_map from tensor names to file names: weight_map"
+    check_type(weight_map, dict[str, str], where)
     return weight_map
 
 
@@ -123,6 +117,8 @@ def _check_index(folder: Path, infos: Mapping[str, TensorInfo]) -> None:
 
 def _open(file: Path) -> Any:
     try:
-        return safe_open(file, framework="pt")
+        with open_file(file) as opened:
+            # safetensors takes a name only: this one is the file that was checked, whatever its own name has become.
+            return safe_open(f"/proc/self/fd/{opened.fileno()}", framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error

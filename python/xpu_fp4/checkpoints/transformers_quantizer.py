@@ -7,6 +7,7 @@ configuration: `from_pretrained(folder, config=xpu_fp4.transformers_config(folde
 
 import copy
 import re
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,11 +16,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .._text import shorten
 from ..functional import Mode
 from . import compressed_tensors, quark
-from .errors import CheckpointError
+from .errors import CheckpointError, printable
 from .experts import MXFP4Experts
-from .placement import replace_layers
+from .names import without_conversion
+from .placement import find_tensors, replace_layers
 from .reader import read_checkpoint
 
 METHOD = "xpu_fp4"
@@ -46,6 +49,10 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
             raise CheckpointError("an MXFP4 model is loaded from a directory, expected one in from_pretrained")
         self.checkpoint = read_checkpoint(Path(files[0]).parent).in_mode(self.quantization_config.mode)
         places = replace_layers(model, self.checkpoint)
+        if left_out := self.checkpoint.layers.keys() - places.keys():
+            warnings.warn(printable(f"{self.checkpoint.folder}: the model has no place for {shorten(left_out)}"), stacklevel=2)
+        others = without_conversion(model, self.checkpoint.other_tensors())
+        find_tensors(model, self.checkpoint.files, others)  # for its errors
         for name in {place.module for place in places.values() if place.expert is not None}:
             cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()
 
@@ -58,8 +65,8 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Where Transformers stacks the weights of single experts, their codes and scales are stacked in the same way.
 
-        Transformers 5.21 and later pass the model too, which this does without. Ours come first in the list: the first pattern
-        that is found in a name counts, and theirs is found in ours.
+        Transformers 5.21 and later pass the model too, which this does without. Ours come first in the list: they are for the
+        names in the files, which theirs change, and the first stack whose pattern is found in a name counts.
         """
         stacked = [
             WeightConverter(
@@ -71,9 +78,10 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(conversion, WeightConverter) and all(_of_experts(p) for p in conversion.source_patterns)
             for part, ours in (("packed", "blocks"), ("scale", "scales"))
         ]
-        return [*stacked, *weight_conversions, *self.get_weight_conversions()]
+        return [*self.get_weight_conversions(), *stacked, *weight_conversions]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        del self.checkpoint  # its open files; the model keeps this quantizer, and may be copied or pickled
         for module in model.modules():
             if isinstance(module, MXFP4Experts):
                 module.fold_blocks()

@@ -8,7 +8,9 @@ from typing import ParamSpec, TypeVar, get_args
 
 import click
 from rich.console import Console
+from rich.text import Text
 
+from ..checkpoints.errors import printable
 from ..functional import Mode
 
 P = ParamSpec("P")
@@ -29,6 +31,11 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=140)
 
 
+def plain(text: str) -> Text:
+    """Text with names out of a model directory, for rich: nothing in it is markup or reaches the terminal raw."""
+    return Text(printable(text))
+
+
 def errors_as_messages(command: Callable[P, R]) -> Callable[P, R]:
     """Bad input and missing packages end a command with one line and exit code 1, not with a traceback."""
 
@@ -37,6 +44,6 @@ def errors_as_messages(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except (ValueError, OSError, ImportError) as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException("\n".join(map(printable, str(error).splitlines()))) from error
 
     return wrapped

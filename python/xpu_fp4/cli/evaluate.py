@@ -12,10 +12,10 @@ from rich.table import Table
 
 from ..checkpoints import load_model
 from ..checkpoints.evaluation import LayerNoise, embedding_similarity, layer_noise, perplexity, sentence_embeddings
-from ..checkpoints.models import model_class, require_transformers
+from ..checkpoints.models import load_original, load_tokenizer, require_transformers
 from ..checkpoints.reader import read_checkpoint
 from ..functional import Mode
-from .common import DIRECTORY, errors_as_messages, run_in_scheme, wide_console
+from .common import DIRECTORY, errors_as_messages, plain, run_in_scheme, wide_console
 
 NOISE_TOKENS = 256
 NOISE_SENTENCES = 16
@@ -66,8 +66,8 @@ def command(
     content = text.read_text(encoding="utf-8")
     with console.status("Loading"):
         quantized = load_model(folder, mode=mode)
-        unquantized = None if original is None else model_class(original).from_pretrained(original).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        unquantized = None if original is None else load_original(original).eval()
+    tokenizer = load_tokenizer(folder)
     if unquantized is not None and type(unquantized) is not type(quantized):
         raise ValueError(f"--original is a {type(unquantized).__name__}, expected a {type(quantized).__name__} as in {folder}")
     schemes = {str(layer.scheme) for layer in read_checkpoint(folder).in_mode(mode).layers.values()}
@@ -83,7 +83,7 @@ def command(
         from .report import write_report
 
         write_report(found, report)
-        console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+        console.print(plain(f"Report: {report}"), soft_wrap=True)
 
 
 def _windows(tokenizer: Any, content: str, window: int, windows: int) -> torch.Tensor:
@@ -117,7 +117,7 @@ def _embedding_model(found: Evaluation, quantized: Any, original: Any, tokenizer
 
 
 def _print(found: Evaluation, console: Console) -> None:
-    table = Table(title=str(found.folder), show_header=False, title_justify="left")
+    table = Table(title=plain(str(found.folder)), show_header=False, title_justify="left")
     for name, value in found.figures.items():
         table.add_row(name, value)
     console.print(table)
@@ -128,5 +128,5 @@ def _print(found: Evaluation, console: Console) -> None:
     table.add_column("weight", justify="right")
     table.add_column("output", justify="right")
     for layer in found.noise:
-        table.add_row(layer.name, f"{layer.weight:.1f}", f"{layer.output:.1f}")
+        table.add_row(plain(layer.name), f"{layer.weight:.1f}", f"{layer.output:.1f}")
     console.print(table)

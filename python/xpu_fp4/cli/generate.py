@@ -8,7 +8,8 @@ import click
 import torch
 
 from ..checkpoints import load_model
-from ..checkpoints.models import require_transformers
+from ..checkpoints.errors import printable
+from ..checkpoints.models import load_tokenizer, require_transformers
 from ..functional import Mode
 from .common import DIRECTORY, errors_as_messages, run_in_scheme
 
@@ -28,9 +29,19 @@ def command(folder: Path, prompt: str, max_new_tokens: int, raw: bool, mode: Mod
     model = load_model(folder, mode=mode)
     if not model.can_generate():
         raise ValueError(f"{folder} is a {type(model).__name__}, which generates no text")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    streamer = transformers.TextStreamer(tokenizer, skip_prompt=not raw, skip_special_tokens=True)
+    tokenizer = load_tokenizer(folder)
+    streamer = _streamer(transformers)(tokenizer, skip_prompt=not raw, skip_special_tokens=True)
     model.generate(**_tokens(tokenizer, prompt, raw), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+
+
+def _streamer(transformers: Any) -> Any:
+    class Streamer(transformers.TextStreamer):  # type: ignore[misc]  # transformers has no types
+        """Prints an answer as it grows: a model may be made to answer with what controls a terminal."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text("\n".join(map(printable, text.split("\n"))), stream_end)
+
+    return Streamer
 
 
 def _tokens(tokenizer: Any, prompt: str, raw: bool) -> Any:

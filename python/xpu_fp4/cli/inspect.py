@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..checkpoints.statistics import ScaleStatistics, scale_statistics
-from .common import DIRECTORY, errors_as_messages, wide_console
+from .common import DIRECTORY, errors_as_messages, plain, wide_console
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -45,7 +45,7 @@ def _as_json(checkpoint: Checkpoint, statistics: dict[str, ScaleStatistics]) -> 
 
 def _print(checkpoint: Checkpoint, statistics: dict[str, ScaleStatistics]) -> None:
     console = wide_console()
-    title = f"{checkpoint.folder}: {checkpoint.format}, {len(checkpoint.layers)} MXFP4 layers"
+    title = plain(f"{checkpoint.folder}: {checkpoint.format}, {len(checkpoint.layers)} MXFP4 layers")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
     for column in ("shape", "scheme", "scales 2^"):
@@ -55,7 +55,7 @@ def _print(checkpoint: Checkpoint, statistics: dict[str, ScaleStatistics]) -> No
     for name, layer in checkpoint.layers.items():
         found = statistics[name]
         shares = (f"{share:.3f}" for share in (found.pairs, found.quads, found.tile_pairs, found.tile_quads))
-        table.add_row(name, "x".join(map(str, layer.shape)), str(layer.scheme), histogram(found), *shares)
+        table.add_row(plain(name), "x".join(map(str, layer.shape)), str(layer.scheme), histogram(found), *shares)
     console.print(table)
     console.print(f"{len(list(checkpoint.other_tensors()))} other tensors")
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ..checkpoints import Plan, plan_quantization, quantize_checkpoint
 from ..functional import Mode, ScaleMode
-from .common import DIRECTORY, SCHEME, errors_as_messages
+from .common import DIRECTORY, SCHEME, errors_as_messages, plain
 
 
 @click.command("quantize")
@@ -34,10 +34,17 @@ from .common import DIRECTORY, SCHEME, errors_as_messages
 @click.option(
     "--ignore",
     multiple=True,
-    help="A linear layer to leave as it is: its name, or re: and a regex. Can be repeated. In place of the default, lm_head.",
+    help="A further linear layer to leave as it is: its name, or re: and a regex. Can be repeated.",
+)
+@click.option(
+    "--include",
+    multiple=True,
+    help="A linear layer to quantize although it is kept by default (heads, routers, vision towers), named in the same way.",
 )
 @errors_as_messages
-def command(source: Path, out: Path, scheme: Mode, scale_mode: ScaleMode, ignore: tuple[str, ...]) -> None:
+def command(
+    source: Path, out: Path, scheme: Mode, scale_mode: ScaleMode, ignore: tuple[str, ...], include: tuple[str, ...]
+) -> None:
     """Quantize the linear layers of the Transformers model in SOURCE into the new directory OUT.
 
     OUT has compressed-tensors' format, which vLLM, Transformers and xpu_fp4 load. It appears when it is complete. Interrupted,
@@ -45,7 +52,7 @@ def command(source: Path, out: Path, scheme: Mode, scale_mode: ScaleMode, ignore
     of it.
     """
     console = Console()
-    plan = plan_quantization(source, ignore or None)
+    plan = plan_quantization(source, ignore, include)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"Quantizing to MXFP4 ({scheme})", total=None)
@@ -60,7 +67,8 @@ def command(source: Path, out: Path, scheme: Mode, scale_mode: ScaleMode, ignore
 
 
 def _report(console: Console, plan: Plan, out: Path) -> None:
-    before, after = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (plan.source, out))
+    before = sum(file.stat().st_size for file in plan.files.files)
+    after = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     kept = ", ".join(plan.kept) or "none"
-    console.print(f"{len(plan.quantized)} linear layers are MXFP4; kept as they are: {kept}", highlight=False, soft_wrap=True)
-    console.print(f"{out}: {decimal(after)}, from {decimal(before)}", highlight=False, soft_wrap=True)
+    console.print(plain(f"{len(plan.quantized)} linear layers are MXFP4; kept as they are: {kept}"), soft_wrap=True)
+    console.print(plain(f"{out}: {decimal(after)}, from {decimal(before)} of weights"), soft_wrap=True)

@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoints.errors import printable
+
 if TYPE_CHECKING:
     from .evaluate import Evaluation
 
@@ -37,7 +39,7 @@ def _page(found: "Evaluation", plot: bytes) -> str:
 
 
 def _row(*cells: str) -> str:
-    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+    return "<tr>" + "".join(f"<td>{escape(printable(cell))}</td>" for cell in cells) + "</tr>"
 
 
 def _plot(found: "Evaluation") -> bytes:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The types of what is read of config.json and modules.json: checked once, so that all else may rely on them.
+
+Keys that are not here are read by nobody, or have a check of their own.
+"""
+
+from typing import Any
+
+import msgspec
+
+from .untrusted import check_type
+
+
+class Config(msgspec.Struct):
+    """config.json."""
+
+    architectures: list[str] | None = None
+    quantization_config: dict[str, Any] | None = None
+    text_config: dict[str, Any] | None = None
+
+
+class Part(msgspec.Struct):
+    """An entry of modules.json, which sentence-transformers has."""
+
+    path: str | None = None
+
+
+class CompressedTensors(msgspec.Struct):
+    """A quantization_config of compressed-tensors."""
+
+    format: str | None = None
+    config_groups: dict[str, Any] | None = None
+    ignore: list[str] | None = None
+    xpu_fp4: dict[str, Any] | None = None
+    transform_config: dict[str, Any] | None = None
+    sparsity_config: dict[str, Any] | None = None
+
+
+class Group(msgspec.Struct):
+    """An entry of config_groups."""
+
+    targets: list[str] | None = None
+    format: str | None = None
+    weights: dict[str, Any] | None = None
+    input_activations: dict[str, Any] | None = None
+
+
+class Apply(msgspec.Struct):
+    """Where a transform is applied."""
+
+    location: str | None = None
+
+
+class Transform(msgspec.Struct):
+    """An entry of transform_config.config_groups."""
+
+    apply: list[Apply] | None = None
+
+
+class Quark(msgspec.Struct):
+    """A quantization_config of AMD Quark."""
+
+    exclude: list[str] | None = None
+    layer_quant_config: dict[str, Any] | None = None
+    layer_type_quant_config: dict[str, Any] | None = None
+    kv_cache_quant_config: dict[str, Any] | None = None
+    export: dict[str, Any] | None = None
+
+
+class Export(msgspec.Struct):
+    """Quark's export."""
+
+    kv_cache_group: list[str] | None = None
+
+
+class GptOss(msgspec.Struct):
+    """A quantization_config of gpt-oss."""
+
+    modules_to_not_convert: list[str] | None = None
+
+
+def check_compressed_tensors(config: dict[str, Any], where: str) -> None:
+    check_type(config, CompressedTensors, where)
+    for name, group in (config.get("config_groups") or {}).items():
+        check_type(group, Group, f"{where}.config_groups.{name}")
+    transforms = (config.get("transform_config") or {}).get("config_groups")
+    check_type(transforms, dict[str, Any] | None, f"{where}.transform_config.config_groups")
+    for name, transform in (transforms or {}).items():
+        check_type(transform, Transform, f"{where}.transform_config.config_groups.{name}")
+
+
+def check_quark(config: dict[str, Any], where: str) -> None:
+    check_type(config, Quark, where)
+    check_type(config.get("export"), Export | None, f"{where}.export")
+
+
+def check_gpt_oss(config: dict[str, Any], where: str) -> None:
+    check_type(config, GptOss, where)
