@@ -171,10 +171,8 @@ def test_sums_of_mxint8_are_too_large_to_be_near(force: pytest.MonkeyPatch, gene
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
     m, n = LARGE[variant]
     a = torch.randint(-128, -100, (m, 128), generator=generator, dtype=torch.int8)
-    codes = torch.where(torch.rand(n, 128, generator=generator) < 0.1, 1, 7).to(
-        torch.uint8
-    )  # 0.5 and 6: large sums, also odd ones
-    w = reference.pack(codes)
+    # 0.5 and 6: large sums, odd ones among them.
+    w = reference.pack(torch.where(torch.rand(n, 128, generator=generator) < 0.1, 1, 7).to(torch.uint8))
     for offsets in ((0, 8, 0, 8), (8, 0, 8, 0), (8, 0, 0, 8), (0, 0, 8, 4), (7, 0, 7, 0)):
         a_scale = (120 + torch.tensor(offsets, dtype=torch.uint8)).expand(m, 4).contiguous()
         w_scale = torch.randint(120, 123, (n, 4), generator=generator, dtype=torch.uint8)
