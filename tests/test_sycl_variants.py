@@ -165,6 +165,20 @@ def test_near_rows_give_the_native_bits(force: pytest.MonkeyPatch, generator: to
         assert_native_bits((a, a_scale, w, w_scale))
 
 
+@pytest.mark.parametrize("variant", ["bmg:large", "ptl:large"])
+def test_sums_of_mxint8_are_too_large_to_be_near(force: pytest.MonkeyPatch, generator: torch.Generator, variant: str) -> None:
+    """Scales as the near level takes them of MXFP4, the same in all rows: with MXINT8 its sums would round."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    m, n = LARGE[variant]
+    a = torch.randint(-128, -100, (m, 128), generator=generator, dtype=torch.int8)
+    # 0.5 and 6: large sums, odd ones among them.
+    w = reference.pack(torch.where(torch.rand(n, 128, generator=generator) < 0.1, 1, 7).to(torch.uint8))
+    for offsets in ((0, 8, 0, 8), (8, 0, 8, 0), (8, 0, 0, 8), (0, 0, 8, 4), (7, 0, 7, 0)):
+        a_scale = (120 + torch.tensor(offsets, dtype=torch.uint8)).expand(m, 4).contiguous()
+        w_scale = torch.randint(120, 123, (n, 4), generator=generator, dtype=torch.uint8)
+        assert_native_bits((a, a_scale, w, w_scale))
+
+
 @pytest.mark.parametrize("variant", LARGE)
 @pytest.mark.parametrize("centre", [82, 83, 86, 120, 152, 153, 160, 161])
 def test_outlier_channels_give_the_native_bits(
@@ -488,29 +502,24 @@ def test_bdpas_leaves_what_it_cannot_load_and_mxint8_to_the_exact_kernels(
 
 
 @pytest.mark.parametrize(
-    ("variant", "m", "line"),
+    ("variant", "line"),
     [
-        ("bmg", 5, r"w4a8 5x20x96 on .*: gemm_small \(bmg 8 rows, any K, W4A8\); passed over .*clocks are \d+ for gemm_small"),
-        ("portable", 5, r"gemm \(no matrix unit, W4A8\); passed over others: XPU_FP4_SYCL_VARIANT asks for portable"),
-        ("cri:bdpas", 5, r"gemm_small \(cri .*passed over gemm_bdpas: multiplies MXFP4 activations alone; others: modelled"),
+        ("bmg", r"gemm_small \(bmg 8 rows, any K, W4A8\); passed over .*clocks are \d+ for gemm_small"),
+        ("portable", r"gemm \(no matrix unit, W4A8\); passed over others: XPU_FP4_SYCL_VARIANT asks for portable"),
+        ("cri:bdpas", r"gemm_small \(cri .*passed over gemm_bdpas: multiplies MXFP4 activations alone; others: modelled"),
     ],
 )
 def test_a_call_says_which_kernel_it_took_and_why(
-    force: pytest.MonkeyPatch,
-    generator: torch.Generator,
-    capfd: pytest.CaptureFixture[str],
-    variant: str,
-    m: int,
-    line: str,
+    force: pytest.MonkeyPatch, generator: torch.Generator, capfd: pytest.CaptureFixture[str], variant: str, line: str
 ) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    operands = spread_operands("mixed", "ordinary", m, 20, 96, generator, "mxint8")
+    operands = spread_operands("mixed", "ordinary", 5, 20, 1056, generator, "mxint8")
     with xpu_fp4.cpu_backend("sycl"):
         gemm(*operands)
         assert "passed over" not in capfd.readouterr().err
         force.setenv("XPU_FP4_VERBOSE", "1")
         gemm(*operands)
-    assert re.search(f"^xpu_fp4: sycl {line if line.startswith('w4a8') else '.*' + line}", capfd.readouterr().err, re.MULTILINE)
+    assert re.search(f"^xpu_fp4: sycl w4a8 5x20x1056 on .*: {line}", capfd.readouterr().err, re.MULTILINE)
 
 
 def test_warmup_leaves_nothing_to_compile(force: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

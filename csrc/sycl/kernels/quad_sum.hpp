@@ -21,7 +21,7 @@
 //   y = fma(m + dg, sg, x)                 = df sf + dg sg - m sh
 //   z = fma(m + dh, sh, y)                 = the sum
 // is exact if x and y are. Let F and G be the scales of f and g, which their shifts have reduced to sf and sg. All codes of a
-// column are shifted by at least 1, so df sf is a multiple of 2F, and at most 8 * 4608 F; what not_near (expand.cpp) demands
+// column are shifted by at least 1, so df sf is a multiple of 2F, and at most 8 * 4608 F; what not_near (alignment.hpp) demands
 // of a row leaves 24 bits for both:
 //   sg + sh <= 3F,       so |x| <= 1.25 * 2^23 * 3F + 8 * 4608 F              < 2^24 * 2F
 //   sh <= 2F and <= 2G,  so |y| <= 1.25 * 2^23 * 2U + 8 * 4608 * (2^8 + 1) U  < 2^24 * 2U, U the lesser of F and G
