@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CPP_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo models test test-vllm test-transformers test-sycl-2025 bench build pytest ctest isa format lint clean
+.PHONY: demo models test test-vllm test-transformers test-sycl-2025 bench build pytest pytest-variants ctest isa format lint clean
 
 demo: build $(VENV)/.demo  ## a real language model in MXFP4: W4A16, W4A8, W4A4
 	python examples/smollm2.py
@@ -19,7 +19,7 @@ demo: build $(VENV)/.demo  ## a real language model in MXFP4: W4A16, W4A8, W4A4
 models: build $(VENV)/.demo  ## two small model directories and texts, for docs/CHECKPOINTS.md
 	python examples/export_models.py build/models
 
-test: ctest pytest  ## all tests but those of vLLM
+test: ctest pytest pytest-variants  ## all tests but those of vLLM; `make -j2 -O test` takes half of the time
 
 test-vllm: build $(VLLM_VENV)/.vllm  ## the vLLM plug-in in the real vLLM, in a virtual environment of its own
 	$(call debian,$(PYTHON_H),python3-dev)
@@ -59,9 +59,14 @@ clean:
 STAND_IN = $(CURDIR)/build/xpu_stand_in
 # The second run is one with XPU tensors: of a build for XPU, on a stand-in for torch's device. It shares object files with the first.
 pytest: build $(VENV)/.test
-	XPU_FP4_REQUIRE_SYCL=1 python -m pytest
+	XPU_FP4_REQUIRE_SYCL=1 python -m pytest --ignore $(VARIANTS)
 	python tests/xpu_stand_in/build.py $(STAND_IN)
 	LD_LIBRARY_PATH=$(STAND_IN)/torch PYTHONPATH=$(STAND_IN)/package python -m pytest tests/xpu_stand_in
+
+# The longest file: the GPUs' kernels are compiled for the CPU device one after the other, so this may run beside the rest.
+VARIANTS = tests/test_sycl_variants.py
+pytest-variants: build $(VENV)/.test
+	XPU_FP4_REQUIRE_SYCL=1 python -m pytest $(VARIANTS)
 
 # Twice: with the SYCL backend, and as on a machine that has none.
 ctest: $(VENV)/.build $(VENV)/.test
@@ -95,7 +100,7 @@ test-sycl-2025:  ## all Python tests on SYCL 2025.3, in a copy of the tree with 
 	git checkout-index --all --force --prefix=$(SYCL_2025)/
 	$(SYCL_2025_MAKE) $(addprefix $(CURDIR)/$(SYCL_2025)/.venv/.,build test)
 	$(SYCL_2025)/.venv/bin/pip install --quiet dpcpp-cpp-rt==2025.3.3
-	$(SYCL_2025_MAKE) pytest
+	$(SYCL_2025_MAKE) pytest pytest-variants
 	ldd $(SYCL_2025)/python/xpu_fp4/_sycl_backend.abi3.so | grep libsycl.so.8  # it was that runtime
 
 # ---- the virtual environment: a stamp per dependency group of pyproject.toml ----
