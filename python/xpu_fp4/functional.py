@@ -82,8 +82,9 @@ def multiply(
     product = _PRODUCTS[mode]
     if form not in product.ops:
         raise ValueError(f"an {form} weight is for mode {_either(modes_of(form))}, got mode {mode!r}")
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype in _CAST:
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # as nn.Linear does
+    # As nn.Linear does. torch knows of no autocast on meta tensors, and raises.
+    if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype in _CAST:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     out: Tensor = product.ops[form](x, *operands, bias, *[options[name] for name in product.options])
     return out
 
