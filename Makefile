@@ -19,7 +19,7 @@ demo: build $(VENV)/.demo  ## a real language model in MXFP4: W4A16, W4A8, W4A4
 models: build $(VENV)/.demo  ## two small model directories and texts, for docs/CHECKPOINTS.md
 	python examples/export_models.py build/models
 
-test: ctest pytest pytest-variants  ## all tests but those of vLLM; `make -j2 -O test` takes half of the time
+test: pytest-variants ctest pytest  ## all tests but those of vLLM; `make -j2 -O test` takes half of the time
 
 test-vllm: build $(VLLM_VENV)/.vllm  ## the vLLM plug-in in the real vLLM, in a virtual environment of its own
 	$(call debian,$(PYTHON_H),python3-dev)
