@@ -12,19 +12,34 @@
 
 namespace xpu_fp4 {
 
+/// What happens to a row of floats first: x -> (x - offset) x H, in float32 (format/hadamard.h). `hadamard` is the size of H's
+/// blocks, of which k is a multiple, or 0 where there is no H. offset [k] is null where there is none.
+struct Transform {
+  int hadamard = 0;
+  const float* offset = nullptr;
+
+  constexpr bool is_none() const { return hadamard == 0 && offset == nullptr; }
+};
+
 /// How floats become codes and scales of a format: MXFP4 with a rule for its scales (format/e8m0.h), or MXINT8 whose scales are
-/// shared by a group of 32 or 128 elements (format/mxint8.h).
+/// shared by a group of 32 or 128 elements (format/mxint8.h). A transform comes before; its result is quantized as float32.
 struct Quantizer {
   Format format;
   ScaleMode mode = ScaleMode::even;
   int group = kDefaultGroup;
+  Transform transform = {};
 
-  static constexpr Quantizer mxfp4(ScaleMode mode) { return {Format::mxfp4, mode}; }
-  static constexpr Quantizer mxint8(int group) { return {Format::mxint8, ScaleMode::even, group}; }
+  static constexpr Quantizer mxfp4(ScaleMode mode, const Transform& transform = {}) {
+    return {Format::mxfp4, mode, kDefaultGroup, transform};
+  }
+  static constexpr Quantizer mxint8(int group, const Transform& transform = {}) {
+    return {Format::mxint8, ScaleMode::even, group, transform};
+  }
 };
 
 /// A [m, k], k % 32 == 0. Either codes of the format `to.format`, [m, code_bytes(k)], with scale bytes [m, k/32]; or floats of
-/// `dtype`, which are quantized by `to` on the way or, where to.format is none, multiplied as they are.
+/// `dtype`, which are quantized by `to` on the way or, where to.format is none, multiplied as they are or, transformed, rounded
+/// to `dtype`.
 struct Activations {
   bool are_codes;
   const void* data;
