@@ -21,10 +21,12 @@ class Scheme:
     mode: Mode
     scale_mode: ScaleMode = "even"
     group: Group = 128
+    hadamard: int = 0
+    input_offset: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """The mode and its own options: what `linear` and MXFP4Linear take."""
-        return {name: getattr(self, name) for name in ("mode", *options_of(self.mode))}
+        return {name: getattr(self, name) for name in ("mode", *options_of(self.mode), "hadamard")}
 
     def __str__(self) -> str:
         return " ".join([self.mode, *(f"{name} {getattr(self, name)}" for name in options_of(self.mode))])
