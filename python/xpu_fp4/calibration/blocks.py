@@ -7,11 +7,10 @@ their computation. So every block gets what the model gives it: masks, positions
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _EXPERT = re.compile(r"(.*experts)\.\d+\.(.*)")
@@ -36,7 +35,7 @@ class _Reached(Exception):
 
 
 def block_lists(model: nn.Module, linears: Collection[str]) -> list[dict[str, nn.Module]]:
-    """The lists of blocks that linears of these names are in: the outermost ModuleLists; each block by its name in the model."""
+    """The outermost ModuleLists that have linears of these names in their entries; each entry by its name in the model."""
     lists: list[dict[str, nn.Module]] = []
     prefixes: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -99,10 +98,8 @@ def _reach(
             patches.enter_context(_forward_of(block, known(outputs[index])))
         for block in wanted:
             patches.enter_context(_forward_of(block, stop(block)))
-        try:
+        with suppress(_Reached):
             model(**batch) if isinstance(batch, Mapping) else model(batch)
-        except _Reached:
-            pass
     return found[0] if found else None
 
 
@@ -110,13 +107,13 @@ def _reach(
 def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Has the module compute something else for a while."""
     own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
         if own is not None:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 def stages(block: nn.Module, linears: Collection[str], call: Call) -> list[list[list[str]]]:
@@ -164,7 +161,7 @@ def _role(name: str) -> str:
 
 
 def feed_inputs(block: nn.Module, calls: Sequence[Call], receivers: Mapping[str, Callable[[Tensor], None]]) -> None:
-    """Runs the block on every call, as far as the last of the named linears, and gives each one's inputs [T, K] to its receiver."""
+    """Runs the block on every call, as far as the last of the named linears, and gives inputs [T, K] to their receivers."""
     missing: set[str] = set()
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -180,10 +177,8 @@ def feed_inputs(block: nn.Module, calls: Sequence[Call], receivers: Mapping[str,
     try:
         for call in calls:
             missing.update(receivers)
-            try:
+            with suppress(_Reached):
                 call.run(block)
-            except _Reached:
-                pass
     finally:
         for hook in hooks:
             hook.remove()

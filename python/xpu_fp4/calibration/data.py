@@ -75,7 +75,7 @@ def calibration_windows(
     generator = torch.Generator().manual_seed(seed)
     in_template = bool(getattr(tokenizer, "chat_template", None)) and template
     as_chats = samples if not texts else samples // 2 if chats or in_template else 0
-    windows = []
+    windows: list[list[int]] = []
     if samples > as_chats:
         windows += _of_texts(texts, samples - as_chats, length, generator, _plain(tokenizer, length))
     if chats:

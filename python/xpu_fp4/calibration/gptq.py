@@ -87,7 +87,8 @@ def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
         diagonal.add_((damp - added) * mean)
         factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
-            return torch.linalg.solve_triangular(factor.flip(0, 1), torch.eye(len(factor)), upper=True)
+            inverse: Tensor = torch.linalg.solve_triangular(factor.flip(0, 1), torch.eye(len(factor)), upper=True)
+            return inverse
         added, damp = damp, 10 * damp
 
 

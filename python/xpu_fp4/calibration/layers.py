@@ -3,54 +3,19 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 from ..checkpoints.description import Scheme
-from ..checkpoints.errors import CheckpointError
-from ..modules import MXFP4Linear
-from ._emulation import Linear, transform
+from ..checkpoints.quantized import QuantizedLinear, round_to_nearest
+from ..reference import transform
 from .blocks import Call, feed_inputs, stages
 from .gptq import Hessian, round_weight
 
 TOO_FEW = 4
-"""K / TOO_FEW tokens are the fewest that a layer with K inputs is calibrated on: of fewer, errors would go where none was seen."""
-_NAN_SCALE = 255
-
-
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """What becomes of an nn.Linear."""
-
-    scheme: Scheme
-    codes: Tensor
-    """uint8 [N, K/2]"""
-    scale: Tensor
-    """uint8 [N, K/32]"""
-    bias: Tensor | None
-    """[N], of the source's dtype; it has the offset's share of the output."""
-    input_offset: Tensor | None
-    """float32 [K]"""
-
-    def module(self, source: nn.Linear) -> MXFP4Linear:
-        """The layer that computes in place of the source."""
-        made = Linear(
-            source.in_features,
-            source.out_features,
-            self.bias is not None,
-            **self.scheme.arguments(),
-            input_offset=self.input_offset is not None,
-            device="meta",
-            dtype=source.weight.dtype,
-        )
-        parts = {"weight_packed": self.codes, "weight_scale": self.scale, "bias": self.bias, "input_offset": self.input_offset}
-        for name, part in parts.items():
-            if part is not None:
-                setattr(made, name, nn.Parameter(part, requires_grad=False))
-        return made.train(source.training)
+"""A layer with K inputs takes K / TOO_FEW tokens to be calibrated: of fewer, errors would go where no input was seen."""
 
 
 def linear_of(model: nn.Module, name: str) -> nn.Linear:
@@ -63,14 +28,6 @@ def put(model: nn.Module, name: str, result: QuantizedLinear) -> None:
     """Replaces the nn.Linear of that name in a model or in a part of one."""
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, result.module(linear_of(model, name)))
-
-
-def round_to_nearest(weight: Tensor, bias: Tensor | None, scheme: Scheme, where: str) -> QuantizedLinear:
-    """A layer quantized without data: in the scheme, but for an offset, which only data gives. where: its name, for errors."""
-    codes, scale = functional.quantize(transform(weight.detach(), scheme.hadamard), scheme.scale_mode)
-    bias = None if bias is None else bias.detach().clone()
-    scheme = replace(scheme, input_offset=False)
-    return QuantizedLinear(scheme, codes.view(torch.uint8), _finite(scale.view(torch.uint8), where), bias, None)
 
 
 def quantize_block(
@@ -99,8 +56,7 @@ def quantize_block(
                 results[name] = result
     rounded += [name for name in schemes if name not in results and name not in rounded]
     for name in rounded:
-        linear = linear_of(block, name)
-        results[name] = round_to_nearest(linear.weight, linear.bias, schemes[name], f"{where}.{name}")
+        results[name] = round_to_nearest(linear_of(block, name).weight, schemes[name], f"{where}.{name}")
         put(block, name, results[name])
     return results, rounded
 
@@ -167,12 +123,13 @@ def _receivers(pairs: Iterable[tuple[_Group, Callable[[Tensor], None]]]) -> dict
 
 def multiplied_input(x: Tensor, scheme: Scheme, offset: Tensor | None) -> Tensor:
     """The values, float32 [T, K], that a layer of that scheme multiplies with its weight's when it gets x [T, K]."""
-    transformed = transform(x, scheme.hadamard, offset)
     if scheme.mode == "w4a4":
-        return functional.dequantize(*functional.quantize(transformed, scheme.scale_mode))
+        codes = functional.quantize(x, scheme.scale_mode, hadamard=scheme.hadamard, input_offset=offset)
+        return functional.dequantize(*codes)
     if scheme.mode == "w4a8":
-        return functional.mxint8_dequantize(*functional.mxint8_quantize(transformed, scheme.group))
-    return transformed.to(x.dtype).float()
+        integers = functional.mxint8_quantize(x, scheme.group, hadamard=scheme.hadamard, input_offset=offset)
+        return functional.mxint8_dequantize(*integers)
+    return transform(x, scheme.hadamard, offset).to(x.dtype).float()
 
 
 def _quantize_group(block: nn.Module, group: _Group, where: str) -> dict[str, QuantizedLinear]:
@@ -183,26 +140,20 @@ def _quantize_group(block: nn.Module, group: _Group, where: str) -> dict[str, Qu
     linears = [linear_of(block, name) for name in group.names]
     weight = torch.cat([linear.weight.detach().float() for linear in linears])
     turned = transform(weight, group.scheme.hadamard)
-    scale = _finite(functional.quantize(turned, group.scheme.scale_mode)[1].view(torch.uint8), where)
+    scale = round_to_nearest(weight, group.scheme, f"the weight of {where}").scale
     codes = round_weight(turned, scale, hessian)
-    correction = None
+    missing = None
     if group.corrects_mean:
-        values = functional.dequantize(codes, scale)
-        correction = weight.double() @ group.given.value() - values.double() @ group.hessian.mean()
+        values = functional.dequantize(codes, scale).double()
+        missing = weight.double() @ group.given.value() - values @ group.hessian.mean()
     results = {}
     begin = 0
     for name, linear in zip(group.names, linears, strict=True):
         rows = slice(begin, begin + linear.out_features)
         begin = rows.stop
         bias = None
-        if correction is not None:
-            own = 0 if linear.bias is None else linear.bias.detach().double()
-            bias = (own + correction[rows]).to(linear.weight.dtype)
+        if missing is not None:
+            bias = missing[rows] if linear.bias is None else missing[rows] + linear.bias.detach()
+            bias = bias.to(linear.weight.dtype)
         results[name] = QuantizedLinear(group.scheme, codes[rows].clone(), scale[rows].clone(), bias, group.offset)
     return results
-
-
-def _finite(scale: Tensor, where: str) -> Tensor:
-    if (scale == _NAN_SCALE).any():
-        raise CheckpointError(f"the weight of {where} holds NaN or Inf")
-    return scale

@@ -5,7 +5,7 @@ llm-compressor writes it; vLLM and Transformers read it. A group's `input_activa
 groups of 32 or 128), their absence W4A16 or, where our own key of the `quantization_config` says so, W4A8.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast, get_args
 
 from .._library import BLOCK
@@ -19,6 +19,22 @@ from .tensor_files import TensorFiles
 METHOD = "compressed-tensors"
 FORMAT = "mxfp4-pack-quantized"
 PACKED, SCALE = "weight_packed", "weight_scale"
+
+
+class Names(NamedTuple):
+    """What a layer's tensors are called, behind its own name and a dot."""
+
+    packed: str
+    scale: str
+    bias: str
+    input_offset: str
+
+
+def names_of(scheme: Scheme) -> Names:
+    """What the tensors of a layer in that scheme are called; input_offset is there only if it has one."""
+    return Names(PACKED, SCALE, "bias", "input_offset")
+
+
 EXTENSION = "xpu_fp4"
 """A key of quantization_config that other readers skip: an object of _EXTENSION_KEYS.
 
@@ -119,7 +135,7 @@ def read_layers(config: dict[str, Any], files: TensorFiles) -> dict[str, Layer]:
     return layers
 
 
-def write_config(scheme: Scheme, ignore: Iterable[str]) -> dict[str, Any]:
+def write_config(scheme: Scheme, ignore: Iterable[str], exceptions: Mapping[str, Scheme]) -> dict[str, Any]:
     """The `quantization_config` of a model whose linear layers, but the ones in `ignore`, are all in one scheme."""
     activations = _ACTIVATIONS[scheme.mode]
     # scale_dtype is a field of compressed-tensors' own output, and vLLM's reader of older versions asks for it.
