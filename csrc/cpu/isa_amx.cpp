@@ -42,7 +42,7 @@ const ProductKernels& product(Format activations, int64_t m) {
 
 }  // namespace
 
-const KernelTable kAmx = {"amx", supported, quantize, group_quantize, dequantize, product};
+const KernelTable kAmx = {"amx", supported, transform_and_quantize<quantize>, group_quantize, dequantize, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

@@ -17,7 +17,7 @@ const ProductKernels& product(Format activations, int64_t) {
 }
 }  // namespace
 
-const KernelTable kAvx2 = {"avx2", supported, quantize, group_quantize, dequantize_scalars, product};
+const KernelTable kAvx2 = {"avx2", supported, transform_and_quantize<quantize>, group_quantize, dequantize_scalars, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

@@ -22,7 +22,8 @@ const ProductKernels& product(Format activations, int64_t) {
 }
 }  // namespace
 
-const KernelTable kAvx512Vnni = {"avx512_vnni", supported, quantize, group_quantize, dequantize, product};
+const KernelTable kAvx512Vnni = {"avx512_vnni",  supported,  transform_and_quantize<quantize>,
+                                 group_quantize, dequantize, product};
 
 }  // namespace xpu_fp4::cpu
 #endif
