@@ -3,6 +3,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..checkpoints.description import Scheme
 from ..checkpoints.quantized import QuantizedLinear, round_to_nearest
+from ..functional import Hadamard
 from ..reference import transform
 from .blocks import Call, feed_inputs, stages
 from .gptq import Hessian, round_weight
@@ -123,13 +125,14 @@ def _receivers(pairs: Iterable[tuple[_Group, Callable[[Tensor], None]]]) -> dict
 
 def multiplied_input(x: Tensor, scheme: Scheme, offset: Tensor | None) -> Tensor:
     """The values, float32 [T, K], that a layer of that scheme multiplies with its weight's when it gets x [T, K]."""
+    hadamard = cast(Hadamard, scheme.hadamard)
     if scheme.mode == "w4a4":
-        codes = functional.quantize(x, scheme.scale_mode, hadamard=scheme.hadamard, input_offset=offset)
+        codes = functional.quantize(x, scheme.scale_mode, hadamard=hadamard, input_offset=offset)
         return functional.dequantize(*codes)
     if scheme.mode == "w4a8":
-        integers = functional.mxint8_quantize(x, scheme.group, hadamard=scheme.hadamard, input_offset=offset)
+        integers = functional.mxint8_quantize(x, scheme.group, hadamard=hadamard, input_offset=offset)
         return functional.mxint8_dequantize(*integers)
-    return transform(x, scheme.hadamard, offset).to(x.dtype).float()
+    return transform(x, hadamard, offset).to(x.dtype).float()
 
 
 def _quantize_group(block: nn.Module, group: _Group, where: str) -> dict[str, QuantizedLinear]:
@@ -139,7 +142,7 @@ def _quantize_group(block: nn.Module, group: _Group, where: str) -> dict[str, Qu
         raise ValueError(f"the inputs of {where} hold NaN or Inf on the calibration data")
     linears = [linear_of(block, name) for name in group.names]
     weight = torch.cat([linear.weight.detach().float() for linear in linears])
-    turned = transform(weight, group.scheme.hadamard)
+    turned = transform(weight, cast(Hadamard, group.scheme.hadamard))
     scale = round_to_nearest(weight, group.scheme, f"the weight of {where}").scale
     codes = round_weight(turned, scale, hessian)
     missing = None

@@ -190,10 +190,11 @@ def require_transformers() -> Any:
 
 def _load_layer(model: nn.Module, checkpoint: Checkpoint, name: str, place: Place) -> None:
     target = model.get_submodule(place.module)
-    parts = ("weight_packed", "weight_scale", "bias")
+    parts = ["weight_packed", "weight_scale", "bias", "input_offset"]
     if place.projection is not None:
-        parts = (f"{place.projection}_blocks", f"{place.projection}_scales", f"{place.projection}_bias")
-    for part, tensor in zip(parts, (*checkpoint.weight(name), checkpoint.bias(name)), strict=True):
+        parts = [f"{place.projection}_{part}" for part in ("blocks", "scales", "bias", "input_offset")]
+    tensors = (*checkpoint.weight(name), checkpoint.bias(name), checkpoint.input_offset(name))
+    for part, tensor in zip(parts, tensors, strict=True):
         if tensor is None:
             continue
         if place.expert is None:
