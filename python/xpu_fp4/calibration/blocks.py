@@ -26,7 +26,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, block: nn.Module) -> Any:  # noqa: ANN401
+    def run(self, block: nn.Module) -> Any:
         return block(*self.args, **self.kwargs)
 
 
@@ -84,13 +84,13 @@ def _reach(
     found: list[tuple[nn.Module, Call]] = []
 
     def stop(block: nn.Module) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def forward(*args: Any, **kwargs: Any) -> Any:
             found.append((block, Call(args, kwargs)))
             raise _Reached
 
         return forward
 
-    def known(result: Any) -> Callable[..., Any]:  # noqa: ANN401
+    def known(result: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: result
 
     with ExitStack() as patches:

@@ -52,7 +52,7 @@ class CheckpointCalibration:
             warnings.warn(printable(f"{plan.source}: {not_calibrated(rounded, outside)}"), stacklevel=3)
         return {in_files[name]: layer for name, layer in calibrated.items()}
 
-    def _batches(self, model: Any) -> list[dict[str, Tensor]]:  # noqa: ANN401
+    def _batches(self, model: Any) -> list[dict[str, Tensor]]:
         # A decoder behind an encoder goes on with the same text.
         inputs = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
         rows = max(1, _BATCH_TOKENS // self.windows.shape[1])

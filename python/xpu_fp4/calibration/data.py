@@ -40,7 +40,7 @@ def read_chats(path: Path) -> list[Conversation]:
     return [_messages(entry, where) for where, entry in entries.items()]
 
 
-def _messages(entry: Any, where: str) -> Conversation:  # noqa: ANN401
+def _messages(entry: Any, where: str) -> Conversation:
     if isinstance(entry, dict):
         check_type(entry, schemas.Conversation, where)
         entry, where = entry["messages"], f"{where}.messages"
@@ -51,7 +51,7 @@ def _messages(entry: Any, where: str) -> Conversation:  # noqa: ANN401
 
 
 def calibration_windows(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     texts: Sequence[str],
     chats: Sequence[Conversation] = (),
     *,
@@ -87,7 +87,7 @@ def calibration_windows(
     return torch.tensor(windows)
 
 
-def _plain(tokenizer: Any, length: int) -> Callable[[str], list[int]]:  # noqa: ANN401
+def _plain(tokenizer: Any, length: int) -> Callable[[str], list[int]]:
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, truncation=True, max_length=length).input_ids
         return ids
@@ -113,7 +113,7 @@ def _of_texts(
 
 
 def _of_chats(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     chats: Sequence[Conversation],
     count: int,
     length: int,
@@ -131,7 +131,7 @@ def _of_chats(
         yield ids[:length]
 
 
-def _tokens(tokenizer: Any, conversation: Conversation) -> list[int]:  # noqa: ANN401
+def _tokens(tokenizer: Any, conversation: Conversation) -> list[int]:
     ids: list[int] = tokenizer.apply_chat_template(conversation, return_dict=True).input_ids
     if not ids:
         raise ValueError(f"the tokenizer's chat template makes nothing of a conversation of {len(conversation)} messages")

@@ -49,7 +49,7 @@ def round_weight(weight: Tensor, scale: Tensor, hessian: Tensor, damp: float = D
         weight: float32 [N, K], in the basis of the inputs that are multiplied.
         scale: bytes uint8 [N, K/32] of its blocks.
         hessian: float32 [K, K] of those inputs, finite.
-        damp: share of the diagonal's mean that is added to it. Where the sum is not positive definite, ten times as much.
+        damp: share of the diagonal's mean that is added to it; where the sum is not positive definite, ten times as much.
 
     Returns packed uint8 codes, each the nearest to its element over its scale at the time when it is rounded, ties to even.
     """
@@ -89,7 +89,7 @@ def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
         if not failed:
             inverse: Tensor = torch.linalg.solve_triangular(factor.flip(0, 1), torch.eye(len(factor)), upper=True)
             return inverse
-        added, damp = damp, 10 * damp
+        added, damp = damp, 10 * max(damp, DAMP)
 
 
 def _round_to_e2m1_(y: Tensor) -> None:

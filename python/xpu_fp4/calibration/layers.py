@@ -158,5 +158,6 @@ def _quantize_group(block: nn.Module, group: _Group, where: str) -> dict[str, Qu
         if missing is not None:
             bias = missing[rows] if linear.bias is None else missing[rows] + linear.bias.detach()
             bias = bias.to(linear.weight.dtype)
-        results[name] = QuantizedLinear(group.scheme, codes[rows].clone(), scale[rows].clone(), bias, group.offset)
+        offset = None if group.offset is None else group.offset.clone()
+        results[name] = QuantizedLinear(group.scheme, codes[rows].clone(), scale[rows].clone(), bias, offset)
     return results

@@ -155,10 +155,9 @@ def _quantize(name: str, block: nn.Module, calls: list[Call], schemes: Mapping[s
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Has a decoder of Transformers keep no keys and values: each block would add to them again and again."""
-    config = getattr(model, "config", None)
-    parts: list[Any] = [config, getattr(config, "get_text_config", lambda: None)()]
-    configs = [part for part in parts if getattr(part, "use_cache", False)]
+    """Has decoders of Transformers keep no keys and values, to which a block would add each time that it is run."""
+    parts: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config for config in parts if getattr(config, "use_cache", False)]
     for c in configs:
         c.use_cache = False
     try:
