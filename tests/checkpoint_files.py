@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import random_codes, random_scales, seeded
+from helpers import assert_same_bits, random_codes, random_scales, seeded
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig
+from xpu_fp4 import MXFP4Linear
 from xpu_fp4.checkpoints.tensor_files import TensorFiles
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 64, 96, 128, 2
@@ -31,11 +32,11 @@ LINEARS = {
 IDS = torch.arange(1, 25)[None]
 
 
-def llama_config(*, tied: bool = False) -> LlamaConfig:
+def llama_config(*, tied: bool = False, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -47,10 +48,10 @@ def llama_config(*, tied: bool = False) -> LlamaConfig:
     )
 
 
-def llama(dtype: torch.dtype = torch.bfloat16, *, tied: bool = False) -> Any:
+def llama(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
     torch.manual_seed(0)
     # Not by .to(dtype), which would round the rotary embedding's frequencies too.
-    return AutoModelForCausalLM.from_config(llama_config(tied=tied), dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(llama_config(**changes), dtype=dtype).eval()
 
 
 def save_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, *, tied: bool = False, shards: bool = True) -> Path:
@@ -63,6 +64,22 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     """Copies of all tensors in a directory."""
     files = TensorFiles(folder)
     return {name: files.tensor(name).clone() for name in files}
+
+
+def layers(model: nn.Module) -> dict[str, MXFP4Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, MXFP4Linear)}
+
+
+def assert_same_model(model: nn.Module, expected: nn.Module) -> None:
+    state, want = model.state_dict(), expected.state_dict()
+    assert state.keys() == want.keys()
+    for name, tensor in want.items():
+        assert_same_bits(state[name], tensor)
+    assert {name: str(module) for name, module in layers(model).items()} == {
+        name: str(module) for name, module in layers(expected).items()
+    }
+    with torch.inference_mode():
+        assert_same_bits(model(IDS).logits, expected(IDS).logits)
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:

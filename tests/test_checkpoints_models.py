@@ -17,7 +17,9 @@ import xpu_fp4
 from checkpoint_files import (
     IDS,
     LINEARS,
+    assert_same_model,
     compressed_tensors_config,
+    layers,
     llama,
     llama_config,
     llama_json,
@@ -38,13 +40,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_qparams
-from compressed_tensors.transform import (
-    TransformArgs,
-    TransformConfig,
-    TransformLocation,
-    TransformScheme,
-    apply_transform_config,
-)
+from compressed_tensors_files import COMPRESSOR, compress
 from helpers import MODES, assert_same_bits
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, LlamaForCausalLM, Mxfp4Config
@@ -60,29 +56,9 @@ from xpu_fp4.checkpoints import (
 from xpu_fp4.checkpoints.untrusted import read_json
 from xpu_fp4.cli import main
 
-COMPRESSOR = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
-PRESETS = {"w4a4": "MXFP4", "w4a16": "MXFP4A16"}
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return save_llama(tmp_path / "source")
-
-
-def layers(model: nn.Module) -> dict[str, MXFP4Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, MXFP4Linear)}
-
-
-def assert_same_model(model: nn.Module, expected: nn.Module) -> None:
-    state, want = model.state_dict(), expected.state_dict()
-    assert state.keys() == want.keys()
-    for name, tensor in want.items():
-        assert_same_bits(state[name], tensor)
-    assert {name: str(module) for name, module in layers(model).items()} == {
-        name: str(module) for name, module in layers(expected).items()
-    }
-    with torch.inference_mode():
-        assert_same_bits(model(IDS).logits, expected(IDS).logits)
 
 
 # ---- what we write ----
@@ -151,26 +127,6 @@ def test_a_float32_model_keeps_its_dtype(tmp_path: Path) -> None:
 # ---- what others write ----
 
 
-def compress(model: Any, mode: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Lets compressed-tensors quantize and save a model; returns its own dequantized weights."""
-    scheme = QuantizationScheme(targets=["Linear"], format="mxfp4-pack-quantized", **PRESET_SCHEMES[PRESETS[mode]])
-    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format="mxfp4-pack-quantized")
-    apply_quantization_config(model, config)
-    for module in model.modules():
-        if getattr(module, "quantization_scheme", None) is not None:
-            groups = module.weight.data.unflatten(-1, (-1, 32))
-            scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
-            module.weight_scale.data.copy_(scale)
-            module.quantization_status = QuantizationStatus.FROZEN
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(folder)
-    compressor.update_config(folder)
-    stored = tensors_of(folder)
-    parts = ("weight_packed", "weight_scale")
-    return {name: COMPRESSOR.decompress({p: stored[f"{name}.{p}"] for p in parts}, scheme)["weight"] for name in LINEARS}
-
-
 @pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
 def test_a_checkpoint_that_compressed_tensors_compressed_loads(tmp_path: Path, mode: Mode) -> None:
     theirs = compress(llama(), mode, tmp_path)
@@ -183,49 +139,6 @@ def test_a_checkpoint_that_compressed_tensors_compressed_loads(tmp_path: Path, m
         q, scale = reference.quantize(llama().get_submodule(name).weight.detach(), "even")
         assert_same_bits(module.weight_scale.data, scale)
         assert_same_bits(module.weight_packed.data, q)
-
-
-def rotate(model: Any, *locations: TransformLocation, name: str = "v") -> Any:
-    """Has compressed-tensors transform the linear layers by a Hadamard matrix in blocks of 32 at the locations."""
-    apply = [
-        TransformArgs(targets=["Linear"], ignore=["lm_head"], location=location, inverse=location.value.startswith("weight"))
-        for location in locations
-    ]
-    scheme = TransformScheme(type="hadamard", head_dim=32, apply=apply)
-    apply_transform_config(model, TransformConfig(config_groups={name: scheme}))
-    return model
-
-
-def test_a_rotated_checkpoint_is_refused_by_name_everywhere(tmp_path: Path) -> None:
-    model = rotate(llama(), TransformLocation.INPUT, TransformLocation.WEIGHT_INPUT)
-    compress(model, "w4a4", tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("w1 w2")
-    message = (
-        f"{tmp_path}/config.json: quantization_config.transform_config.config_groups.v applies a hadamard transform "
-        "(a rotation) at every input of ['Linear'], which xpu_fp4 cannot do, and the model would compute noise without it: "
-        "use a checkpoint without it, for example one that `xpu-fp4 quantize` makes from the original model"
-    )
-    ways: list[Callable[[], object]] = [
-        lambda: open_checkpoint(tmp_path),
-        lambda: xpu_fp4.load_model(tmp_path),
-        lambda: xpu_fp4.apply_checkpoint(llama(), tmp_path),
-        lambda: xpu_fp4.transformers_config(tmp_path),
-    ]
-    for way in ways:
-        with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
-            way()
-    for command in (["inspect"], ["eval", "--text", str(text)], ["generate", "--prompt", "w1"]):
-        result = CliRunner().invoke(main, [*command, str(tmp_path)])
-        assert (result.exit_code, result.output) == (1, f"Error: {message}\n")
-
-
-def test_a_transform_that_is_in_the_weights_loads(tmp_path: Path) -> None:
-    model = rotate(llama(), TransformLocation.WEIGHT_INPUT)
-    theirs = compress(model, "w4a16", tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["transform_config"]["config_groups"]
-    for name, module in layers(xpu_fp4.load_model(tmp_path)).items():
-        assert_same_bits(module.dequantized_weight(torch.bfloat16), theirs[name])
 
 
 def expected_llama(mode: Mode) -> Any:

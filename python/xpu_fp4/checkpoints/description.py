@@ -12,6 +12,7 @@ from .._library import BLOCK
 from ..functional import Group, Mode, ScaleMode, check_mode, options_of
 from .errors import CheckpointError
 from .tensor_files import TensorFiles, TensorInfo
+from .transforms import InputTransforms
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,18 @@ class Scheme:
     mode: Mode
     scale_mode: ScaleMode = "even"
     group: Group = 128
+    hadamard: int = 0
+    input_offset: bool = False
+    """Whether the layer has one: a tensor of its own."""
 
     def arguments(self) -> dict[str, Any]:
-        """The mode and its own options: what `linear` and MXFP4Linear take."""
-        return {name: getattr(self, name) for name in ("mode", *options_of(self.mode))}
+        """The mode, its own options and the transform: what `linear` and MXFP4Linear take, but for the offset."""
+        return {name: getattr(self, name) for name in ("mode", *options_of(self.mode), "hadamard")}
 
     def __str__(self) -> str:
-        return " ".join([self.mode, *(f"{name} {getattr(self, name)}" for name in options_of(self.mode))])
+        options = [*options_of(self.mode), *(["hadamard"] if self.hadamard else [])]
+        offset = ["input offset"] if self.input_offset else []
+        return " ".join([self.mode, *(f"{name} {getattr(self, name)}" for name in options), *offset])
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,14 @@ class Layer:
     packed: str
     scale: str
     bias: str | None
+    input_offset: str | None = None
+    matrix: str | None = None
+    """The Hadamard matrix of its input, which is known without it."""
+
+    @property
+    def tensors(self) -> set[str]:
+        """Names of all that the files have of the layer."""
+        return {name for name in (self.packed, self.scale, self.bias, self.input_offset, self.matrix) if name is not None}
 
     @property
     def in_features(self) -> int:
@@ -61,6 +75,8 @@ class Checkpoint:
     """`compressed-tensors`, `quark` or `mxfp4` (gpt-oss): config.json's quant_method."""
     files: TensorFiles
     layers: dict[str, Layer]
+    transforms: InputTransforms
+    """What the quantization_config transforms, among it the inputs of `layers`."""
     left_aside: tuple[str, ...]
     """Keys of the quantization_config that are not acted on, each with the reason."""
 
@@ -80,22 +96,36 @@ class Checkpoint:
         return packed, self.files.tensor(layer.scale).view(*leading, k // BLOCK)
 
     def bias(self, name: str) -> Tensor | None:
-        bias = self.layers[name].bias
-        return None if bias is None else self.files.tensor(bias)
+        return self._optional(self.layers[name].bias)
+
+    def input_offset(self, name: str) -> Tensor | None:
+        return self._optional(self.layers[name].input_offset)
+
+    def _optional(self, tensor: str | None) -> Tensor | None:
+        return None if tensor is None else self.files.tensor(tensor)
 
     def other_tensors(self) -> Iterator[str]:
         """Names of the tensors that belong to no layer of `layers`."""
-        used = {name for layer in self.layers.values() for name in (layer.packed, layer.scale, layer.bias)}
+        used = {name for layer in self.layers.values() for name in layer.tensors}
         return (name for name in self.files if name not in used)
 
 
 def describe_layer(
-    files: TensorFiles, name: str, scheme: Scheme, packed: str, scale: str, bias: str, *, experts: bool = False
+    files: TensorFiles,
+    name: str,
+    scheme: Scheme,
+    packed: str,
+    scale: str,
+    bias: str,
+    *,
+    input_offset: str | None = None,
+    experts: bool = False,
 ) -> Layer:
     """A layer out of the names of its tensors.
 
-    Codes are uint8 [*, N, K/2] or, as gpt-oss has them, [*, N, K/32, 16]; scales uint8 [*, N, K/32]; * is E if `experts`. The
-    bias may be missing. Raises CheckpointError, naming file and tensor, if a tensor is missing or does not fit.
+    Codes are uint8 [*, N, K/2] or, as gpt-oss has them, [*, N, K/32, 16]; scales uint8 [*, N, K/32]; * is E if `experts`. An
+    offset is float32 [K], and needs a bias, which else may be missing. Raises CheckpointError, naming file and tensor, if a
+    tensor is missing or does not fit.
     """
     codes, scales = _bytes(files, packed), _bytes(files, scale)
     leading = 2 if experts else 1
@@ -115,7 +145,10 @@ def describe_layer(
         )
     if bias in files and files[bias].shape != rows:
         raise CheckpointError(f"{files[bias]} has shape {list(files[bias].shape)}, expected {list(rows)}")
-    return Layer(name, (*rows, k), scheme, packed, scale, bias if bias in files else None)
+    if input_offset is not None:
+        _check_offset(files, input_offset, k)
+        _find(files, bias)
+    return Layer(name, (*rows, k), scheme, packed, scale, bias if bias in files else None, input_offset)
 
 
 def get_scale_mode(value: Any, where: str) -> ScaleMode:
@@ -125,10 +158,20 @@ def get_scale_mode(value: Any, where: str) -> ScaleMode:
     return cast(ScaleMode, value)
 
 
+def _check_offset(files: TensorFiles, name: str, k: int) -> None:
+    info = _find(files, name)
+    if info.dtype != "F32" or info.shape != (k,):
+        raise CheckpointError(f"{info} is {info.dtype} {list(info.shape)}, expected F32 [{k}]")
+
+
 def _bytes(files: TensorFiles, name: str) -> TensorInfo:
-    if name not in files:
-        raise CheckpointError(f"{files.folder} has no tensor {name}")
-    info = files[name]
+    info = _find(files, name)
     if info.dtype != "U8":
         raise CheckpointError(f"{info} has dtype {info.dtype}, expected U8")
     return info
+
+
+def _find(files: TensorFiles, name: str) -> TensorInfo:
+    if name not in files:
+        raise CheckpointError(f"{files.folder} has no tensor {name}")
+    return files[name]

@@ -49,9 +49,7 @@ def load_model(folder: str | PathLike[str], *, mode: Mode | None = None, **kwarg
     config = transformers_config(folder, mode=mode)
     options = {**kwargs, **_NO_CODE, **_NO_PICKLE}
     model, info = model_class(folder).from_pretrained(folder, config=config, output_loading_info=True, **options)
-    # Transformers would go on with random numbers.
-    if absent := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
-        raise CheckpointError(f"{folder} has no tensors, or of another shape, for {shorten(absent)}")
+    _check_complete(folder, info)
     return model
 
 
@@ -134,6 +132,29 @@ def load_original(folder: Path) -> Any:
     return model_class(folder).from_pretrained(folder, **_NO_CODE, **_NO_PICKLE)
 
 
+def map_original(folder: Path) -> Any:
+    """load_original without a copy of the weights: they are the files' own memory, of which pages are read when touched.
+
+    Where Transformers stacks or transposes tensors it makes copies of those.
+    """
+    files = TensorFiles(folder)
+    tensors = {name: files.tensor(name) for name in files}
+    with _of_directory(folder):
+        config = require_transformers().AutoConfig.from_pretrained(folder, **_NO_CODE)
+    dtype = config.dtype or next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    model, info = model_class(folder).from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    _check_complete(folder, info)
+    return model
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """Transformers would go on with random numbers."""
+    if absent := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
+        raise CheckpointError(f"{folder} has no tensors, or of another shape, for {shorten(absent)}")
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a model directory that has been opened."""
     return require_transformers().AutoTokenizer.from_pretrained(folder, **_NO_CODE)
@@ -169,10 +190,11 @@ def require_transformers() -> Any:
 
 def _load_layer(model: nn.Module, checkpoint: Checkpoint, name: str, place: Place) -> None:
     target = model.get_submodule(place.module)
-    parts = ("weight_packed", "weight_scale", "bias")
+    parts = ["weight_packed", "weight_scale", "bias", "input_offset"]
     if place.projection is not None:
-        parts = (f"{place.projection}_blocks", f"{place.projection}_scales", f"{place.projection}_bias")
-    for part, tensor in zip(parts, (*checkpoint.weight(name), checkpoint.bias(name)), strict=True):
+        parts = [f"{place.projection}_{part}" for part in ("blocks", "scales", "bias", "input_offset")]
+    tensors = (*checkpoint.weight(name), checkpoint.bias(name), checkpoint.input_offset(name))
+    for part, tensor in zip(parts, tensors, strict=True):
         if tensor is None:
             continue
         if place.expert is None:

@@ -3,7 +3,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ def replace_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]
     Raises CheckpointError, naming the layer, if one does not.
     """
     places = _places(model, checkpoint)
+    _refuse_other_transforms(model, checkpoint, {place.module for place in places.values()})
     modules: dict[str, nn.Module] = {}
     experts: defaultdict[str, dict[str, Place]] = defaultdict(dict)
     for name, place in places.items():
@@ -74,6 +75,12 @@ def _places(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]:
             kind = type(model).__name__
             raise CheckpointError(f"{checkpoint.folder} quantizes {name}, but {kind} has no module of that name")
     return places
+
+
+def _refuse_other_transforms(model: nn.Module, checkpoint: Checkpoint, placed: Collection[str]) -> None:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name not in placed:
+            checkpoint.transforms.refuse_at(name, [kind.__name__ for kind in type(module).__mro__])
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -141,14 +148,16 @@ def _linear(module: nn.Module, checkpoint: Checkpoint, name: str, name_in_model:
     if layer.shape != tuple(module.weight.shape):
         shape = list(module.weight.shape)
         raise CheckpointError(f"{where} is for a weight {list(layer.shape)}, but the model's {name_in_model} is {shape}")
-    if (layer.bias is None) != (module.bias is None):
+    offset = layer.scheme.input_offset  # whose share of the output is in a bias
+    if not offset and (layer.bias is None) != (module.bias is None):
         has, lacks = ("model", "checkpoint") if layer.bias is None else ("checkpoint", "model")
         raise CheckpointError(f"{where}: the {has} has a bias for {name_in_model}, the {lacks} has none")
     return MXFP4Linear(
         layer.in_features,
         layer.out_features,
-        module.bias is not None,
+        layer.bias is not None,
         **layer.scheme.arguments(),
+        input_offset=offset,
         device="meta",
         dtype=module.weight.dtype,
     ).train(module.training)
@@ -178,6 +187,8 @@ def _experts(model: nn.Module, checkpoint: Checkpoint, name: str, places: dict[s
         )
     if len({layer.scheme for layer in layers}) > 1 or len({layer.bias is None for layer in layers}) > 1:
         raise CheckpointError(f"{where}: the experts of {name} differ in scheme or bias, expected all alike")
+    if layers[0].scheme.input_offset:
+        raise CheckpointError(f"{where} has an input offset, which experts cannot have")
     shapes = {}
     for projection in (GATE_UP, DOWN):
         weight = module.get_parameter(projection)

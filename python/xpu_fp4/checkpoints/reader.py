@@ -11,6 +11,7 @@ from .description import Checkpoint, Layer
 from .errors import CheckpointError, printable
 from .keys import refusal
 from .tensor_files import TensorFiles
+from .transforms import InputTransforms
 from .untrusted import check_type, read_json
 
 CONFIG = "config.json"
@@ -84,7 +85,8 @@ def read_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
     if config is None:
         raise CheckpointError(f"{folder / CONFIG} has no quantization_config: the model is not quantized")
     method = config.get("quant_method")
-    left_aside = check_keys(config, f"{folder / CONFIG}: quantization_config")
+    where = f"{folder / CONFIG}: quantization_config"
+    left_aside = check_keys(config, where)
     if not isinstance(method, str) or method not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise CheckpointError(f"{folder / CONFIG} has the quant_method {method!r}, which is not MXFP4; expected one of {known}")
@@ -92,4 +94,5 @@ def read_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
     layers = _FORMATS[method].read_layers(config, files)
     if not layers:
         raise CheckpointError(f"{folder} has no MXFP4 weights, but {CONFIG} says that it is quantized by {method}")
-    return Checkpoint(folder, method, files, layers, tuple(left_aside))
+    transforms = InputTransforms(config.get("transform_config"), f"{where}.transform_config")
+    return Checkpoint(folder, method, files, layers, transforms, tuple(left_aside))

@@ -49,12 +49,25 @@ class Apply(msgspec.Struct):
     """Where a transform is applied."""
 
     location: str | None = None
+    targets: list[str] | str | None = None
+    ignore: list[str] | str | None = None
+    inverse: bool | None = None
 
 
 class Transform(msgspec.Struct):
     """An entry of transform_config.config_groups."""
 
+    type: str | None = None
     apply: list[Apply] | None = None
+    head_dim: int | None = None
+    randomize: bool | None = None
+
+
+class Extension(msgspec.Struct):
+    """Our own key."""
+
+    input_offset: bool | None = None
+    groups: dict[str, dict[str, Any]] | None = None
 
 
 class Quark(msgspec.Struct):
@@ -79,10 +92,26 @@ class GptOss(msgspec.Struct):
     modules_to_not_convert: list[str] | None = None
 
 
+class Message(msgspec.Struct):
+    """A turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Conversation(msgspec.Struct):
+    """An entry of a file of conversations."""
+
+    messages: list[Any]
+
+
 def check_compressed_tensors(config: dict[str, Any], where: str) -> None:
     check_type(config, CompressedTensors, where)
     for name, group in (config.get("config_groups") or {}).items():
         check_type(group, Group, f"{where}.config_groups.{name}")
+    check_type(config.get("xpu_fp4"), Extension | None, f"{where}.xpu_fp4")
+    for name, group in ((config.get("xpu_fp4") or {}).get("groups") or {}).items():
+        check_type(group, Extension, f"{where}.xpu_fp4.groups.{name}")
     transforms = (config.get("transform_config") or {}).get("config_groups")
     check_type(transforms, dict[str, Any] | None, f"{where}.transform_config.config_groups")
     for name, transform in (transforms or {}).items():

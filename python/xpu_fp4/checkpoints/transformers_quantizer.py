@@ -8,6 +8,7 @@ configuration: `from_pretrained(folder, config=xpu_fp4.transformers_config(folde
 import copy
 import re
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .._text import shorten
 from ..functional import Mode
-from . import compressed_tensors, quark
+from .compressed_tensors import PACKED, SCALE
 from .errors import CheckpointError, printable
 from .experts import MXFP4Experts
 from .names import without_conversion
@@ -53,14 +54,20 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
             warnings.warn(printable(f"{self.checkpoint.folder}: the model has no place for {shorten(left_out)}"), stacklevel=2)
         others = without_conversion(model, self.checkpoint.other_tensors())
         find_tensors(model, self.checkpoint.files, others)  # for its errors
+        matrices = [re.escape(layer.matrix) for layer in self.checkpoint.layers.values() if layer.matrix is not None]
+        known = cast(set[str] | list[str] | None, model._keys_to_ignore_on_load_unexpected)
+        cast(Any, model)._keys_to_ignore_on_load_unexpected = {*(known or ()), *matrices}
         for name in {place.module for place in places.values() if place.expert is not None}:
             cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()
 
     def get_weight_conversions(self) -> list[Any]:
-        if self.checkpoint.format != quark.METHOD:
-            return []
-        names = "|".join(map(re.escape, self.checkpoint.layers))
-        return [WeightRenaming(rf"^({names})\.{quark.PACKED}$", rf"\1.{compressed_tensors.PACKED}")]
+        """For the tensors of layers that are called otherwise in the files than in MXFP4Linear."""
+        layers: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        for layer in self.checkpoint.layers.values():
+            for tensor, ours in ((layer.packed, PACKED), (layer.scale, SCALE), (layer.bias, "bias")):
+                if len(layer.shape) == 2 and tensor is not None and tensor != f"{layer.name}.{ours}":
+                    layers[tensor.removeprefix(f"{layer.name}."), ours].append(re.escape(layer.name))
+        return [WeightRenaming(rf"^({'|'.join(names)})\.{kind}$", rf"\1.{ours}") for (kind, ours), names in layers.items()]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Where Transformers stacks the weights of single experts, their codes and scales are stacked in the same way.

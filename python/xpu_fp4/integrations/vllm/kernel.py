@@ -3,6 +3,7 @@
 
 import functools
 import os
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, get_args
 
@@ -42,7 +43,8 @@ _TENSORS = ("weight", "weight_scale", "xpu_fp4_expanded")
 
 def key_of(scheme: Scheme) -> QuantKey | None:
     """What vLLM calls the activations of a scheme."""
-    return next(key for key, known in _SCHEMES.items() if known.arguments() == scheme.arguments())
+    plain = replace(scheme, hadamard=0).arguments()
+    return next(key for key, known in _SCHEMES.items() if known.arguments() == plain)
 
 
 def requested_scheme() -> Scheme | None:
@@ -74,7 +76,7 @@ def _platform_backend() -> Backend | None:
 def _refusal_of_checkpoint() -> str | None:
     """Why the checkpoint that vLLM is loading would compute noise here, None if it would not or nothing is being loaded.
 
-    vLLM skips some keys that change what a layer computes (Quark's rotations), and its own transforms do not run on CPU.
+    vLLM skips some keys that change what a layer computes (Quark's rotations), and has no kernels for others on CPU.
     """
     loading = get_current_vllm_config_or_none()
     model = None if loading is None else loading.model_config
@@ -104,7 +106,18 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
         request = requested_scheme()
         if request is not None:
             _announce(request)
-        self._scheme = (request or _SCHEMES[config.activation_quant_key]).arguments()
+        self._scheme = request or _SCHEMES[config.activation_quant_key]
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> "XpuFp4LinearKernel":
+        """The kernel for activations that are transformed, which vLLM cannot ask for. ValueError if it cannot run here."""
+        config = MxFp4LinearLayerConfig(key_of(scheme))
+        for can, reason in (cls.is_supported(), cls.can_implement(config)):
+            if not can:
+                raise ValueError(f"{cls.__name__}, which alone transforms the inputs of layers: {reason}")
+        kernel = cls(config)
+        kernel._scheme = replace(kernel._scheme, hadamard=scheme.hadamard)
+        return kernel
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -129,9 +142,9 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Prepacks the weight where the backend can. Raises ValueError if its blocks and scales do not match."""
         codes, scale = layer.weight.data, layer.weight_scale.data
-        _check_blocks(getattr(layer, "prefix", type(layer).__name__), codes, scale)
+        _check_blocks(getattr(layer, "prefix", type(layer).__name__), codes, scale, self._scheme.hadamard)
         weight = PackedWeight.stored(codes, scale).best()
-        can_expand = weight.form == "stored" and self._scheme["mode"] in modes_of("expanded")
+        can_expand = weight.form == "stored" and self._scheme.mode in modes_of("expanded")
         if can_expand and os.environ.get("XPU_FP4_EXPAND_WEIGHTS") == "1":
             weight = weight.expanded()
         layer.xpu_fp4_form = (weight.form, weight.n, weight.k)
@@ -146,10 +159,10 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
         form, n, k = layer.xpu_fp4_form
         tensors = [getattr(layer, name) for name in _TENSORS]
         weight = PackedWeight(form, n, k, tuple(tensor for tensor in tensors if tensor is not None))
-        return weight.linear(x, bias, **self._scheme)
+        return weight.linear(x, bias, **self._scheme.arguments(), input_offset=getattr(layer, "input_offset", None))
 
 
-def _check_blocks(name: str, weight: Tensor, scale: Tensor) -> None:
+def _check_blocks(name: str, weight: Tensor, scale: Tensor, hadamard: int) -> None:
     # vLLM rounds the shard's number of scales down, and would pair weights with the scales of other blocks.
     if weight.dtype != torch.uint8 or scale.dtype != torch.uint8:
         raise ValueError(f"{name}: weight is {weight.dtype} and weight_scale {scale.dtype}, expected uint8 for both")
@@ -158,4 +171,9 @@ def _check_blocks(name: str, weight: Tensor, scale: Tensor) -> None:
         raise ValueError(
             f"{name}: weight [{n}, K/2 = {half_k}] needs weight_scale [{n}, K/{BLOCK}], got {list(scale.shape)}. The K of a "
             f"tensor-parallel shard must be a multiple of {BLOCK}: choose another tensor parallel size"
+        )
+    if hadamard and half_k * 2 % hadamard != 0:
+        raise ValueError(
+            f"{name}: the input of a tensor-parallel shard has {half_k * 2} elements, expected a multiple of {hadamard}, the "
+            "size of its Hadamard transform: choose another tensor parallel size"
         )
