@@ -9,6 +9,7 @@
 
 #pragma GCC target( \
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8,fma,f16c,prefer-vector-width=512")
+#define XPU_FP4_FLOAT_LANES 16
 #include "amx_gemm.h"
 #include "avx512_gemm.h"
 #include "avx512_output.h"
@@ -42,7 +43,7 @@ const ProductKernels& product(Format activations, int64_t m) {
 
 }  // namespace
 
-const KernelTable kAmx = {"amx", supported, quantize, group_quantize, dequantize, product};
+const KernelTable kAmx = {"amx", supported, transform_and_quantize<quantize>, group_quantize, dequantize, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

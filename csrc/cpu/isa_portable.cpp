@@ -11,6 +11,7 @@ const ProductKernels& product(Format activations, int64_t) {
 }
 }  // namespace
 
-const KernelTable kPortable = {"portable", [] { return true; }, quantize_scalars, group_quantize, dequantize_scalars, product};
+const KernelTable kPortable = {"portable",     [] { return true; }, transform_and_quantize<quantize_scalars>,
+                               group_quantize, dequantize_scalars,  product};
 
 }  // namespace xpu_fp4::cpu

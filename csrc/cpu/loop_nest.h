@@ -20,7 +20,7 @@
 //                                           group begins at a + quads
 //   kDirectRows, add_strip(a, rows, w, strip, acc)   all quads of a strip, for up to so many rows
 #pragma once
-#include "with_dtype.h"
+#include "transform.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -43,7 +43,9 @@ void expand_group(const Activations& source, int64_t first_row, int rows, void* 
   for (int64_t quad = 0; quad < strips::quads(source.k); ++quad, ++out) {
     const int blocks = static_cast<int>(std::min<int64_t>(kQuad, source.k / kBlock - quad * kQuad));
     for (int row = 0; row < rows; ++row) {
-      Isa::expand(source, (first_row + row) * (source.k / kBlock) + quad * kQuad, blocks, *out, row);
+      const int64_t block = (first_row + row) * (source.k / kBlock) + quad * kQuad;
+      with_transformed(source, block, quad * kQuadElements, blocks,
+                       [&](const Activations& plain, int64_t first) { Isa::expand(plain, first, blocks, *out, row); });
     }
     Isa::pad(*out, rows);
   }

@@ -9,12 +9,15 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../format/accumulate.h"
 #include "../format/block.h"
+#include "../format/hadamard.h"
 #include "../format/mxint8.h"
 #include "kernels.h"
 #include "panels.h"

@@ -3,6 +3,8 @@
 
 #include <utility>
 
+#include "../format/hadamard.h"
+
 namespace xpu_fp4::ops {
 namespace {
 
@@ -109,6 +111,27 @@ int check_group(const char* op, int64_t group) {
   TORCH_CHECK(group == kBlock || group == kDefaultGroup, op, ": group is ", group, ", expected ", kBlock, " or ",
               kDefaultGroup);
   return static_cast<int>(group);
+}
+
+HeldTransform check_transform(const Argument& x, int64_t hadamard, const std::optional<Tensor>& input_offset) {
+  HeldTransform held;
+  const int64_t k = x.tensor.size(-1);
+  if (hadamard != 0) {
+    TORCH_CHECK(hadamard::is_size(hadamard), x.op, ": hadamard is ", hadamard, ", expected 0 (none), 32, 64 or 128");
+    XPU_FP4_CHECK(x, k % hadamard == 0, "has ", k, " elements in its last dimension, expected a multiple of hadamard, ",
+                  hadamard);
+    held.view.hadamard = static_cast<int>(hadamard);
+  }
+  if (input_offset) {
+    const Argument arg{x.op, "input_offset", *input_offset};
+    check_device(arg, x.tensor.device());
+    XPU_FP4_CHECK(arg, arg.tensor.scalar_type() == at::kFloat, "must be float32, got ", arg.tensor.scalar_type());
+    check_shape(arg, {k}, "[K], of the K in the last dimension of x");
+    held.offset = input_offset->contiguous();
+    // Where K is 0 there is nothing to subtract.
+    if (k != 0) held.view.offset = held.offset.const_data_ptr<float>();
+  }
+  return held;
 }
 
 void check_no_overlap(const Argument& written, const Argument& other) {

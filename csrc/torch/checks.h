@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
 #include <string_view>
 
 #include "../format/block.h"
@@ -42,6 +43,14 @@ int64_t check_k(const Argument& arg, int64_t elements_per_entry);
 ScaleMode check_scale_mode(const char* op, std::string_view mode);
 /// 32 or 128.
 int check_group(const char* op, int64_t group);
+
+/// A transform, and whose memory its offset is.
+struct HeldTransform {
+  Transform view;
+  Tensor offset;
+};
+/// hadamard is 0, 32, 64 or 128, and divides x's K. input_offset [K] is float32.
+HeldTransform check_transform(const Argument& x, int64_t hadamard, const std::optional<Tensor>& input_offset);
 void check_no_overlap(const Argument& written, const Argument& other);
 
 // ---- shapes and data of checked tensors ----

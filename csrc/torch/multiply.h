@@ -21,11 +21,17 @@ int64_t k_of_codes(const Argument& arg);
 Tensor multiply_codes(const Backend& backend, const GemmNames& names, const Tensor& a, const Tensor& a_scale,
                       const HeldWeight& weight, std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
 
+/// What comes before the quantizer, as ops are given it.
+struct TransformArguments {
+  int64_t hadamard;
+  const std::optional<Tensor>& input_offset;
+};
+
 /// What linear ops check first of x: its K.
 int64_t k_of_floats(const char* op, const Tensor& x);
 
 /// What is left to check then, and the product.
-Tensor linear(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to, const HeldWeight& weight,
-              const std::optional<Tensor>& bias);
+Tensor linear(const Backend& backend, const char* op, const Tensor& x, Quantizer to, const TransformArguments& before,
+              const HeldWeight& weight, const std::optional<Tensor>& bias);
 
 }  // namespace xpu_fp4::ops

@@ -5,7 +5,9 @@
 //
 // x [..., K]: float32, float16 or bfloat16, any strides, K % 32 == 0. MXFP4 codes [..., K/2] are float4_e2m1fn_x2 and MXINT8
 // codes [..., K] int8; scales [..., K/32] are float8_e8m0fnu. As arguments MXFP4 codes and scales may be viewed as uint8, as
-// checkpoints store them. A weight is [N, K/2] with weight_scale [N, K/32], contiguous, and bias [N].
+// checkpoints store them. A weight is [N, K/2] with weight_scale [N, K/32], contiguous, and bias [N]. Before x is quantized,
+// input_offset, float32 [K], is subtracted from its rows, and they are multiplied by block Hadamard matrices of size hadamard
+// (format/hadamard.h): 32, 64, 128, or 0 for none.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -22,9 +24,11 @@ using at::Tensor;
 // ---- convert ----
 
 /// x -> codes and scales. A block with a NaN or Inf gets a NaN scale and codes 0.
-std::tuple<Tensor, Tensor> mxfp4_quantize(const Backend& backend, const Tensor& x, std::string_view scale_mode);
+std::tuple<Tensor, Tensor> mxfp4_quantize(const Backend& backend, const Tensor& x, std::string_view scale_mode,
+                                          int64_t hadamard, const std::optional<Tensor>& input_offset);
 /// The same in MXINT8; each group of 32 or 128 elements of a row (the last may be shorter) has one scale, repeated per block.
-std::tuple<Tensor, Tensor> mxint8_quantize(const Backend& backend, const Tensor& x, int64_t group);
+std::tuple<Tensor, Tensor> mxint8_quantize(const Backend& backend, const Tensor& x, int64_t group, int64_t hadamard,
+                                           const std::optional<Tensor>& input_offset);
 
 /// Codes and scales -> values [..., K] of dtype, each rounded once.
 Tensor mxfp4_dequantize(const Backend& backend, const Tensor& q, const Tensor& scale, at::ScalarType dtype);
@@ -54,25 +58,32 @@ Tensor mxfp4_gemm_prepacked(const Backend& backend, const Tensor& a, const Tenso
 
 /// W4A4: x is quantized to MXFP4 on the way.
 Tensor mxfp4_linear(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                    const std::optional<Tensor>& bias, std::string_view scale_mode);
+                    const std::optional<Tensor>& bias, std::string_view scale_mode, int64_t hadamard,
+                    const std::optional<Tensor>& input_offset);
 Tensor mxfp4_linear_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
-                              const std::optional<Tensor>& bias, std::string_view scale_mode);
+                              const std::optional<Tensor>& bias, std::string_view scale_mode, int64_t hadamard,
+                              const std::optional<Tensor>& input_offset);
 Tensor mxfp4_linear_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                             const Tensor& expanded, const std::optional<Tensor>& bias, std::string_view scale_mode);
+                             const Tensor& expanded, const std::optional<Tensor>& bias, std::string_view scale_mode,
+                             int64_t hadamard, const std::optional<Tensor>& input_offset);
 
 /// W4A8: x is quantized to MXINT8 on the way, in groups of 32 or 128.
 Tensor mxfp4_linear_w4a8(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                         const std::optional<Tensor>& bias, int64_t group);
+                         const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
+                         const std::optional<Tensor>& input_offset);
 Tensor mxfp4_linear_w4a8_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
-                                   const std::optional<Tensor>& bias, int64_t group);
+                                   const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
+                                   const std::optional<Tensor>& input_offset);
 Tensor mxfp4_linear_w4a8_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                                  const Tensor& expanded, const std::optional<Tensor>& bias, int64_t group);
+                                  const Tensor& expanded, const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
+                                  const std::optional<Tensor>& input_offset);
 
-/// W4A16: x as it is.
+/// W4A16: x as it is or, transformed, rounded to its dtype.
 Tensor mxfp4_linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                          const std::optional<Tensor>& bias);
+                          const std::optional<Tensor>& bias, int64_t hadamard, const std::optional<Tensor>& input_offset);
 Tensor mxfp4_linear_w4a16_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
-                                    const std::optional<Tensor>& bias);
+                                    const std::optional<Tensor>& bias, int64_t hadamard,
+                                    const std::optional<Tensor>& input_offset);
 
 // ---- forms of a weight: opaque, uint8 ----
 

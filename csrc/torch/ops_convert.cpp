@@ -26,10 +26,13 @@ bool check_scale_layout(const Argument& arg) {
 
 ScalarType code_type(Format format) { return format == Format::mxfp4 ? at::kFloat4_e2m1fn_x2 : at::kChar; }
 
-std::tuple<Tensor, Tensor> quantize(const Backend& backend, const Argument& arg, const Quantizer& to) {
+std::tuple<Tensor, Tensor> quantize(const Backend& backend, const Argument& arg, Quantizer to, int64_t hadamard,
+                                    const std::optional<Tensor>& input_offset) {
   const Tensor& x = arg.tensor;
   const DType dtype = check_float(arg);
   const int64_t k = check_k(arg, 1);
+  const HeldTransform transform = check_transform(arg, hadamard, input_offset);
+  to.transform = transform.view;
   const Tensor dense = x.contiguous();
   const Tensor q = at::empty(with_last(x, code_bytes(to.format, k)), x.options().dtype(code_type(to.format)));
   const Tensor scale = at::empty(with_last(x, k / kBlock), x.options().dtype(at::kFloat8_e8m0fnu));
@@ -56,11 +59,12 @@ Tensor dequantize(const Backend& backend, const char* op, Format format, const T
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> mxfp4_quantize(const Backend& backend, const Tensor& x, std::string_view scale_mode) {
+std::tuple<Tensor, Tensor> mxfp4_quantize(const Backend& backend, const Tensor& x, std::string_view scale_mode,
+                                          int64_t hadamard, const std::optional<Tensor>& input_offset) {
   const Argument arg{"mxfp4_quantize", "x", x};
   check_float(arg);
   check_k(arg, 1);
-  return quantize(backend, arg, Quantizer::mxfp4(check_scale_mode(arg.op, scale_mode)));
+  return quantize(backend, arg, Quantizer::mxfp4(check_scale_mode(arg.op, scale_mode)), hadamard, input_offset);
 }
 
 Tensor mxfp4_dequantize(const Backend& backend, const Tensor& q, const Tensor& scale, ScalarType dtype) {
@@ -69,11 +73,12 @@ Tensor mxfp4_dequantize(const Backend& backend, const Tensor& q, const Tensor& s
   return dequantize(backend, op, Format::mxfp4, q, scale, dtype);
 }
 
-std::tuple<Tensor, Tensor> mxint8_quantize(const Backend& backend, const Tensor& x, int64_t group) {
+std::tuple<Tensor, Tensor> mxint8_quantize(const Backend& backend, const Tensor& x, int64_t group, int64_t hadamard,
+                                           const std::optional<Tensor>& input_offset) {
   const Argument arg{"mxint8_quantize", "x", x};
   check_float(arg);
   check_k(arg, 1);
-  return quantize(backend, arg, Quantizer::mxint8(check_group(arg.op, group)));
+  return quantize(backend, arg, Quantizer::mxint8(check_group(arg.op, group)), hadamard, input_offset);
 }
 
 Tensor mxint8_dequantize(const Backend& backend, const Tensor& q, const Tensor& scale, ScalarType dtype) {

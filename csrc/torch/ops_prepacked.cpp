@@ -39,10 +39,11 @@ HeldWeight hold_prepacked(const Backend& backend, const Argument& arg, int64_t n
   return held_stored(codes, scale, n, k);
 }
 
-Tensor linear_prepacked(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to, const Tensor& weight,
-                        int64_t out_features, const std::optional<Tensor>& bias) {
+Tensor linear_prepacked(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to,
+                        const TransformArguments& before, const Tensor& weight, int64_t out_features,
+                        const std::optional<Tensor>& bias) {
   const int64_t k = k_of_floats(op, x);
-  return linear(backend, op, x, to, hold_prepacked(backend, {op, "weight", weight}, out_features, k), bias);
+  return linear(backend, op, x, to, before, hold_prepacked(backend, {op, "weight", weight}, out_features, k), bias);
 }
 
 }  // namespace
@@ -69,21 +70,26 @@ Tensor mxfp4_gemm_prepacked(const Backend& backend, const Tensor& a, const Tenso
 }
 
 Tensor mxfp4_linear_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
-                              const std::optional<Tensor>& bias, std::string_view scale_mode) {
+                              const std::optional<Tensor>& bias, std::string_view scale_mode, int64_t hadamard,
+                              const std::optional<Tensor>& input_offset) {
   const char* op = "mxfp4_linear_prepacked";
-  return linear_prepacked(backend, op, x, Quantizer::mxfp4(check_scale_mode(op, scale_mode)), weight, out_features, bias);
+  return linear_prepacked(backend, op, x, Quantizer::mxfp4(check_scale_mode(op, scale_mode)), {hadamard, input_offset}, weight,
+                          out_features, bias);
 }
 
 Tensor mxfp4_linear_w4a8_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
-                                   const std::optional<Tensor>& bias, int64_t group) {
+                                   const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
+                                   const std::optional<Tensor>& input_offset) {
   const char* op = "mxfp4_linear_w4a8_prepacked";
-  return linear_prepacked(backend, op, x, Quantizer::mxint8(check_group(op, group)), weight, out_features, bias);
+  return linear_prepacked(backend, op, x, Quantizer::mxint8(check_group(op, group)), {hadamard, input_offset}, weight,
+                          out_features, bias);
 }
 
 Tensor mxfp4_linear_w4a16_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
-                                    const std::optional<Tensor>& bias) {
+                                    const std::optional<Tensor>& bias, int64_t hadamard,
+                                    const std::optional<Tensor>& input_offset) {
   const char* op = "mxfp4_linear_w4a16_prepacked";
-  return linear_prepacked(backend, op, x, kAsTheyAre, weight, out_features, bias);
+  return linear_prepacked(backend, op, x, kAsTheyAre, {hadamard, input_offset}, weight, out_features, bias);
 }
 
 }  // namespace xpu_fp4::ops

@@ -50,8 +50,10 @@ int64_t k_of_floats(const char* op, const Tensor& x) {
   return check_k(arg, 1);
 }
 
-Tensor linear(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to, const HeldWeight& weight,
-              const std::optional<Tensor>& bias) {
+Tensor linear(const Backend& backend, const char* op, const Tensor& x, Quantizer to, const TransformArguments& before,
+              const HeldWeight& weight, const std::optional<Tensor>& bias) {
+  const HeldTransform transform = check_transform({op, "x", x}, before.hadamard, before.input_offset);
+  to.transform = transform.view;
   const HeldBias held = hold_linear_bias(op, x, bias, weight.view.n);
   const Tensor dense = x.contiguous();
   const Tensor y = at::empty(with_last(x, weight.view.n), x.options());
@@ -84,16 +86,18 @@ Tensor gemm(const Backend& backend, const GemmNames& names, const Tensor& a, con
   return multiply_codes(backend, names, a, a_scale, weight, out_dtype, bias);
 }
 
-Tensor linear_stored(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to, const Tensor& weight,
-                     const Tensor& weight_scale, const std::optional<Tensor>& bias) {
+Tensor linear_stored(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to,
+                     const TransformArguments& before, const Tensor& weight, const Tensor& weight_scale,
+                     const std::optional<Tensor>& bias) {
   const int64_t k = k_of_floats(op, x);
-  return linear(backend, op, x, to, hold_stored(op, weight, weight_scale, k, x.device()), bias);
+  return linear(backend, op, x, to, before, hold_stored(op, weight, weight_scale, k, x.device()), bias);
 }
 
-Tensor linear_expanded(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to, const Tensor& weight,
-                       const Tensor& weight_scale, const Tensor& expanded, const std::optional<Tensor>& bias) {
+Tensor linear_expanded(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to,
+                       const TransformArguments& before, const Tensor& weight, const Tensor& weight_scale,
+                       const Tensor& expanded, const std::optional<Tensor>& bias) {
   const int64_t k = k_of_floats(op, x);
-  return linear(backend, op, x, to, hold_expanded(backend, op, weight, weight_scale, expanded, k, x.device()), bias);
+  return linear(backend, op, x, to, before, hold_expanded(backend, op, weight, weight_scale, expanded, k, x.device()), bias);
 }
 
 }  // namespace
@@ -111,34 +115,41 @@ Tensor fp4_gemm(const Backend& backend, const Tensor& a, const Tensor& b, const 
 }
 
 Tensor mxfp4_linear(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                    const std::optional<Tensor>& bias, std::string_view scale_mode) {
+                    const std::optional<Tensor>& bias, std::string_view scale_mode, int64_t hadamard,
+                    const std::optional<Tensor>& input_offset) {
   const char* op = "mxfp4_linear";
-  return linear_stored(backend, op, x, Quantizer::mxfp4(check_scale_mode(op, scale_mode)), weight, weight_scale, bias);
+  return linear_stored(backend, op, x, Quantizer::mxfp4(check_scale_mode(op, scale_mode)), {hadamard, input_offset}, weight,
+                       weight_scale, bias);
 }
 
 Tensor mxfp4_linear_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                             const Tensor& expanded, const std::optional<Tensor>& bias, std::string_view scale_mode) {
+                             const Tensor& expanded, const std::optional<Tensor>& bias, std::string_view scale_mode,
+                             int64_t hadamard, const std::optional<Tensor>& input_offset) {
   const char* op = "mxfp4_linear_expanded";
-  return linear_expanded(backend, op, x, Quantizer::mxfp4(check_scale_mode(op, scale_mode)), weight, weight_scale, expanded,
-                         bias);
+  return linear_expanded(backend, op, x, Quantizer::mxfp4(check_scale_mode(op, scale_mode)), {hadamard, input_offset}, weight,
+                         weight_scale, expanded, bias);
 }
 
 Tensor mxfp4_linear_w4a8(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                         const std::optional<Tensor>& bias, int64_t group) {
+                         const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
+                         const std::optional<Tensor>& input_offset) {
   const char* op = "mxfp4_linear_w4a8";
-  return linear_stored(backend, op, x, Quantizer::mxint8(check_group(op, group)), weight, weight_scale, bias);
+  return linear_stored(backend, op, x, Quantizer::mxint8(check_group(op, group)), {hadamard, input_offset}, weight,
+                       weight_scale, bias);
 }
 
 Tensor mxfp4_linear_w4a8_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                                  const Tensor& expanded, const std::optional<Tensor>& bias, int64_t group) {
+                                  const Tensor& expanded, const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
+                                  const std::optional<Tensor>& input_offset) {
   const char* op = "mxfp4_linear_w4a8_expanded";
-  return linear_expanded(backend, op, x, Quantizer::mxint8(check_group(op, group)), weight, weight_scale, expanded, bias);
+  return linear_expanded(backend, op, x, Quantizer::mxint8(check_group(op, group)), {hadamard, input_offset}, weight,
+                         weight_scale, expanded, bias);
 }
 
 Tensor mxfp4_linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                          const std::optional<Tensor>& bias) {
+                          const std::optional<Tensor>& bias, int64_t hadamard, const std::optional<Tensor>& input_offset) {
   const char* op = "mxfp4_linear_w4a16";
-  return linear_stored(backend, op, x, kAsTheyAre, weight, weight_scale, bias);
+  return linear_stored(backend, op, x, kAsTheyAre, {hadamard, input_offset}, weight, weight_scale, bias);
 }
 
 Tensor mxfp4_expand(const Backend& backend, const Tensor& weight, const Tensor& weight_scale) {

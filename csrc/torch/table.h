@@ -59,26 +59,32 @@ template <class GetBackend>
 std::vector<OpRow> op_table() {
   using G = GetBackend;
   std::vector<OpRow> rows;
-  rows.push_back(op<G, ops::mxfp4_quantize>("mxfp4_quantize(Tensor x, str scale_mode=\"even\") -> (Tensor q, Tensor scale)"));
+  rows.push_back(
+      op<G, ops::mxfp4_quantize>("mxfp4_quantize(Tensor x, str scale_mode=\"even\", int hadamard=0, Tensor? input_offset=None) "
+                                 "-> (Tensor q, Tensor scale)"));
   rows.push_back(op<G, ops::mxfp4_dequantize>("mxfp4_dequantize(Tensor q, Tensor scale, ScalarType dtype) -> Tensor"));
-  rows.push_back(op<G, ops::mxint8_quantize>("mxint8_quantize(Tensor x, int group=128) -> (Tensor q, Tensor scale)"));
+  rows.push_back(op<G, ops::mxint8_quantize>(
+      "mxint8_quantize(Tensor x, int group=128, int hadamard=0, Tensor? input_offset=None) -> (Tensor q, Tensor scale)"));
   rows.push_back(op<G, ops::mxint8_dequantize>("mxint8_dequantize(Tensor q, Tensor scale, ScalarType dtype) -> Tensor"));
   rows.push_back(op<G, ops::mxfp4_gemm>(
       "mxfp4_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType? out_dtype=None, Tensor? bias=None) -> "
       "Tensor"));
-  rows.push_back(op<G, ops::mxfp4_linear>(
-      "mxfp4_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, str scale_mode=\"even\") -> Tensor"));
-  rows.push_back(op<G, ops::mxfp4_linear_w4a8>(
-      "mxfp4_linear_w4a8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int group=128) -> Tensor"));
-  rows.push_back(op<G, ops::mxfp4_linear_w4a16>(
-      "mxfp4_linear_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor"));
+  rows.push_back(
+      op<G, ops::mxfp4_linear>("mxfp4_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, str "
+                               "scale_mode=\"even\", int hadamard=0, Tensor? input_offset=None) -> Tensor"));
+  rows.push_back(
+      op<G, ops::mxfp4_linear_w4a8>("mxfp4_linear_w4a8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int "
+                                    "group=128, int hadamard=0, Tensor? input_offset=None) -> Tensor"));
+  rows.push_back(
+      op<G, ops::mxfp4_linear_w4a16>("mxfp4_linear_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int "
+                                     "hadamard=0, Tensor? input_offset=None) -> Tensor"));
   rows.push_back(op<G, ops::mxfp4_expand>("mxfp4_expand(Tensor weight, Tensor weight_scale) -> Tensor"));
   rows.push_back(op<G, ops::mxfp4_linear_expanded>(
       "mxfp4_linear_expanded(Tensor x, Tensor weight, Tensor weight_scale, Tensor expanded, Tensor? bias=None, "
-      "str scale_mode=\"even\") -> Tensor"));
+      "str scale_mode=\"even\", int hadamard=0, Tensor? input_offset=None) -> Tensor"));
   rows.push_back(op<G, ops::mxfp4_linear_w4a8_expanded>(
       "mxfp4_linear_w4a8_expanded(Tensor x, Tensor weight, Tensor weight_scale, Tensor expanded, Tensor? bias=None, "
-      "int group=128) -> Tensor"));
+      "int group=128, int hadamard=0, Tensor? input_offset=None) -> Tensor"));
   return rows;
 }
 
@@ -93,13 +99,16 @@ std::vector<OpRow> prepacked_op_table() {
   rows.push_back(op<G, ops::mxfp4_gemm_prepacked>(
       "mxfp4_gemm_prepacked(Tensor a, Tensor a_scale, Tensor b, int out_features, ScalarType? out_dtype=None, "
       "Tensor? bias=None) -> Tensor"));
-  rows.push_back(op<G, ops::mxfp4_linear_prepacked>(
-      "mxfp4_linear_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None, str scale_mode=\"even\") -> "
-      "Tensor"));
+  rows.push_back(
+      op<G, ops::mxfp4_linear_prepacked>("mxfp4_linear_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None, "
+                                         "str scale_mode=\"even\", int hadamard=0, Tensor? input_offset=None) -> "
+                                         "Tensor"));
   rows.push_back(op<G, ops::mxfp4_linear_w4a8_prepacked>(
-      "mxfp4_linear_w4a8_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None, int group=128) -> Tensor"));
-  rows.push_back(op<G, ops::mxfp4_linear_w4a16_prepacked>(
-      "mxfp4_linear_w4a16_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None) -> Tensor"));
+      "mxfp4_linear_w4a8_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None, int group=128, int "
+      "hadamard=0, Tensor? input_offset=None) -> Tensor"));
+  rows.push_back(
+      op<G, ops::mxfp4_linear_w4a16_prepacked>("mxfp4_linear_w4a16_prepacked(Tensor x, Tensor weight, int out_features, "
+                                               "Tensor? bias=None, int hadamard=0, Tensor? input_offset=None) -> Tensor"));
   return rows;
 }
 

@@ -14,6 +14,7 @@ from .compat import override_vllm_ops
 from .convert import expand_, quantize_
 from .functional import (
     Group,
+    Hadamard,
     Mode,
     ScaleMode,
     dequantize,
@@ -45,6 +46,7 @@ else:
 __all__ = [
     "Backend",
     "Group",
+    "Hadamard",
     "MXFP4Linear",
     "Mode",
     "ScaleMode",

@@ -32,7 +32,10 @@ def _on_one_device(first: Tensor, **others: Tensor | None) -> None:
 
 
 @torch.library.register_fake("xpu_fp4::mxfp4_quantize")
-def _fake_quantize(x: Tensor, scale_mode: str = "even") -> tuple[Tensor, Tensor]:
+def _fake_quantize(
+    x: Tensor, scale_mode: str = "even", hadamard: int = 0, input_offset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _on_one_device(x, input_offset=input_offset)
     *leading, k = x.shape
     q = x.new_empty([*leading, k // 2], dtype=torch.float4_e2m1fn_x2)
     return q, x.new_empty([*leading, k // BLOCK], dtype=torch.float8_e8m0fnu)
@@ -46,7 +49,10 @@ def _fake_dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake("xpu_fp4::mxint8_quantize")
-def _fake_mxint8_quantize(x: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
+def _fake_mxint8_quantize(
+    x: Tensor, group: int = 128, hadamard: int = 0, input_offset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _on_one_device(x, input_offset=input_offset)
     *leading, k = x.shape
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty([*leading, k // BLOCK], dtype=torch.float8_e8m0fnu)
 

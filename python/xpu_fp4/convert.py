@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ._library import BLOCK
 from ._text import shorten
-from .functional import Group, Mode, ScaleMode, modes_of
+from .functional import Group, Hadamard, Mode, ScaleMode, modes_of
 from .modules import MXFP4Linear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,6 +30,7 @@ def quantize_(
     mode: Mode = "w4a4",
     scale_mode: ScaleMode = "even",
     group: Group = 128,
+    hadamard: Hadamard = 0,
     filter_fn: Filter = all_but_lm_head,
     progress: bool = False,
 ) -> Model:
@@ -37,7 +38,7 @@ def quantize_(
 
     Args:
         model: any module that contains nn.Linear; subclasses of nn.Linear are left alone, since their owners look inside them.
-        mode, scale_mode, group: as for MXFP4Linear.
+        mode, scale_mode, group, hadamard: as for MXFP4Linear.
         filter_fn: called with (module, its dotted name) for every nn.Linear; those for which it is false stay.
         progress: whether to draw a progress bar.
 
@@ -53,9 +54,10 @@ def quantize_(
     linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear]
     chosen = [(name, linear) for name, linear in linears if filter_fn(linear, name)]
     for name, linear in chosen:
-        if linear.in_features % BLOCK != 0:
+        size = max(BLOCK, hadamard)
+        if linear.in_features % size != 0:
             raise ValueError(
-                f"{name} has in_features {linear.in_features}, expected a multiple of {BLOCK}: leave it out by filter_fn"
+                f"{name} has in_features {linear.in_features}, expected a multiple of {size}: leave it out by filter_fn"
             )
     others = _other_matrices(model)
     share = sum(p.numel() for p in others.values()) / max(1, sum(p.numel() for p in model.parameters()))
@@ -72,7 +74,9 @@ def quantize_(
     replacement: dict[nn.Linear, MXFP4Linear] = {}
     for name, linear in steps:
         if linear not in replacement:
-            replacement[linear] = MXFP4Linear.from_linear(linear, mode=mode, scale_mode=scale_mode, group=group)
+            replacement[linear] = MXFP4Linear.from_linear(
+                linear, mode=mode, scale_mode=scale_mode, group=group, hadamard=hadamard
+            )
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, replacement[linear])
     return model

@@ -19,6 +19,9 @@ Mode = Literal["w4a4", "w4a8", "w4a16"]
 Group = Literal[32, 128]
 """Elements of the input that share an MXINT8 scale: one block, as OCP has it, or four neighbouring blocks."""
 
+Hadamard = Literal[0, 32, 64, 128]
+"""Size of the Hadamard matrices that blocks of a row are multiplied with before they are quantized, or 0 for none."""
+
 Form = Literal["stored", "prepacked", "expanded"]
 """How a weight lies in memory: as checkpoints store it, as `prepack` gives it, or as stored and as `expand` gives it."""
 
@@ -26,7 +29,7 @@ Form = Literal["stored", "prepacked", "expanded"]
 class _Product(NamedTuple):
     """A mode's ops. Each takes (x, the weight's operands, bias, options)."""
 
-    options: tuple[str, ...]  # how x is quantized
+    options: tuple[str, ...]  # how x is quantized; what comes before that, all modes take
     ops: dict[Form, Any]
 
 
@@ -67,7 +70,14 @@ def modes_of(form: Form) -> list[Mode]:
 
 
 def multiply(
-    form: Form, operands: tuple[Tensor | int, ...], x: Tensor, bias: Tensor | None, mode: Mode, **options: object
+    form: Form,
+    operands: tuple[Tensor | int, ...],
+    x: Tensor,
+    bias: Tensor | None,
+    mode: Mode,
+    hadamard: Hadamard,
+    input_offset: Tensor | None,
+    **options: object,
 ) -> Tensor:
     """The product of x and a weight, by the op for that mode and form.
 
@@ -85,7 +95,8 @@ def multiply(
     # As nn.Linear does. torch knows of no autocast on meta tensors, and raises.
     if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype in _CAST:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    out: Tensor = product.ops[form](x, *operands, bias, *[options[name] for name in product.options])
+    how = [options[name] for name in product.options]
+    out: Tensor = product.ops[form](x, *operands, bias, *how, hadamard, input_offset)
     return out
 
 
@@ -93,13 +104,18 @@ def _either(names: Iterable[str]) -> str:
     return " or ".join(f'"{name}"' for name in names)
 
 
-def quantize(x: Tensor, scale_mode: ScaleMode = "even") -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, scale_mode: ScaleMode = "even", *, hadamard: Hadamard = 0, input_offset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x [..., K] (float32, float16, bfloat16) -> codes [..., K/2] float4_e2m1fn_x2, scales [..., K/32] float8_e8m0fnu.
 
     Rounds to nearest, ties to even, saturating (OCP Microscaling Formats v1.0, section 6.3, for `floor`). A block with a NaN or
     Inf gets the scale NaN and codes 0.
+    hadamard, input_offset: what comes before that, in float32: input_offset [K], float32, is subtracted from each row, and the
+    row multiplied by a block diagonal of orthonormal Sylvester matrices of that size, which divides K. They spread outliers
+    over a block, and are their own inverse: with a weight that was quantized with the same hadamard, products are the same.
     """
-    q, scale = ops.mxfp4_quantize(x, scale_mode)
+    q, scale = ops.mxfp4_quantize(x, scale_mode, hadamard, input_offset)
     return q, scale
 
 
@@ -109,14 +125,16 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
     return out
 
 
-def mxint8_quantize(x: Tensor, group: Group = 128) -> tuple[Tensor, Tensor]:
+def mxint8_quantize(
+    x: Tensor, group: Group = 128, *, hadamard: Hadamard = 0, input_offset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x [..., K] (float32, float16, bfloat16) -> codes int8 [..., K], scales [..., K/32] float8_e8m0fnu.
 
     A code stands for code * 2^-6 * scale (OCP Microscaling Formats v1.0, element INT8). The blocks of a group have the same
     scale, the least that holds its largest magnitude; a last group may be shorter. Rounds to nearest, ties to even; -128 does
-    not occur. A group with a NaN or Inf gets the scale NaN and codes 0.
+    not occur. A group with a NaN or Inf gets the scale NaN and codes 0. hadamard and input_offset are those of `quantize`.
     """
-    q, scale = ops.mxint8_quantize(x, group)
+    q, scale = ops.mxint8_quantize(x, group, hadamard, input_offset)
     return q, scale
 
 
@@ -135,12 +153,16 @@ def linear(
     mode: Mode = "w4a4",
     scale_mode: ScaleMode = "even",
     group: Group = 128,
+    hadamard: Hadamard = 0,
+    input_offset: Tensor | None = None,
     expanded: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] @ weight [N, K]^T + bias [N] -> [..., N] of x's dtype; weight as codes [N, K/2] and scales [N, K/32].
 
     `w4a4` quantizes x to MXFP4 with scale_mode, `w4a8` to MXINT8 with a scale for each `group` of a row; their results are
     defined to the bit. `w4a16` takes x as it is and sums in float32.
+    hadamard, input_offset: what x goes through before, see `quantize`; in `w4a16` the result is rounded to x's dtype. weight is
+    that of the transformed input: `quantize(W, hadamard=...)`.
     expanded: what `expand` gave for this weight, for modes `w4a4` and `w4a8`; the result is the same bits.
 
     Raises:
@@ -149,7 +171,7 @@ def linear(
     """
     form: Form = "stored" if expanded is None else "expanded"
     operands = (weight, weight_scale) if expanded is None else (weight, weight_scale, expanded)
-    return multiply(form, operands, x, bias, mode, scale_mode=scale_mode, group=group)
+    return multiply(form, operands, x, bias, mode, hadamard, input_offset, scale_mode=scale_mode, group=group)
 
 
 def expand(weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -189,6 +211,10 @@ def linear_prepacked(
     mode: Mode = "w4a4",
     scale_mode: ScaleMode = "even",
     group: Group = 128,
+    hadamard: Hadamard = 0,
+    input_offset: Tensor | None = None,
 ) -> Tensor:
     """`linear` with a weight from `prepack` of out_features rows."""
-    return multiply("prepacked", (weight, out_features), x, bias, mode, scale_mode=scale_mode, group=group)
+    return multiply(
+        "prepacked", (weight, out_features), x, bias, mode, hadamard, input_offset, scale_mode=scale_mode, group=group
+    )

@@ -4,14 +4,15 @@
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ._library import BLOCK
-from .functional import Group, Mode, ScaleMode, check_mode, dequantize, modes_of, options_of, quantize
+from .functional import Group, Hadamard, Mode, ScaleMode, check_mode, dequantize, modes_of, options_of, quantize
+from .reference import transform
 from .weight import PackedWeight
 
 _WEIGHTS = ("weight_packed", "weight_scale")
@@ -75,12 +76,17 @@ class MXFP4Linear(nn.Module):
     `weight` is there for code that looks at a layer's weight from outside: its shape, dtype and device cost nothing, but every
     operation that reads its elements dequantizes all of them. Writing to it is an error.
 
+    With `hadamard` or an `input_offset` [K] (a parameter, float32), x is transformed first, as `xpu_fp4.quantize` says. Then
+    the weight is that of the transformed input, and the bias has the offset's share of the output; `weight` is turned back.
+
     Args:
         in_features, out_features: K (a multiple of 32) and N.
         bias: whether there is one.
         mode: `w4a4`, `w4a8` or `w4a16`. The weight is the same, so the attribute may be set later.
         scale_mode: the scale rule for x in mode `w4a4`.
         group: how many elements of x share a scale in mode `w4a8`, 32 or 128.
+        hadamard: the size of the Hadamard matrices that x is multiplied with, 32, 64 or 128, which divides K; 0 for none.
+        input_offset: whether there is one.
         device, dtype: of the parameters; dtype is the bias's, and that of `weight`.
     """
 
@@ -95,6 +101,8 @@ class MXFP4Linear(nn.Module):
         mode: Mode = "w4a4",
         scale_mode: ScaleMode = "even",
         group: Group = 128,
+        hadamard: Hadamard = 0,
+        input_offset: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -102,11 +110,16 @@ class MXFP4Linear(nn.Module):
         if in_features % BLOCK != 0:
             raise ValueError(f"in_features is {in_features}, expected a multiple of {BLOCK}")
         check_mode(mode)
+        if hadamard not in get_args(Hadamard):
+            raise ValueError(f"hadamard is {hadamard!r}, expected 0 (none), 32, 64 or 128")
+        if hadamard and in_features % hadamard != 0:
+            raise ValueError(f"in_features is {in_features}, expected a multiple of hadamard, {hadamard}")
         self.in_features = in_features
         self.out_features = out_features
         self.mode = mode
         self.scale_mode = scale_mode
         self.group = group
+        self.hadamard = hadamard
         self._dtype = dtype or torch.get_default_dtype()
         self._lock = threading.RLock()
         self._prepacked: Tensor | None
@@ -116,6 +129,8 @@ class MXFP4Linear(nn.Module):
         self.weight_packed = _frozen(torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
         self.weight_scale = _frozen(torch.zeros(out_features, in_features // BLOCK, dtype=torch.uint8, device=device))
         self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        offset = torch.zeros(in_features, device=device, dtype=torch.float32) if input_offset else None
+        self.input_offset = None if offset is None else _frozen(offset)
 
     @classmethod
     def from_linear(
@@ -125,6 +140,7 @@ class MXFP4Linear(nn.Module):
         mode: Mode = "w4a4",
         scale_mode: ScaleMode = "even",
         group: Group = 128,
+        hadamard: Hadamard = 0,
     ) -> "MXFP4Linear":
         """Quantizes the weight of an nn.Linear (round to nearest, scale_mode for its scales too). Copies the bias."""
         module = cls(
@@ -134,10 +150,11 @@ class MXFP4Linear(nn.Module):
             mode=mode,
             scale_mode=scale_mode,
             group=group,
+            hadamard=hadamard,
             device="meta",
             dtype=source.weight.dtype,
         )
-        codes, scale = quantize(source.weight.detach(), scale_mode)
+        codes, scale = quantize(source.weight.detach(), scale_mode, hadamard=hadamard)
         module.weight_packed = _frozen(codes.view(torch.uint8))
         module.weight_scale = _frozen(scale.view(torch.uint8))
         if source.bias is not None:
@@ -273,7 +290,13 @@ class MXFP4Linear(nn.Module):
         # .to(), .cuda(), .share_memory() and the like are for the weight as it is stored.
         with self._locked():
             self._as_stored()
+            offset = None if self.input_offset is None else self.input_offset.data
             super()._apply(fn, recurse)
+            moved = self.input_offset
+            if (
+                offset is not None and moved is not None and moved.dtype != offset.dtype
+            ):  # it stays float32 in a model that is cast
+                self.input_offset = _frozen(offset.to(moved.device))
             self._dtype = fn(torch.empty(1, dtype=self._dtype)).dtype  # also where there is no bias
         return self
 
@@ -289,16 +312,27 @@ class MXFP4Linear(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] that the codes and scales stand for."""
+        """The weight [N, K] that the codes and scales stand for; of a layer with a Hadamard, turned back in float32."""
         with self._locked():
-            return dequantize(*self._stored(), dtype)
+            codes, scale = self._stored()
+        if self.hadamard == 0:
+            return dequantize(codes, scale, dtype)
+        return transform(dequantize(codes, scale), self.hadamard).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] float32, float16 or bfloat16 -> [..., N] of the same dtype."""
         return self._multiply(x, self.bias)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._snapshot().linear(x, bias, mode=self.mode, scale_mode=self.scale_mode, group=self.group)
+        return self._snapshot().linear(
+            x,
+            bias,
+            mode=self.mode,
+            scale_mode=self.scale_mode,
+            group=self.group,
+            hadamard=self.hadamard,
+            input_offset=self.input_offset,
+        )
 
     def _snapshot(self) -> PackedWeight:
         """The weight for one forward, whatever other threads do to the module meanwhile. The first one prepacks it."""
@@ -320,6 +354,8 @@ class MXFP4Linear(nn.Module):
 
     def extra_repr(self) -> str:
         how = ", ".join(f"{name}={getattr(self, name)}" for name in ("mode", *options_of(self.mode)))
+        how += f", hadamard={self.hadamard}" if self.hadamard else ""
+        how += ", input_offset=True" if self.input_offset is not None else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {how}"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._library import BLOCK
-from .functional import Group, ScaleMode
+from .functional import Group, Hadamard, ScaleMode
 
 QUAD = 4
 NAN_SCALE = 0xFF
@@ -66,6 +66,23 @@ def quantize(x: Tensor, scale_mode: ScaleMode = "even") -> tuple[Tensor, Tensor]
     codes = encode(safe * _pow2(127 - scale[..., None].int()))
     codes = torch.where(finite[..., None], codes, 0)
     return pack(codes.flatten(-2)), torch.where(finite, scale, NAN_SCALE).to(torch.uint8)
+
+
+def transform(x: Tensor, hadamard: Hadamard, input_offset: Tensor | None = None) -> Tensor:
+    """x [..., K] -> (x - input_offset [K]) x H, float32: what comes before a quantizer. H is its own inverse.
+
+    Sums and differences of pairs that are 1, 2, 4 ... elements apart, each rounded to float32, then one product.
+    """
+    x = x.float() if input_offset is None else x.float() - input_offset
+    if hadamard == 0:
+        return x
+    pairs = x.unflatten(-1, (-1, hadamard))
+    for bit in range(hadamard.bit_length() - 1):
+        pairs = pairs.unflatten(-1, (-1, 2, 1 << bit))
+        u, v = pairs.select(-2, 0), pairs.select(-2, 1)
+        pairs = torch.stack([u + v, u - v], -2).flatten(-3)
+    scaled: Tensor = pairs * torch.tensor(hadamard, dtype=torch.float64).rsqrt().float()
+    return scaled.flatten(-2)
 
 
 def mxint8_scale_bytes(amax: Tensor) -> Tensor:

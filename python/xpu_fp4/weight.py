@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .backends import cpu_backend_name
-from .functional import Form, Group, Mode, ScaleMode, expand, multiply, prepack, unprepack
+from .functional import Form, Group, Hadamard, Mode, ScaleMode, expand, multiply, prepack, unprepack
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,9 @@ class PackedWeight:
         mode: Mode = "w4a4",
         scale_mode: ScaleMode = "even",
         group: Group = 128,
+        hadamard: Hadamard = 0,
+        input_offset: Tensor | None = None,
     ) -> Tensor:
         """x [..., k] -> [..., n]: `xpu_fp4.linear`, with the same bits in every form."""
         operands: tuple[Tensor | int, ...] = (*self.tensors, self.n) if self.form == "prepacked" else self.tensors
-        return multiply(self.form, operands, x, bias, mode, scale_mode=scale_mode, group=group)
+        return multiply(self.form, operands, x, bias, mode, hadamard, input_offset, scale_mode=scale_mode, group=group)
