@@ -69,26 +69,6 @@ inline uint8_t quantize_int8(const double* x, int64_t count, int8_t* codes) {
   return static_cast<uint8_t>(e + 127);
 }
 
-/// (x - offset) x H in float32, of rows of k elements. No H where the size is 0; no offset where it is null.
-inline std::vector<float> transform(std::vector<float> x, int64_t k, int size, const float* offset) {
-  if (offset != nullptr) {
-    for (size_t i = 0; i < x.size(); ++i) x[i] -= offset[i % static_cast<size_t>(k)];
-  }
-  const auto block = static_cast<size_t>(size);
-  for (size_t distance = 1; distance < block; distance *= 2) {
-    for (size_t i = 0; i < x.size(); ++i) {
-      if ((i & distance) != 0) continue;
-      const float u = x[i], v = x[i + distance];
-      x[i] = u + v;
-      x[i + distance] = u - v;
-    }
-  }
-  if (size != 0) {
-    for (float& value : x) value *= static_cast<float>(1 / std::sqrt(static_cast<double>(size)));
-  }
-  return x;
-}
-
 }  // namespace definition
 
 /// Operands of a GEMM, and the output's size. `format` is A's.

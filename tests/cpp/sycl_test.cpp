@@ -125,12 +125,17 @@ std::vector<float> difficult_rows(int64_t rows, int64_t k) {
   return x;
 }
 
+std::vector<float> transformed_rows(std::vector<float> x, int64_t k, int size, const float* offset) {
+  for (size_t row = 0; row < x.size(); row += static_cast<size_t>(k)) definition::transform(x.data() + row, k, size, offset);
+  return x;
+}
+
 TEST_F(Sycl, TransformedFloatsAreQuantizedAsTheDefinitionSays) {
   const int64_t rows = 5;
   for (const auto& [size, k] : kTransforms) {
     const std::vector<float> x = difficult_rows(rows, k), offset = random_floats(k, 7, 40.0f);
     for (const float* subtracted : {static_cast<const float*>(nullptr), offset.data()}) {
-      const std::vector<float> transformed = definition::transform(x, k, size, subtracted);
+      const std::vector<float> transformed = transformed_rows(x, k, size, subtracted);
       for (Quantizer to : {Quantizer::mxfp4(ScaleMode::even), Quantizer::mxfp4(ScaleMode::ceil), Quantizer::mxint8(32),
                            Quantizer::mxint8(128)}) {
         std::vector<uint8_t> q[2], scale[2];
@@ -154,7 +159,7 @@ TEST_F(Sycl, ProductsTransformTheirActivations) {
   for (const auto& [size, k] : kTransforms) {
     const Operands in(rows, n, k, 120, 130, static_cast<unsigned>(size));
     const std::vector<float> x = difficult_rows(rows, k), offset = random_floats(k, 8, 40.0f);
-    const std::vector<float> transformed = definition::transform(x, k, size, offset.data());
+    const std::vector<float> transformed = transformed_rows(x, k, size, offset.data());
     for (Quantizer to : {Quantizer{Format::none}, Quantizer::mxfp4(ScaleMode::even), Quantizer::mxint8(128)}) {
       std::vector<float> y[2];
       for (int i = 0; i < 2; ++i) {
