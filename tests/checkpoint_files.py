@@ -38,7 +38,7 @@ def llama_config(*, tied: bool = False, hidden: int = HIDDEN, intermediate: int 
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=LAYERS,
-        num_attention_heads=2,
+        num_attention_heads=hidden // 32,
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=64,
@@ -101,8 +101,8 @@ def packed_llama(packed_name: str, scale_name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def llama_json(quantization_config: dict[str, Any]) -> dict[str, Any]:
-    config: dict[str, Any] = llama_config().to_dict()
+def llama_json(quantization_config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    config: dict[str, Any] = llama_config(**changes).to_dict()
     return config | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "quantization_config": quantization_config}
 
 

@@ -30,17 +30,12 @@ from checkpoint_files import (
     tensors_of,
     write_checkpoint,
 )
-from click.testing import CliRunner
-from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from checkpoints_of_others import COMPRESSOR, compress
 from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
-    QuantizationStatus,
-    apply_quantization_config,
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
-from compressed_tensors.quantization.utils import calculate_qparams
-from compressed_tensors_files import COMPRESSOR, compress
 from helpers import MODES, assert_same_bits
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, LlamaForCausalLM, Mxfp4Config
@@ -54,7 +49,7 @@ from xpu_fp4.checkpoints import (
     quantize_checkpoint,
 )
 from xpu_fp4.checkpoints.untrusted import read_json
-from xpu_fp4.cli import main
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
