@@ -164,8 +164,13 @@ def test_a_wrong_type_in_the_model_config_is_named(tmp_path: Path, key: str) -> 
 
 def full_configs() -> dict[str, dict[str, Any]]:
     """A quantization_config of each format with every key that is read."""
-    transforms = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"location": "weight_input", "targets": ["Linear"]}]}}}
-    ours = {"scale_mode": "even", "group": 128}
+    places = [
+        {"location": where, "targets": ["Linear"], "ignore": ["lm_head"], "inverse": False}
+        for where in ("input", "weight_input")
+    ]
+    transform = {"type": "hadamard", "head_dim": 32, "randomize": False, "precision": "torch.float32", "apply": places}
+    transforms = {"config_groups": {"R1": transform}}
+    ours = {"scale_mode": "even", "group": 128, "input_offset": False, "groups": {"group_0": {"activations": "mxint8"}}}
     schemes = quark_config()["global_quant_config"]
     return {
         "compressed-tensors": compressed_tensors_config(

@@ -144,11 +144,6 @@ def test_tensor_parallel_workers_cut_transforms_between_blocks(models: Models, r
     assert_tokens(run, reference(W4A16, rotated=True))
 
 
-def test_vllm_alone_ends_at_an_offset(models: Models, vllm_folder: Path) -> None:
-    with pytest.raises(EngineFailed, match="Failed to find a kernel that can implement the MXFP4 linear layer"):
-        generate(models.offset, vllm_folder, env={"VLLM_PLUGINS": ""})
-
-
 def test_vllm_alone_refuses(models: Models, vllm_folder: Path) -> None:
     with pytest.raises(EngineFailed, match="Failed to find a kernel that can implement the MXFP4 linear layer"):
         generate(models.w4a4, vllm_folder, env={"VLLM_PLUGINS": ""})

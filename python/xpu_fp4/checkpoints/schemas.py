@@ -66,6 +66,7 @@ class Transform(msgspec.Struct):
 class Extension(msgspec.Struct):
     """Our own key."""
 
+    activations: str | None = None
     input_offset: bool | None = None
     groups: dict[str, dict[str, Any]] | None = None
 
