@@ -154,6 +154,19 @@ def quark_config(*, mode: str = "w4a4", **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
+def auto_round_config(*, mode: str = "w4a4", **changes: Any) -> dict[str, Any]:
+    """As AutoRound 0.16 writes it in its own format."""
+    activations = {"act_bits": 4, "act_data_type": "mx_fp", "act_group_size": 32, "act_sym": True, "act_dynamic": True}
+    config = {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:llm_compressor",
+        "autoround_version": "0.16.1",
+        "block_name_to_quantize": "model.layers",
+        **{"bits": 4, "data_type": "mx_fp", "group_size": 32, "sym": True, "iters": 0},
+    }
+    return config | (activations if mode == "w4a4" else {}) | changes
+
+
 EXPERTS = 4
 
 

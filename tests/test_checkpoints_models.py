@@ -18,6 +18,7 @@ from checkpoint_files import (
     IDS,
     LINEARS,
     assert_same_model,
+    auto_round_config,
     compressed_tensors_config,
     layers,
     llama,
@@ -148,6 +149,16 @@ def expected_llama(mode: Mode) -> Any:
 def test_quark_loads_into_our_layers(tmp_path: Path, mode: Mode) -> None:
     folder = write_checkpoint(tmp_path, packed_llama("weight", "weight_scale"), llama_json(quark_config(mode=mode)))
     assert_same_model(xpu_fp4.load_model(folder), expected_llama(mode))
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+def test_auto_round_loads_into_our_layers(tmp_path: Path, mode: Mode) -> None:
+    tensors = packed_llama("weight_packed", "weight_scale")
+    folder = write_checkpoint(tmp_path, tensors, llama_json(auto_round_config(mode=mode)))
+    expected = expected_llama(mode)
+    for module in layers(expected).values() if mode == "w4a4" else ():
+        module.scale_mode = "floor"
+    assert_same_model(xpu_fp4.load_model(folder), expected)
 
 
 def test_gpt_oss_loads_into_our_experts(tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def with_content(layer: Any, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | N
     def load(parameter: Tensor, value: Tensor) -> None:
         parameter.data.copy_(value)
 
-    ranks = {"get_tensor_model_parallel_rank": lambda: 0, "get_tensor_model_parallel_world_size": lambda: 1}
+    ranks: dict[str, Any] = {"get_tensor_model_parallel_rank": lambda: 0, "get_tensor_model_parallel_world_size": lambda: 1}
     with mock.patch.multiple("vllm.model_executor.parameter", **ranks):
         layer.scheme.create_weights(
             layer=layer,

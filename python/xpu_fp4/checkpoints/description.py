@@ -72,7 +72,7 @@ class Checkpoint:
 
     folder: Path
     format: str
-    """`compressed-tensors`, `quark` or `mxfp4` (gpt-oss): config.json's quant_method."""
+    """`compressed-tensors`, `quark`, `auto-round` or `mxfp4` (gpt-oss): config.json's quant_method."""
     files: TensorFiles
     layers: dict[str, Layer]
     transforms: InputTransforms

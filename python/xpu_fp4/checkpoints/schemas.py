@@ -87,6 +87,12 @@ class Export(msgspec.Struct):
     kv_cache_group: list[str] | None = None
 
 
+class AutoRound(msgspec.Struct):
+    """A quantization_config of AutoRound."""
+
+    extra_config: dict[str, dict[str, Any]] | None = None
+
+
 class GptOss(msgspec.Struct):
     """A quantization_config of gpt-oss."""
 
@@ -109,6 +115,10 @@ def check_compressed_tensors(config: dict[str, Any], where: str) -> None:
 def check_quark(config: dict[str, Any], where: str) -> None:
     check_type(config, Quark, where)
     check_type(config.get("export"), Export | None, f"{where}.export")
+
+
+def check_auto_round(config: dict[str, Any], where: str) -> None:
+    check_type(config, AutoRound, where)
 
 
 def check_gpt_oss(config: dict[str, Any], where: str) -> None:
