@@ -28,9 +28,16 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.transform import TransformLocation
 from helpers import assert_same_bits, seeded
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from xpu_fp4 import Mode, reference
-from xpu_fp4.checkpoints import CheckpointError, Scheme, open_checkpoint
+from xpu_fp4.checkpoints import (
+    CheckpointError,
+    MXFP4Experts,
+    Scheme,
+    open_checkpoint,
+    plan_quantization,
+    quantize_checkpoint,
+)
 from xpu_fp4.checkpoints.compressed_tensors import names_of, write_config
 from xpu_fp4.cli import main
 from xpu_fp4.functional import Hadamard
@@ -190,6 +197,29 @@ def test_layers_that_differ_are_written_and_read(tmp_path: Path, case: str) -> N
         if {most.mode, some.mode} <= {"w4a8", "w4a16"}:  # which is W4A16 to others
             with torch.inference_mode():
                 torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_transformed_too(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 64, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    source = tmp_path / "source"
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(source)
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    ignore = config["quantization_config"]["ignore"]
+    x = torch.randn(5, 64, generator=seeded(4))
+    for scheme in (Scheme("w4a8", hadamard=32), Scheme("w4a4")):
+        config["quantization_config"] = write_config(scheme, ignore)
+        (out / "config.json").write_text(json.dumps(config))
+        (experts,) = (m for m in xpu_fp4.load_model(out).modules() if isinstance(m, MXFP4Experts))
+        weight, scale = (experts.get_parameter(f"gate_up_proj_{part}")[1] for part in ("blocks", "scales"))
+        assert_same_bits(
+            experts._project("gate_up_proj", 1, x), xpu_fp4.linear(x, weight.flatten(1), scale, **scheme.arguments())
+        )
+    config["quantization_config"] = write_config(Scheme("w4a4", hadamard=64), ignore)
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"head_dim is 64 for \S*experts.0.w2, whose K is 96"):
+        open_checkpoint(out)
 
 
 def test_one_scheme_is_written_as_before() -> None:
