@@ -234,7 +234,12 @@ def test_linears_with_one_input_share_a_group_and_stages_follow_the_calls() -> N
     model = llama(torch.float32)
     block = model.model.layers[0]
     calls: list[Call] = []
-    walk(model, BATCHES[:1], [{"block": block}], lambda name, block, found: calls.extend(found) or [found[0].run(block)])
+
+    def keep(_: str, block: torch.nn.Module, found: list[Call]) -> list[Any]:
+        calls.extend(found)
+        return [found[0].run(block)]
+
+    walk(model, BATCHES[:1], [{"block": block}], keep)
     found = stages(block, linears_of(block), calls[0])
     assert found == [
         [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]],
