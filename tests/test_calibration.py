@@ -11,6 +11,7 @@ import pytest
 import torch
 import xpu_fp4
 from checkpoint_files import IDS, VOCABULARY, llama, save_llama, tensors_of
+from click.testing import CliRunner
 from helpers import assert_same_bits, normal, seeded
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -32,6 +33,7 @@ from xpu_fp4.calibration.blocks import Call, block_lists, stages, walk
 from xpu_fp4.calibration.gptq import DAMP, round_weight
 from xpu_fp4.calibration.layers import multiplied_input
 from xpu_fp4.checkpoints import CheckpointError, Scheme, plan_quantization, quantize_checkpoint
+from xpu_fp4.cli import main
 
 LENGTH = 24
 WINDOWS = torch.randint(3, VOCABULARY, (12, LENGTH), generator=seeded(1))
@@ -235,9 +237,9 @@ def test_linears_with_one_input_share_a_group_and_stages_follow_the_calls() -> N
     block = model.model.layers[0]
     calls: list[Call] = []
 
-    def keep(_: str, block: torch.nn.Module, found: list[Call]) -> list[Any]:
+    def keep(name: str, block: nn.Module, found: list[Call]) -> list[Any]:
         calls.extend(found)
-        return [found[0].run(block)]
+        return [call.run(block) for call in found]
 
     walk(model, BATCHES[:1], [{"block": block}], keep)
     found = stages(block, linears_of(block), calls[0])
@@ -572,3 +574,28 @@ def test_what_is_no_conversation_is_named_with_its_place(tmp_path: Path, content
     (tmp_path / "chats").write_text(content)
     with pytest.raises((CheckpointError, ValueError), match=message):
         read_chats(tmp_path / "chats")
+
+
+def test_the_command_calibrates(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "source")
+    tokenizer().save_pretrained(folder)
+    (tmp_path / "text").write_text(TEXT)
+    (tmp_path / "chats").write_text(json.dumps(CHATS))
+    data = [f"--calibrate={tmp_path / 'text'}", f"--chat={tmp_path / 'chats'}", "--samples=8", "--length=40", "--seed=3"]
+    options = ["--scheme=w4a8", "--hadamard=32", "--offset", "--keep-high=q_proj, k_proj,re:.*v_proj"]
+    result = CliRunner().invoke(main, ["quantize", str(folder), str(tmp_path / "out"), *options, *data])
+    assert result.exit_code == 0, result.output
+    windows = calibration_windows(tokenizer(), [TEXT], CHATS, samples=8, length=40, seed=3)
+    high = ["q_proj", "k_proj", "v_proj"]
+    expected = calibrate_(llama(), [windows], mode="w4a8", hadamard=32, offset=True, keep_high=high)
+    assert_same_bits(xpu_fp4.load_model(tmp_path / "out")(IDS).logits, expected(IDS).logits)
+    assert "14 linear layers are MXFP4" in result.output
+
+
+def test_the_command_names_what_is_no_text(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "source")
+    tokenizer().save_pretrained(folder)
+    (tmp_path / "text").write_bytes(b"\xff\xfe")
+    result = CliRunner().invoke(main, ["quantize", str(folder), str(tmp_path / "out"), f"--calibrate={tmp_path / 'text'}"])
+    assert result.exit_code == 1
+    assert "text is no UTF-8 text" in result.output
