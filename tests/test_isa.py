@@ -159,7 +159,7 @@ def test_every_source_is_compiled() -> None:
 @pytest.mark.parametrize("architecture", architectures(), ids=lambda item: item.name)
 def test_every_product_is_compiled_for_every_device(architecture: Architecture) -> None:
     compiled = {program.source.stem for program in architecture.programs}
-    assert compiled >= {"gemm_large", "gemm_small", "gemm_w4a16_matrix", "expand", "quantize", "dequantize"}
+    assert compiled >= {"gemm_large", "gemm_small", "gemm_w4a16_matrix", "expand", "quantize", "transform", "dequantize"}
     assert ("gemm_bdpas" in compiled) == (architecture.name == "cri")
     assert architecture.name in BUDGETS["device"]
 
