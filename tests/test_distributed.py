@@ -145,9 +145,7 @@ def row_w4a16_is_near_one_process(mesh: DeviceMesh, tmp: Path) -> None:
 def a_block_is_never_cut(mesh: DeviceMesh, tmp: Path) -> None:
     with pytest.raises(ValueError, match="in_features 96 on 2 ranks is 48 for each, expected a multiple of 32"):
         parallelize_module(MXFP4Linear(96, 64), mesh, RowParallel())
-    with pytest.raises(
-        ValueError, match="in_features 320 on 2 ranks is 160 for each, expected a multiple of 64: a block"
-    ):
+    with pytest.raises(ValueError, match="in_features 320 on 2 ranks is 160 for each, expected a multiple of 64: a block"):
         parallelize_module(MXFP4Linear(320, 64, hadamard=64), mesh, RowParallel())
     parallelize_module(MXFP4Linear(320, 64, hadamard=64), mesh, ColumnParallel())
     with pytest.raises(ValueError, match="out_features 33 does not divide by 2 ranks"):

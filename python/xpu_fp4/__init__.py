@@ -31,15 +31,17 @@ from .modules import MXFP4Linear
 from .warmup import warmup
 
 if TYPE_CHECKING:
+    from .calibration import calibrate_
     from .checkpoints import apply_checkpoint, load_model, transformers_config
 else:
 
     def __getattr__(name: str) -> object:
-        """Imports `checkpoints` where it is asked for: it needs safetensors, the ops need torch alone."""
-        if name == "checkpoints":
-            return importlib.import_module(".checkpoints", __name__)
+        """Imports `checkpoints` and `calibration` where they are asked for: they need safetensors, the ops need torch alone."""
+        if name in ("calibration", "checkpoints"):
+            return importlib.import_module(f".{name}", __name__)
         if name in __all__:
-            return getattr(importlib.import_module(".checkpoints", __name__), name)
+            owner = ".calibration" if name == "calibrate_" else ".checkpoints"
+            return getattr(importlib.import_module(owner, __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -53,6 +55,7 @@ __all__ = [
     "__version__",
     "apply_checkpoint",
     "backends",
+    "calibrate_",
     "cpu_backend",
     "dequantize",
     "expand",

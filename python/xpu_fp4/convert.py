@@ -48,23 +48,7 @@ def quantize_(
     Matrices that are in no nn.Linear, embedding or convolution (fused experts, GPT-2's Conv1D, nn.MultiheadAttention) stay as
     they are, and are named in a warning.
     """
-    if type(model) is nn.Linear:
-        raise ValueError("model is itself an nn.Linear and cannot be replaced in place: use MXFP4Linear.from_linear")
-    # Duplicates too: a shared layer has several names, and each of its owners must get the replacement.
-    linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear]
-    chosen = [(name, linear) for name, linear in linears if filter_fn(linear, name)]
-    for name, linear in chosen:
-        size = max(BLOCK, hadamard)
-        if linear.in_features % size != 0:
-            raise ValueError(
-                f"{name} has in_features {linear.in_features}, expected a multiple of {size}: leave it out by filter_fn"
-            )
-    others = _other_matrices(model)
-    share = sum(p.numel() for p in others.values()) / max(1, sum(p.numel() for p in model.parameters()))
-    if share >= _WORTH_A_WORD:
-        warnings.warn(f"{share:.0%} of the parameters are not quantized, in no nn.Linear: {shorten(others)}", stacklevel=2)
-    elif not linears:
-        warnings.warn(f"{type(model).__name__} has no nn.Linear, nothing is quantized", stacklevel=2)
+    chosen = list(linears_to_replace(model, filter_fn, hadamard, stacklevel=3).items())
     if progress:
         from rich.progress import track
 
@@ -80,6 +64,32 @@ def quantize_(
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, replacement[linear])
     return model
+
+
+def linears_to_replace(
+    model: nn.Module, filter_fn: Filter, hadamard: Hadamard = 0, *, stacklevel: int = 2
+) -> dict[str, nn.Linear]:
+    """The nn.Linear modules for which filter_fn is true, by their names; errors and warnings are those of `quantize_`."""
+    if type(model) is nn.Linear:
+        raise ValueError("model is itself an nn.Linear and cannot be replaced in place: use MXFP4Linear.from_linear")
+    # Duplicates too: a shared layer has several names, and each of its owners must get the replacement.
+    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear}
+    chosen = {name: linear for name, linear in linears.items() if filter_fn(linear, name)}
+    for name, linear in chosen.items():
+        size = max(BLOCK, hadamard)
+        if linear.in_features % size != 0:
+            raise ValueError(
+                f"{name} has in_features {linear.in_features}, expected a multiple of {size}: leave it out by filter_fn"
+            )
+    others = _other_matrices(model)
+    share = sum(p.numel() for p in others.values()) / max(1, sum(p.numel() for p in model.parameters()))
+    if share >= _WORTH_A_WORD:
+        warnings.warn(
+            f"{share:.0%} of the parameters are not quantized, in no nn.Linear: {shorten(others)}", stacklevel=stacklevel
+        )
+    elif not linears:
+        warnings.warn(f"{type(model).__name__} has no nn.Linear, nothing is quantized", stacklevel=stacklevel)
+    return chosen
 
 
 def _other_matrices(model: nn.Module) -> dict[str, nn.Parameter]:

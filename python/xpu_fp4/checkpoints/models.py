@@ -49,9 +49,7 @@ def load_model(folder: str | PathLike[str], *, mode: Mode | None = None, **kwarg
     config = transformers_config(folder, mode=mode)
     options = {**kwargs, **_NO_CODE, **_NO_PICKLE}
     model, info = model_class(folder).from_pretrained(folder, config=config, output_loading_info=True, **options)
-    # Transformers would go on with random numbers.
-    if absent := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
-        raise CheckpointError(f"{folder} has no tensors, or of another shape, for {shorten(absent)}")
+    _check_complete(folder, info)
     return model
 
 
@@ -132,6 +130,29 @@ def load_original(folder: Path) -> Any:
     """The unquantized Transformers model in a directory. Raises CheckpointError if it has no safetensors or leads out of it."""
     TensorFiles(folder)
     return model_class(folder).from_pretrained(folder, **_NO_CODE, **_NO_PICKLE)
+
+
+def map_original(folder: Path) -> Any:
+    """load_original without a copy of the weights: they are the files' own memory, of which pages are read when touched.
+
+    Where Transformers stacks or transposes tensors it makes copies of those.
+    """
+    files = TensorFiles(folder)
+    tensors = {name: files.tensor(name) for name in files}
+    with _of_directory(folder):
+        config = require_transformers().AutoConfig.from_pretrained(folder, **_NO_CODE)
+    dtype = config.dtype or next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    model, info = model_class(folder).from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    _check_complete(folder, info)
+    return model
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """Transformers would go on with random numbers."""
+    if absent := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
+        raise CheckpointError(f"{folder} has no tensors, or of another shape, for {shorten(absent)}")
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -12,27 +12,27 @@ import os
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, get_args
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .._library import BLOCK
 from .._text import shorten
-from ..functional import Mode, ScaleMode, check_mode, quantize
+from ..functional import Hadamard, Mode, ScaleMode, check_mode
 from . import compressed_tensors, schemas
 from .description import Scheme
 from .errors import CheckpointError, printable
 from .matrices import FLOATS, Module, modules_with_matrices
 from .models import skeleton
 from .patterns import PREFIX, NameSet, Patterns
+from .quantized import QuantizedLinear, round_to_nearest, schemes_of
 from .reader import CONFIG, quantization_config, read_config
 from .tensor_files import INDEX, TensorFiles
 from .untrusted import check_type, model_files, open_file, read_json, read_json_list
@@ -40,11 +40,11 @@ from .untrusted import check_type, model_files, open_file, read_json, read_json_
 PARTIAL = ".partial"
 _JOB = "job.json"
 _LOCK = "job.lock"
+_CALIBRATED = ".calibrated"  # hidden, since no hidden folder of a source is copied
 _WEIGHT_FILES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot"),
     *(".tflite", ".mlmodel", ".npz", ".nemo", ".index.json"),
 )
-_NAN_SCALE = 255
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of input that are done, and all bytes."""
@@ -63,6 +63,8 @@ class Plan:
     kept: tuple[str, ...]
     ignore: tuple[str, ...]
     """What is kept, by its names in the files and in the model, which readers go by."""
+    in_model: Mapping[str, str]
+    """The names of the quantized layers in the model, by those in the files; of experts that it fuses it has no modules."""
 
 
 def plan_quantization(
@@ -107,7 +109,20 @@ def plan_quantization(
     _warn_of_others(source, [module for module in modules if module.name not in ignored])
     _warn_of_fused(source, linears, kept)
     names = {name for module in modules if module.name in kept for name in (module.name, module.in_model)}
-    return Plan(source, files, tuple(quantized), tuple(sorted(kept)), tuple(sorted(names)))
+    in_model = {module.name: module.in_model for module in linears if module.name not in kept}
+    return Plan(source, files, tuple(quantized), tuple(sorted(kept)), tuple(sorted(names)), in_model)
+
+
+class Calibration(Protocol):
+    """Rounds layers of a plan on data. It may take long, so it keeps what it has in a folder, and goes on from there."""
+
+    def job(self) -> dict[str, Any]:
+        """JSON that tells it from others: with the same, what is in the folder is the same."""
+        ...
+
+    def run(self, plan: Plan, schemes: Mapping[str, Scheme], folder: Path) -> Mapping[str, QuantizedLinear]:
+        """What becomes of the layers, by their names in the files; of those that are not there, nothing is known."""
+        ...
 
 
 def quantize_checkpoint(
@@ -116,45 +131,87 @@ def quantize_checkpoint(
     *,
     mode: Mode = "w4a4",
     scale_mode: ScaleMode = "even",
+    hadamard: Hadamard = 0,
+    offset: bool = False,
+    keep_high: Sequence[str] = (),
+    calibration: Calibration | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Path:
     """Writes the planned MXFP4 checkpoint into the new directory `out`, and returns its path.
 
-    Weights are rounded to nearest, their scales by scale_mode. Tokenizer and other small files are copied. Interrupted, call it
-    again with the same arguments to go on.
+    Weights are rounded to nearest or, with a calibration, by GPTQ; their scales are by scale_mode. Tokenizer and other small
+    files are copied. Interrupted, call it again with the same arguments to go on.
+
+    Args:
+        mode, scale_mode, hadamard: as for MXFP4Linear.
+        offset: whether each layer subtracts its inputs' mean, which takes a calibration.
+        keep_high: layers that compute in W4A16, by the last part of their names, the whole name in the files, or `re:` and a
+            regex.
+        calibration: what `xpu_fp4.calibration.CheckpointCalibration` makes of token ids.
 
     Raises:
-        ValueError: there is no such mode.
+        ValueError: there is no such mode, an entry of keep_high names no layer, an offset without a calibration, a layer whose
+            K is no multiple of hadamard.
         FileExistsError: `out` is there and not empty.
         CheckpointError: a weight holds NaN or Inf.
         BlockingIOError: another process is writing the same output.
     """
     check_mode(mode)
+    if offset and calibration is None:
+        raise ValueError("offset is the mean of a layer's inputs: it takes a calibration")
+    scheme = Scheme(mode, scale_mode, hadamard=hadamard, input_offset=offset)
+    schemes = schemes_of(plan.quantized, scheme, keep_high)
+    _check_hadamard(plan, hadamard)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already: give a new directory")
     partial = out.with_name(out.name + PARTIAL)
     with _only_writer(partial):
-        _begin_or_resume(partial, _job(plan, mode, scale_mode), {file.name for file in plan.files.files})
+        job = _job(plan, mode, scale_mode) | {"hadamard": hadamard, "offset": offset, "keep_high": list(keep_high)}
+        job |= {} if calibration is None else {"calibration": calibration.job()}
+        _begin_or_resume(partial, job, {file.name for file in plan.files.files})
+        calibrated: Mapping[str, QuantizedLinear] = {}
+        if calibration is not None:
+            (partial / _CALIBRATED).mkdir(exist_ok=True)
+            calibrated = calibration.run(plan, schemes, partial / _CALIBRATED)
         total = sum(file.stat().st_size for file in plan.files.files)
         done = 0
         for file in plan.files.files:
             target = partial / file.name
             if not target.exists():
-                _write_shard(plan, file, target, scale_mode)
+                _write_shard(plan, file, target, schemes, calibrated)
             done += file.stat().st_size
             progress(done, total)
         _copy_small_files(plan.source, partial)
         _write_index(partial, [partial / file.name for file in plan.files.files])
+        schemes = {name: _scheme_written(name, schemes, calibrated) for name in schemes}
+        exceptions = {n: s for name, s in schemes.items() if s != scheme for n in (name, plan.in_model[name])}
         config = read_config(plan.source)
-        config["quantization_config"] = compressed_tensors.write_config(Scheme(mode, scale_mode), plan.ignore)
+        config["quantization_config"] = compressed_tensors.write_config(scheme, plan.ignore, exceptions)
         _write_atomically(partial / CONFIG, json.dumps(config, indent=2))
         for name in (_JOB, _LOCK):
             (partial / name).unlink()
+        shutil.rmtree(partial / _CALIBRATED, ignore_errors=True)
         _sync_folder(partial)
         partial.rename(out)
         _sync_folder(out.parent)
     return out
+
+
+def _scheme_written(name: str, schemes: Mapping[str, Scheme], calibrated: Mapping[str, QuantizedLinear]) -> Scheme:
+    return calibrated[name].scheme if name in calibrated else replace(schemes[name], input_offset=False)
+
+
+def _check_hadamard(plan: Plan, hadamard: Hadamard) -> None:
+    if hadamard not in get_args(Hadamard):
+        raise ValueError(f"hadamard is {hadamard!r}, expected 0 (none), 32, 64 or 128")
+    for name in plan.quantized if hadamard else ():
+        info = plan.files[f"{name}.weight"]
+        if info.shape[1] % hadamard != 0:
+            raise ValueError(
+                f"{info} has shape {list(info.shape)}, expected [N, K] with K a multiple of hadamard, {hadamard}: choose a "
+                "smaller one, or leave the layer out by ignore"
+            )
 
 
 def _matching(modules: Iterable[Module], patterns: Sequence[str], argument: str) -> set[str]:
@@ -225,7 +282,7 @@ def _begin_or_resume(partial: Path, job: dict[str, Any], shards: set[str]) -> No
     """Keeps the finished shards of the same job; throws away those of another, and what an interrupted write has left."""
     path = partial / _JOB
     resumed = path.exists() and read_json(path) == job
-    kept = {_LOCK, _JOB, *shards} if resumed else {_LOCK}
+    kept = {_LOCK, _JOB, _CALIBRATED, *shards} if resumed else {_LOCK}
     # The configuration goes first: whatever is left beside it would load.
     for entry in sorted(partial.iterdir(), key=lambda entry: entry.name != CONFIG):
         if entry.name in kept:
@@ -238,30 +295,45 @@ def _begin_or_resume(partial: Path, job: dict[str, Any], shards: set[str]) -> No
         _write_atomically(path, json.dumps(job))
 
 
-def _write_shard(plan: Plan, file: Path, target: Path, scale_mode: ScaleMode) -> None:
-    quantized = {f"{name}.weight" for name in plan.quantized}
+def _write_shard(
+    plan: Plan, file: Path, target: Path, schemes: Mapping[str, Scheme], calibrated: Mapping[str, QuantizedLinear]
+) -> None:
     tensors: dict[str, Tensor] = {}
     for name, info in plan.files.items():
         if info.file != file:
             continue
         tensor = plan.files.tensor(name)
-        if name in quantized:
-            codes, scale = (t.view(torch.uint8) for t in quantize(tensor, scale_mode))
-            if (scale == _NAN_SCALE).any():
-                raise CheckpointError(f"{info} holds NaN or Inf")
-            module = name.removesuffix(".weight")
-            tensors[f"{module}.{compressed_tensors.PACKED}"] = codes
-            tensors[f"{module}.{compressed_tensors.SCALE}"] = scale
-        else:
+        module, _, kind = name.rpartition(".")
+        if module in schemes and kind == "weight":
+            tensors |= _tensors_of(module, calibrated.get(module) or round_to_nearest(tensor, schemes[module], str(info)))
+        elif not (module in calibrated and kind == "bias" and calibrated[module].bias is not None):
             tensors[name] = tensor
+    write_tensors(tensors, target, {"format": "pt"})
+
+
+def write_tensors(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file that is there when it is whole."""
     temporary = target.with_name(target.name + ".tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # safetensors' files are for their owner only
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata=metadata)
     except SafetensorError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{target} cannot be written: {error}. Finished shards are kept: make room and run it again") from error
-    shutil.copymode(target.with_name(_JOB), temporary)  # safetensors' files are for their owner only
+        raise OSError(f"{target} cannot be written: {error}. What is finished is kept: make room and run it again") from error
+    temporary.chmod(mode)
     _publish(temporary, target)
+
+
+def _tensors_of(module: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+    names = compressed_tensors.names_of(layer.scheme)
+    parts = {
+        names.packed: layer.codes,
+        names.scale: layer.scale,
+        names.bias: layer.bias,
+        names.input_offset: layer.input_offset,
+    }
+    return {f"{module}.{name}": part for name, part in parts.items() if part is not None}
 
 
 def _copy_small_files(source: Path, partial: Path) -> None:

@@ -99,6 +99,19 @@ class GptOss(msgspec.Struct):
     modules_to_not_convert: list[str] | None = None
 
 
+class Message(msgspec.Struct):
+    """A turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Conversation(msgspec.Struct):
+    """An entry of a file of conversations."""
+
+    messages: list[Any]
+
+
 def check_compressed_tensors(config: dict[str, Any], where: str) -> None:
     check_type(config, CompressedTensors, where)
     for name, group in (config.get("config_groups") or {}).items():

@@ -106,15 +106,23 @@ def _read_json(path: Path) -> Any:
         with open_file(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > MOST_JSON:
                 raise CheckpointError(f"{path} has {size} bytes, expected JSON of at most {MOST_JSON >> 20} MiB")
-            return json.loads(file.read(MOST_JSON + 1).decode("utf-8"), parse_int=_integer)
+            return parse_json(file.read(MOST_JSON + 1), str(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except CheckpointError:
         raise
-    except RecursionError:
-        raise CheckpointError(f"{path} is not readable JSON: it is nested too deeply") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """What UTF-8 JSON says. Raises CheckpointError, which begins with where, if it is none, or nested too deeply."""
+    try:
+        return json.loads(content.decode("utf-8"), parse_int=_integer)
+    except RecursionError:
+        raise CheckpointError(f"{where} is not readable JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise CheckpointError(f"{where} is not readable JSON: {error}") from error
 
 
 def _integer(digits: str) -> int:
@@ -132,10 +140,11 @@ def check_type(value: Any, expected: Any, where: str) -> None:
         msgspec.convert(value, expected)
     except msgspec.ValidationError as error:
         # "Expected `array | null`, got `int` - at `$.ignore`"
+        missing = re.search(r"missing required field `(\w+)`", str(error))
         kind, path = re.search(r"^Expected `([^`|]+)|$", str(error)), re.search(r"`\$(.*)`$", str(error))
         found = value
         for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path[1] if path else ""):
             found = found[key] if key else found[int(index)]
         name = (kind[1] or "").strip() if kind else ""
-        what = _EXPECTED.get(name, str(error))
+        what = f"an object with {missing[1]}" if missing else _EXPECTED.get(name, str(error))
         raise CheckpointError(f"{where}{path[1] if path else ''} is {repr(found)[:200]}, expected {what}") from None

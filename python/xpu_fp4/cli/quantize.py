@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """`xpu-fp4 quantize`: a model directory into an MXFP4 model directory."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
+from ..calibration import CheckpointCalibration, calibration_windows, read_chats
 from ..checkpoints import Plan, plan_quantization, quantize_checkpoint
-from ..functional import Mode, ScaleMode
+from ..checkpoints.models import load_tokenizer
+from ..functional import Hadamard, Mode, ScaleMode
 from .common import DIRECTORY, SCHEME, errors_as_messages, plain
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 @click.command("quantize")
@@ -41,29 +48,110 @@ from .common import DIRECTORY, SCHEME, errors_as_messages, plain
     multiple=True,
     help="A linear layer to quantize although it is kept by default (heads, routers, vision towers), named in the same way.",
 )
+@click.option(
+    "--hadamard",
+    type=click.Choice(get_args(Hadamard)),
+    default=0,
+    show_default=True,
+    help="Size of the Hadamard matrices that layers turn their inputs by before they quantize them; 0 for none.",
+)
+@click.option(
+    "--keep-high",
+    default="",
+    metavar="NAMES",
+    help='Layers to run in W4A16, with commas between: "q_proj,k_proj,v_proj". The last parts of their names, whole names, or '
+    "re: and a regex.",
+)
+@click.option(
+    "--calibrate",
+    "texts",
+    multiple=True,
+    type=FILE,
+    help="A UTF-8 text to round the weights on (GPTQ). Can be repeated.",
+)
+@click.option(
+    "--chat",
+    "chats",
+    multiple=True,
+    type=FILE,
+    help='Conversations to calibrate on, in the model\'s chat template: {"messages": [{"role": ..., "content": ...}, ...]} in '
+    "each line, or a JSON array of them. Can be repeated.",
+)
+@click.option("--offset", is_flag=True, help="Have each layer subtract the mean of its inputs first. Only xpu_fp4 reads that.")
+@click.option("--samples", default=32, show_default=True, type=click.IntRange(min=1), help="Windows to calibrate on.")
+@click.option("--length", default=256, show_default=True, type=click.IntRange(min=8), help="Tokens in each.")
+@click.option("--seed", default=0, show_default=True, help="Which windows: another seed, others.")
+@click.option(
+    "--template/--no-template",
+    default=True,
+    help="Whether half of the windows are conversations made of the text, if the tokenizer has a chat template and there is no "
+    "--chat. [default: template]",
+)
 @errors_as_messages
 def command(
-    source: Path, out: Path, scheme: Mode, scale_mode: ScaleMode, ignore: tuple[str, ...], include: tuple[str, ...]
+    source: Path,
+    out: Path,
+    scheme: Mode,
+    scale_mode: ScaleMode,
+    ignore: tuple[str, ...],
+    include: tuple[str, ...],
+    hadamard: Hadamard,
+    keep_high: str,
+    texts: tuple[Path, ...],
+    chats: tuple[Path, ...],
+    offset: bool,
+    samples: int,
+    length: int,
+    seed: int,
+    template: bool,
 ) -> None:
     """Quantize the linear layers of the Transformers model in SOURCE into the new directory OUT.
 
     OUT has compressed-tensors' format, which vLLM, Transformers and xpu_fp4 load. It appears when it is complete. Interrupted,
-    run the same command again: finished shards in OUT.partial are kept. Memory: about one shard of SOURCE, and what becomes
-    of it.
+    run the same command again: finished shards in OUT.partial are kept, and finished blocks of a calibration. Memory: about one
+    shard of SOURCE, and what becomes of it; to calibrate, one block of the model and what all blocks give on the windows.
+
+    Weights are rounded to nearest or, with --calibrate or --chat, such that outputs on the windows change little. For a
+    language model: --scheme w4a8 --hadamard 32 --calibrate TEXT --chat CONVERSATIONS.
     """
     console = Console()
     plan = plan_quantization(source, ignore, include)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"Quantizing to MXFP4 ({scheme})", total=None)
+    calibration = None
+    with Progress(*_COLUMNS, console=console) as progress:
+        if texts or chats:
+            windows = _windows(source, texts, chats, samples=samples, length=length, seed=seed, template=template)
+            calibration = CheckpointCalibration(windows, _task(progress, f"Calibrating on {windows.numel()} tokens, blocks"))
         quantize_checkpoint(
             plan,
             out,
             mode=scheme,
             scale_mode=scale_mode,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            hadamard=hadamard,
+            offset=offset,
+            keep_high=[name.strip() for name in keep_high.split(",") if name.strip()],
+            calibration=calibration,
+            progress=_task(progress, f"Writing MXFP4 ({scheme}), bytes"),
         )
     _report(console, plan, out)
+
+
+def _task(progress: Progress, title: str) -> Callable[[int, int], None]:
+    """A line of progress, which is there from its first step on."""
+    task = progress.add_task(title, total=None, visible=False)
+    return lambda done, total: progress.update(task, completed=done, total=total, visible=True)
+
+
+def _windows(source: Path, texts: Sequence[Path], chats: Sequence[Path], **options: Any) -> Tensor:
+    contents = [_text(path) for path in texts]
+    conversations = [conversation for path in chats for conversation in read_chats(path)]
+    return calibration_windows(load_tokenizer(source), contents, conversations, **options)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from None
 
 
 def _report(console: Console, plan: Plan, out: Path) -> None:

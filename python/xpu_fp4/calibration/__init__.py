@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrated quantization: GPTQ on the inputs that each layer multiplies, block by block."""
+
+from .checkpoint import CheckpointCalibration
+from .data import Conversation, calibration_windows, read_chats
+from .model import calibrate_
+
+__all__ = ["CheckpointCalibration", "Conversation", "calibrate_", "calibration_windows", "read_chats"]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration of a model directory, for `quantize_checkpoint`: one block at a time is kept in memory, finished ones on disk."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..checkpoints.description import Scheme
+from ..checkpoints.errors import printable
+from ..checkpoints.models import map_original
+from ..checkpoints.quantized import QuantizedLinear
+from ..checkpoints.quantizer import Plan, write_tensors
+from .model import FinishedBlock, Progress, calibrate_blocks, not_calibrated
+
+_BATCH_TOKENS = 2048
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class CheckpointCalibration:
+    """GPTQ on token ids [samples, length], as `calibrate_` does it.
+
+    Memory: what the model's blocks give on all tokens, the calls of one block, its layers, one Hessian, as `calibrate_` says;
+    weights are mapped from their files, but for those that Transformers stacks or transposes. Each finished block goes to disk.
+    The same model, windows and number of threads give the same bytes, interrupted or not.
+    """
+
+    windows: Tensor
+    progress: Progress = lambda done, total: None
+
+    def job(self) -> dict[str, Any]:
+        windows = self.windows.contiguous()
+        return {"windows": list(windows.shape), "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+
+    def run(self, plan: Plan, schemes: Mapping[str, Scheme], folder: Path) -> Mapping[str, QuantizedLinear]:
+        model = map_original(plan.source)
+        linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+        in_files = {plan.in_model[name]: name for name in schemes if plan.in_model[name] in linears}
+        in_model = {name: schemes[name_in_files] for name, name_in_files in in_files.items()}
+        store = _Folder(folder, in_model)
+        rounded = calibrate_blocks(model, self._batches(model), in_model, self.progress, store)
+        calibrated = store.layers()
+        outside = schemes.keys() - {in_files[name] for name in calibrated}
+        if rounded or outside:
+            warnings.warn(printable(f"{plan.source}: {not_calibrated(rounded, outside)}"), stacklevel=3)
+        return {in_files[name]: layer for name, layer in calibrated.items()}
+
+    def _batches(self, model: Any) -> list[dict[str, Tensor]]:
+        # A decoder behind an encoder goes on with the same text.
+        inputs = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
+        rows = max(1, _BATCH_TOKENS // self.windows.shape[1])
+        return [dict.fromkeys(inputs, ids) for ids in self.windows.split(rows)]
+
+
+class _Folder:
+    """A file for each finished block."""
+
+    def __init__(self, folder: Path, schemes: Mapping[str, Scheme]) -> None:
+        self._folder = folder
+        self._schemes = schemes
+
+    def load(self, block: str) -> FinishedBlock | None:
+        path = self._path(block)
+        if not path.exists():
+            return None
+        parts: dict[str, dict[str, Tensor]] = {}
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, it is no dict
+                layer, _, part = name.rpartition(".")
+                parts.setdefault(layer, {})[part] = file.get_tensor(name)
+            rounded = json.loads(file.metadata()["rounded"])
+        layers = {}
+        for layer, tensors in parts.items():
+            scheme = replace(self._schemes[layer], input_offset="input_offset" in tensors)
+            layers[layer] = QuantizedLinear(scheme, **tensors)
+        return FinishedBlock(layers, rounded)
+
+    def save(self, block: str, finished: FinishedBlock) -> None:
+        tensors = {
+            f"{name}.{part}": tensor
+            for name, layer in finished.layers.items()
+            for part in ("codes", "scale", "bias", "input_offset")
+            if (tensor := getattr(layer, part)) is not None
+        }
+        write_tensors(tensors, self._path(block), {"rounded": json.dumps(finished.rounded)})
+
+    def layers(self) -> dict[str, QuantizedLinear]:
+        """Of all blocks, mapped from the files."""
+        blocks = [self.load(path.name.removesuffix(_SUFFIX)) for path in sorted(self._folder.glob(f"*{_SUFFIX}"))]
+        return {name: layer for block in blocks if block is not None for name, layer in block.layers.items()}
+
+    def _path(self, block: str) -> Path:
+        return self._folder / f"{block}{_SUFFIX}"
