@@ -55,8 +55,9 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
         others = without_conversion(model, self.checkpoint.other_tensors())
         find_tensors(model, self.checkpoint.files, others)  # for its errors
         matrices = [re.escape(layer.matrix) for layer in self.checkpoint.layers.values() if layer.matrix is not None]
-        known = cast(set[str] | list[str] | None, model._keys_to_ignore_on_load_unexpected)
-        cast(Any, model)._keys_to_ignore_on_load_unexpected = {*(known or ()), *matrices}
+        known = cast(Any, model)._keys_to_ignore_on_load_unexpected
+        known = [] if known is None else known  # a list or a set, by Transformers' version
+        cast(Any, model)._keys_to_ignore_on_load_unexpected = type(known)([*known, *matrices])
         for name in {place.module for place in places.values() if place.expert is not None}:
             cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()
 
