@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CPP_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo models test test-vllm test-transformers test-sycl-2025 bench build pytest pytest-variants ctest isa format lint clean
+.PHONY: demo models test test-vllm test-transformers test-sycl-2025 bench build pytest pytest-variants ctest isa format lint clean sanitize fuzz soak
 
 demo: build $(VENV)/.demo  ## a real language model in MXFP4: W4A16, W4A8, W4A4
 	python examples/smollm2.py
@@ -79,6 +79,32 @@ ctest: $(VENV)/.build $(VENV)/.test
 	cmake --build build/cmake-native
 	ctest --test-dir build/cmake-native --output-on-failure
 	ctest --test-dir build/cmake --output-on-failure
+
+# tests/test_fuzz.py runs a stretch of it. SEED is that of the first case: another one for other cases.
+SEED ?= 1000000
+MINUTES ?= 60
+fuzz: build $(VENV)/.test  ## random calls, valid and malformed, then damaged checkpoints, for an hour
+	python tests/fuzz.py --seed $(SEED) --minutes $$(($(MINUTES) * 2 / 3))
+	python tests/fuzz.py --kind checkpoints --seed $(SEED) --minutes $$(($(MINUTES) / 3))
+
+soak: build $(VENV)/.test  ## threads, processes, cold caches, killed writers, full disks, files that shrink: 20 minutes
+	python tools/soak.py --seed $(SEED)
+
+# The native backend, built with GCC's sanitizers. Threads are ctest's own: it has no OpenMP, whose runtime ThreadSanitizer misreads.
+# The op tests run with the sanitizers' library before all else, since Python has none. Leaks are not looked for: Python has some.
+SANITIZED = build/sanitize
+SANITIZED_TESTS = tests/test_ops.py tests/test_quantize.py tests/test_mxint8.py tests/test_transform.py tests/test_memory.py
+sanitize: $(VENV)/.build $(VENV)/.test  ## ctest and the ops' tests under ASan and UBSan, ctest under TSan
+	$(call debian,/usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h,libgtest-dev)
+	for sanitizers in address,undefined thread; do \
+	  cmake -S . -B $(SANITIZED)/$$sanitizers -G Ninja -DXPU_FP4_SANITIZE=$$sanitizers -DXPU_FP4_SYCL_ROOT= -DPython3_ROOT_DIR=$(VENV) > $(SANITIZED).log || \
+	    { cat $(SANITIZED).log; exit 1; }; \
+	  cmake --build $(SANITIZED)/$$sanitizers; \
+	  ctest --test-dir $(SANITIZED)/$$sanitizers --output-on-failure; \
+	done
+	XPU_FP4_SANITIZE=address,undefined XPU_FP4_WITH_SYCL=0 python setup.py --quiet build --build-lib $(SANITIZED)/package build_ext --build-temp $(SANITIZED)/objects
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/package python -m pytest -m "not large" -k "not sycl and not inductor" $(SANITIZED_TESTS)
 
 # $(call debian,FILES,PACKAGES): where none of the files exists, root installs the packages; otherwise what needs them names them.
 debian = $(if $(wildcard $(1)),,if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \

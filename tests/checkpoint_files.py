@@ -38,7 +38,7 @@ def llama_config(*, tied: bool = False, hidden: int = HIDDEN, intermediate: int 
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=LAYERS,
-        num_attention_heads=2,
+        num_attention_heads=hidden // 32,
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=64,
@@ -101,8 +101,8 @@ def packed_llama(packed_name: str, scale_name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def llama_json(quantization_config: dict[str, Any]) -> dict[str, Any]:
-    config: dict[str, Any] = llama_config().to_dict()
+def llama_json(quantization_config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    config: dict[str, Any] = llama_config(**changes).to_dict()
     return config | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "quantization_config": quantization_config}
 
 
@@ -152,6 +152,19 @@ def quark_config(*, mode: str = "w4a4", **changes: Any) -> dict[str, Any]:
         "layer_type_quant_config": {},
     }
     return config | changes
+
+
+def auto_round_config(*, mode: str = "w4a4", **changes: Any) -> dict[str, Any]:
+    """As AutoRound 0.16 writes it in its own format."""
+    activations = {"act_bits": 4, "act_data_type": "mx_fp", "act_group_size": 32, "act_sym": True, "act_dynamic": True}
+    config = {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:llm_compressor",
+        "autoround_version": "0.16.1",
+        "block_name_to_quantize": "model.layers",
+        **{"bits": 4, "data_type": "mx_fp", "group_size": 32, "sym": True, "iters": 0},
+    }
+    return config | (activations if mode == "w4a4" else {}) | changes
 
 
 EXPERTS = 4

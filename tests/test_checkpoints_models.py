@@ -18,6 +18,7 @@ from checkpoint_files import (
     IDS,
     LINEARS,
     assert_same_model,
+    auto_round_config,
     compressed_tensors_config,
     layers,
     llama,
@@ -30,17 +31,12 @@ from checkpoint_files import (
     tensors_of,
     write_checkpoint,
 )
-from click.testing import CliRunner
-from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from checkpoints_of_others import COMPRESSOR, compress
 from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
-    QuantizationStatus,
-    apply_quantization_config,
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
-from compressed_tensors.quantization.utils import calculate_qparams
-from compressed_tensors_files import COMPRESSOR, compress
 from helpers import MODES, assert_same_bits
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, LlamaForCausalLM, Mxfp4Config
@@ -54,7 +50,7 @@ from xpu_fp4.checkpoints import (
     quantize_checkpoint,
 )
 from xpu_fp4.checkpoints.untrusted import read_json
-from xpu_fp4.cli import main
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
@@ -153,6 +149,16 @@ def expected_llama(mode: Mode) -> Any:
 def test_quark_loads_into_our_layers(tmp_path: Path, mode: Mode) -> None:
     folder = write_checkpoint(tmp_path, packed_llama("weight", "weight_scale"), llama_json(quark_config(mode=mode)))
     assert_same_model(xpu_fp4.load_model(folder), expected_llama(mode))
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+def test_auto_round_loads_into_our_layers(tmp_path: Path, mode: Mode) -> None:
+    tensors = packed_llama("weight_packed", "weight_scale")
+    folder = write_checkpoint(tmp_path, tensors, llama_json(auto_round_config(mode=mode)))
+    expected = expected_llama(mode)
+    for module in layers(expected).values() if mode == "w4a4" else ():
+        module.scale_mode = "floor"
+    assert_same_model(xpu_fp4.load_model(folder), expected)
 
 
 def test_gpt_oss_loads_into_our_experts(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from checkpoint_files import (
     LINEARS,
     MXFP4_ARGUMENTS,
     QUARK_WEIGHT,
+    auto_round_config,
     compressed_tensors_config,
     llama,
     llama_json,
@@ -65,6 +66,32 @@ def test_compressed_tensors_has_the_reference_values(tmp_path: Path, mode: Mode)
     assert checkpoint.format == "compressed-tensors"
     assert {layer.scheme for layer in checkpoint.layers.values()} == {Scheme(mode)}
     assert_reads_the_reference_values(checkpoint, "weight_packed")
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+def test_auto_round_has_the_reference_values(tmp_path: Path, mode: Mode) -> None:
+    checkpoint = open_checkpoint(compressed_tensors(tmp_path, auto_round_config(mode=mode)))
+    assert {layer.scheme for layer in checkpoint.layers.values()} == {Scheme(mode, "floor" if mode == "w4a4" else "even")}
+    assert checkpoint.left_aside == ()
+    assert_reads_the_reference_values(checkpoint, "weight_packed")
+
+
+def test_auto_round_has_schemes_by_name_and_by_regex(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    extra: dict[str, dict[str, Any]] = {"lm_head": {"bits": 16}, name: {"act_bits": 16}, ".*q_proj.*": {"bits": 8}}
+    extra[r".*mlp\.up_proj.*"] = {"act_data_type": "mx_fp_rceil"}
+    folder = compressed_tensors(tmp_path, auto_round_config(extra_config=extra))
+    refuse(folder, "extra_config..*q_proj.* is not MXFP4: bits 8, expected 4")
+    extra[".*q_proj.*"] = {"act_bits": 4}
+    layers = open_checkpoint(compressed_tensors(tmp_path, auto_round_config(extra_config=extra))).layers
+    assert layers[name].scheme == Scheme("w4a16")
+    assert layers["model.layers.1.mlp.up_proj"].scheme == Scheme("w4a4", "rceil")
+    assert layers["model.layers.1.self_attn.q_proj"].scheme == Scheme("w4a4", "floor")
+    extra[".*proj"] = {"act_bits": 16}
+    refuse(
+        compressed_tensors(tmp_path, auto_round_config(extra_config=extra)),
+        "extra_config has several schemes for model.layers.",
+    )
 
 
 @pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
@@ -371,6 +398,18 @@ UNKNOWN_SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
         "config.json: quantization_config.algo_config.online_r1_rotation rotates the inputs of layers",
     ),
     "quark softmax": (quark_config(softmax_quant_spec=QUARK_WEIGHT), "quantization_config.softmax_quant_spec quantizes"),
+    "auto-round in integers": (auto_round_config(data_type="int"), "is not MXFP4: data_type 'int', expected 'mx_fp'"),
+    "auto-round static": (auto_round_config(act_dynamic=False), "is not MXFP4: act_dynamic False, expected True"),
+    "auto-round activations": (
+        auto_round_config(act_data_type="fp8"),
+        "act_data_type is 'fp8', expected one of mx_fp, mx_fp_rceil",
+    ),
+    "auto-round rotation": (
+        auto_round_config(rotation_config={"hadamard_type": "hadamard"}),
+        "config.json: quantization_config.rotation_config rotates the inputs of layers",
+    ),
+    "auto-round spinquant": (auto_round_config(spinquant_config={"r4": True}), "quantization_config.spinquant_config rotates"),
+    "auto-round attention": (auto_round_config(static_attention_dtype="fp8"), "static_attention_dtype quantizes attention"),
     "quark biases": (
         quark_config(global_quant_config={"weight": QUARK_WEIGHT, "bias": QUARK_WEIGHT}),
         "quantization_config.global_quant_config.bias quantizes biases",

@@ -4,7 +4,6 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,28 @@ from checkpoint_files import (
     tensors_of,
     write_checkpoint,
 )
+from checkpoints_of_others import compress, load_theirs, rotate, save_rotated
 from click.testing import CliRunner
 from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.transform import TransformConfig, TransformLocation
-from compressed_tensors_files import compress, load_theirs, rotate, save_rotated
+from compressed_tensors.transform import TransformLocation
 from helpers import assert_same_bits, seeded
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from xpu_fp4 import Mode, MXFP4Linear, reference
-from xpu_fp4.checkpoints import CheckpointError, Scheme, open_checkpoint
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from xpu_fp4 import Mode, reference
+from xpu_fp4.checkpoints import (
+    CheckpointError,
+    MXFP4Experts,
+    Scheme,
+    open_checkpoint,
+    plan_quantization,
+    quantize_checkpoint,
+)
 from xpu_fp4.checkpoints.compressed_tensors import names_of, write_config
 from xpu_fp4.cli import main
+from xpu_fp4.functional import Hadamard
 
-LARGE = {"hidden": 128, "intermediate": 256}
-SIZES = {32: {}, 64: LARGE, 128: LARGE}
+LARGE: dict[str, Any] = {"hidden": 128, "intermediate": 256}
+SIZES: dict[Hadamard, dict[str, Any]] = {32: {}, 64: LARGE, 128: LARGE}
 SCHEMES = [
     Scheme("w4a4", hadamard=32),
     Scheme("w4a8", hadamard=64),
@@ -52,7 +59,7 @@ SCHEMES = [
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
-def test_a_layer_computes_what_compressed_tensors_does(tmp_path: Path, mode: Mode, size: int) -> None:
+def test_a_layer_computes_what_compressed_tensors_does(tmp_path: Path, mode: Mode, size: Hadamard) -> None:
     save_rotated(tmp_path, llama(**SIZES[size]), mode, size=size)
     assert len([name for name in tensors_of(tmp_path) if name.endswith(".v_input.weight")]) == 1
     theirs, ours = load_theirs(tmp_path, IDS), xpu_fp4.load_model(tmp_path, dtype=torch.float32)
@@ -66,7 +73,7 @@ def test_a_layer_computes_what_compressed_tensors_does(tmp_path: Path, mode: Mod
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_rotated_model_is_the_one_with_the_weights_turned_back(tmp_path: Path, size: int) -> None:
+def test_a_rotated_model_is_the_one_with_the_weights_turned_back(tmp_path: Path, size: Hadamard) -> None:
     original = llama(**SIZES[size])
     save_rotated(tmp_path, llama(**SIZES[size]), "w4a16", size=size)
     ours, turned_back = xpu_fp4.load_model(tmp_path, dtype=torch.float32), original.float()
@@ -80,9 +87,10 @@ def test_a_rotated_model_is_the_one_with_the_weights_turned_back(tmp_path: Path,
         expected = turned_back(IDS).logits
         torch.testing.assert_close(ours(IDS).logits, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(load_theirs(tmp_path, IDS)(IDS).logits, expected, rtol=1e-4, atol=1e-5)
-    with pytest.warns(UserWarning) if False else torch.inference_mode():
-        alone = AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits.float()
-    assert (alone - expected).abs().max() > 0.5 * expected.abs().max(), "a reader that skips transforms computes noise"
+        for module in layers(ours).values():
+            module.hadamard = 0
+        without = ours(IDS).logits
+    assert (without - expected).abs().max() > 0.5 * expected.abs().max(), "what skips transforms computes noise"
 
 
 def checkpoint_weight(folder: Path, name: str) -> tuple[Tensor, Tensor]:
@@ -106,7 +114,9 @@ def test_every_way_into_a_model_has_the_transforms(tmp_path: Path) -> None:
     assert result.output.count("w4a4 scale_mode even hadamard 32") == len(LINEARS)
 
 
-def test_the_matrix_in_the_files_is_no_tensor_of_the_model(tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: Any) -> None:
+def test_the_matrix_in_the_files_is_no_tensor_of_the_model(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: Any
+) -> None:
     save_rotated(tmp_path, llama(), "w4a16")
     checkpoint = open_checkpoint(tmp_path)
     assert not [name for name in checkpoint.other_tensors() if "v_input" in name]
@@ -120,9 +130,10 @@ def test_the_matrix_in_the_files_is_no_tensor_of_the_model(tmp_path: Path, recwa
 # ---- what we write ----
 
 
-def write_packed(folder: Path, config: dict[str, Any], schemes: Callable[[str], Scheme], **changes: int) -> Path:
+def write_packed(folder: Path, config: dict[str, Any], schemes: Callable[[str], Scheme], **changes: Any) -> Path:
     """A small Llama with random codes; offsets and their biases where the scheme has them."""
-    model, generator = llama(**changes), seeded(5)
+    generator = seeded(5)
+    model = llama(**changes)
     linears = {name: model.get_submodule(name).weight.shape for name in LINEARS}
     tensors = {n: t.detach().clone() for n, t in model.state_dict().items() if n.removesuffix(".weight") not in linears}
     for name, (n, k) in linears.items():
@@ -133,8 +144,7 @@ def write_packed(folder: Path, config: dict[str, Any], schemes: Callable[[str], 
         if schemes(name).input_offset:
             tensors[f"{name}.{names.input_offset}"] = torch.randn(k, generator=generator)
             tensors[f"{name}.{names.bias}"] = torch.randn(n, generator=generator).to(torch.bfloat16)
-    described = llama_json(config) | {"hidden_size": model.config.hidden_size, "intermediate_size": model.config.intermediate_size}
-    return write_checkpoint(folder, tensors, described)
+    return write_checkpoint(folder, tensors, llama_json(config, **changes))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -177,7 +187,9 @@ def test_layers_that_differ_are_written_and_read(tmp_path: Path, case: str) -> N
     exceptions = {name: some for name in LINEARS if name.endswith(("q_proj", "k_proj", "v_proj"))}
     config = write_config(most, ["lm_head"], exceptions)
     folder = write_packed(tmp_path, config, lambda name: exceptions.get(name, most), **LARGE)
-    assert {n: layer.scheme for n, layer in open_checkpoint(folder).layers.items()} == {n: exceptions.get(n, most) for n in LINEARS}
+    assert {n: layer.scheme for n, layer in open_checkpoint(folder).layers.items()} == {
+        n: exceptions.get(n, most) for n in LINEARS
+    }
     assert xpu_fp4.load_model(folder)(IDS).logits.isfinite().all()
     if not most.input_offset:  # compressed-tensors reads it too
         QuantizationConfig.model_validate(config)
@@ -185,6 +197,29 @@ def test_layers_that_differ_are_written_and_read(tmp_path: Path, case: str) -> N
         if {most.mode, some.mode} <= {"w4a8", "w4a16"}:  # which is W4A16 to others
             with torch.inference_mode():
                 torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_transformed_too(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 64, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    source = tmp_path / "source"
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(source)
+    out = quantize_checkpoint(plan_quantization(source), tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    ignore = config["quantization_config"]["ignore"]
+    x = torch.randn(5, 64, generator=seeded(4))
+    for scheme in (Scheme("w4a8", hadamard=32), Scheme("w4a4")):
+        config["quantization_config"] = write_config(scheme, ignore)
+        (out / "config.json").write_text(json.dumps(config))
+        (experts,) = (m for m in xpu_fp4.load_model(out).modules() if isinstance(m, MXFP4Experts))
+        weight, scale = (experts.get_parameter(f"gate_up_proj_{part}")[1] for part in ("blocks", "scales"))
+        assert_same_bits(
+            experts._project("gate_up_proj", 1, x), xpu_fp4.linear(x, weight.flatten(1), scale, **scheme.arguments())
+        )
+    config["quantization_config"] = write_config(Scheme("w4a4", hadamard=64), ignore)
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"head_dim is 64 for \S*experts.0.w2, whose K is 96"):
+        open_checkpoint(out)
 
 
 def test_one_scheme_is_written_as_before() -> None:
@@ -207,7 +242,9 @@ def test_an_offset_and_its_bias_leave_the_product_what_it_was(tmp_path: Path) ->
     folder = write_packed(tmp_path, write_config(scheme, ["lm_head"]), lambda _: scheme)
     for name, module in layers(xpu_fp4.load_model(folder, dtype=torch.float32)).items():
         x = torch.randn(5, module.in_features, generator=seeded(9))
-        w = reference.transform(module.dequantized_weight() if False else reference.values(*checkpoint_weight(folder, name)).float(), 32)
+        w = reference.transform(reference.values(*checkpoint_weight(folder, name)).float(), 32)
+        assert module.input_offset is not None
+        assert module.bias is not None
         expected = (x - module.input_offset) @ w.t() + module.bias
         torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
 
@@ -240,7 +277,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "size a boolean": (transforms(head_dim=True), rf"{V}.head_dim is True, expected an integer"),
     "K no multiple": (
         transforms(head_dim=64),
-        rf"{V}.head_dim is 64 for model.layers.0.mlp.down_proj, whose K is 96, expected a multiple of it",
+        r"groups.v.head_dim is 64 for model.layers.0.mlp.down_proj, whose K is 96, expected a multiple of it",
     ),
     "randomize": (transforms(randomize=True), rf"{V}.randomize applies .* whose matrix is permuted"),
     "unknown key": (transforms(flip=1), rf"{V} has the keys flip, expected apply, head_dim"),
@@ -344,7 +381,11 @@ def test_another_matrix_is_refused(tmp_path: Path, case: str) -> None:
 OFFSETS: dict[str, tuple[str, Tensor | None, str]] = {
     "missing": ("input_offset", None, "has no tensor model.layers.0.self_attn.q_proj.input_offset"),
     "without a bias": ("offset_bias", None, "has no tensor model.layers.0.self_attn.q_proj.offset_bias"),
-    "dtype": ("input_offset", torch.zeros(64, dtype=torch.bfloat16), r"q_proj.input_offset is BF16 \[64\], expected F32 \[64\]"),
+    "dtype": (
+        "input_offset",
+        torch.zeros(64, dtype=torch.bfloat16),
+        r"q_proj.input_offset is BF16 \[64\], expected F32 \[64\]",
+    ),
     "shape": ("input_offset", torch.zeros(1), r"q_proj.input_offset is F32 \[1\], expected F32 \[64\]"),
 }
 
@@ -369,7 +410,7 @@ def test_names_of_the_other_kind_are_refused(tmp_path: Path, has_offset: bool) -
     said, named = Scheme("w4a16", input_offset=has_offset), Scheme("w4a16", input_offset=not has_offset)
     folder = write_packed(tmp_path, write_config(said, ["lm_head"]), lambda _: named)
     which = "an" if has_offset else "no"
-    with pytest.raises(CheckpointError, match=rf"is packed, but by quantization_config.xpu_fp4 .* has {which} input_offset"):
+    with pytest.raises(CheckpointError, match=rf"is packed, but quantization_config.xpu_fp4 gives \S* {which} input_offset"):
         open_checkpoint(folder)
 
 

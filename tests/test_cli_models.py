@@ -24,7 +24,8 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from xpu_fp4 import Mode, MXFP4Linear
 from xpu_fp4.checkpoints import open_checkpoint
-from xpu_fp4.checkpoints.evaluation import layer_noise, perplexity
+from xpu_fp4.checkpoints.evaluation import language_scores, layer_noise, perplexity
+from xpu_fp4.checkpoints.questions import is_right, read_questions
 from xpu_fp4.checkpoints.statistics import scale_statistics
 from xpu_fp4.cli import main
 
@@ -170,7 +171,7 @@ def test_eval_compares_language_models(language_model: Path, text: Path, tmp_pat
     output = succeed(*arguments, "--report", tmp_path / "report.html")
     assert "64 in windows of 32" in output
     assert "w4a4 scale_mode even" in output
-    for line in ("perplexity", "perplexity of the original", *LINEARS):
+    for line in ("perplexity", "divergence from the original", "same likeliest token", *LINEARS):
         assert line in output
     page = (tmp_path / "report.html").read_text()
     assert all(f"<td>{name}</td>" in page for name in LINEARS)
@@ -178,7 +179,91 @@ def test_eval_compares_language_models(language_model: Path, text: Path, tmp_pat
     succeed(*arguments, "--report", tmp_path / "report.png")
     content = (tmp_path / "report.png").read_bytes()
     assert content.startswith(b"\x89PNG")
-    assert struct.unpack(">2I", content[16:24]) == (1200, 500)
+    assert struct.unpack(">2I", content[16:24]) == (1200, 800)
+
+
+def questions(folder: Path) -> Path:
+    path = folder / "questions.jsonl"
+    path.write_text('{"question": "w1 w2", "expected": ["w3", "w4 w5"]}\n\n{"question": "w6", "expected": ["<b>"]}\n')
+    return path
+
+
+def test_eval_puts_recipes_side_by_side(language_model: Path, text: Path, tmp_path: Path) -> None:
+    source, other = language_model.with_name("llama"), tmp_path / "w4a16"
+    succeed("quantize", source, other, "--scheme", "w4a16")
+    arguments = ("--text", text, "--window", 32, "--original", source, "--questions", questions(tmp_path))
+    output = succeed("eval", language_model, other, *arguments, "--report", tmp_path / "report.html")
+    lines = [[cell.strip() for cell in line.split("│")[1:5]] for line in output.splitlines() if "│" in line]
+    cells = {line[0]: line[1:] for line in lines}
+    assert cells["scheme"] == ["w4a4 scale_mode even", "w4a16", ""]
+    perplexities = [float(cell) for cell in cells["perplexity"]]
+    divergences = [float(cell) for cell in cells["divergence from the original, nats"][:2]]
+    assert 0 < divergences[1] < divergences[0]
+    assert abs(perplexities[1] - perplexities[2]) < abs(perplexities[0] - perplexities[2])
+    assert [cell.endswith("of 2") for cell in cells["right answers"]] == [True] * 3
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Answers</h2>" in page
+    assert "w1 w2" in page
+    fail("expected different directories", "eval", other, other, *arguments)
+
+
+def test_scores_are_those_of_their_definitions() -> None:
+    model, original = (llama(torch.float32, tied=tied).requires_grad_(False) for tied in (False, True))
+    ids = IDS.view(2, 12)
+    with torch.inference_mode():
+        ours, theirs = language_scores([model], ids, original)
+        p, q = (m(ids).logits[:, :-1].double().softmax(-1) for m in (original, model))
+    assert ours.divergence == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+    assert ours.agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    assert (theirs.divergence, theirs.agreement) == (None, None)
+    assert theirs.perplexity == perplexity(original, ids)
+    with torch.inference_mode():
+        itself = language_scores([original], ids, original)[0]
+    assert (itself.divergence, itself.agreement) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("The capital is Paris.", True),
+        ("PARIS", True),
+        ("It is New  York", False),
+        ("New York!", True),
+        ("Parisian", False),
+        ("comparis", False),
+        ("H2O+", True),
+        ("", False),
+    ],
+)
+def test_an_answer_is_right_if_it_has_the_word(answer: str, right: bool) -> None:
+    assert is_right(answer, ["paris", " New York ", "h2o+", ""]) is right
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[]", "line 2: Expected `object`, got `array`"),
+        ('{"question": "a"}', "line 2: Object missing required field `expected`"),
+        ('{"question": "a", "expected": "b"}', "line 2: Expected `array`"),
+        ('{"question": "a", "expected": ["b"], "c": 1}', "line 2: Object contains unknown field `c`"),
+        ('{"question": " ", "expected": ["b"]}', "line 2: expected a question, and a word that answers it"),
+        ('{"question": "a", "expected": [" "]}', "line 2: expected a question, and a word that answers it"),
+        ("\udcff", "line 2"),
+        ("[" * 100_000, "line 2"),
+    ],
+)
+def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(b'{"question": "a", "expected": ["b"]}\n' + line.encode("utf-8", "surrogateescape") + b"\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_questions(path)
+
+
+def test_no_questions_at_all_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="has no questions"):
+        read_questions(path)
 
 
 def test_eval_runs_the_same_weights_in_another_scheme(language_model: Path, text: Path) -> None:
@@ -192,10 +277,12 @@ def test_eval_runs_the_same_weights_in_another_scheme(language_model: Path, text
     assert abs(w4a8 - w4a16) < abs(w4a4 - w4a16)
 
 
-def test_eval_compares_sentence_embeddings(encoder: Path, text: Path) -> None:
+def test_eval_compares_sentence_embeddings(encoder: Path, language_model: Path, text: Path, tmp_path: Path) -> None:
     output = succeed("eval", encoder, "--text", text, "--original", encoder.with_name("bert"))
     figures = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in output.splitlines() if "│" in line}
     assert figures["sentences"] == "10"
+    fail("--questions are for language models", "eval", encoder, "--text", text, "--questions", questions(tmp_path))
+    fail("expected a BertModel like the first DIR", "eval", encoder, language_model, "--text", text)
     assert 0.5 < float(figures["cosine similarity, least"]) <= float(figures["cosine similarity, mean"]) < 1
     assert "encoder.layer.1.output.dense" in output
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.multiprocessing.spawn import spawn
 from xpu_fp4 import Mode, MXFP4Linear, reference
@@ -95,6 +95,32 @@ def row_adds_partial_sums_in_the_order_of_ranks(mesh: DeviceMesh, tmp: Path) -> 
     assert all(differs.values()), "the data does not tell the order of additions"
 
 
+def transformed_inputs_are_transformed_by_shares(mesh: DeviceMesh, tmp: Path) -> None:
+    module = MXFP4Linear(K, N, hadamard=32, input_offset=True)
+    assert module.input_offset is not None
+    assert module.bias is not None
+    module.input_offset.data.normal_(generator=seeded(1))
+    module.bias.data.normal_(generator=seeded(2))
+    stored = linear("w4a4", torch.float32)[0]
+    module.weight_packed, module.weight_scale = stored.weight_packed, stored.weight_scale
+    offsets = module.input_offset.chunk(RANKS)
+    for (mode, quantize), dtype in product(DEFINED_MODES.items(), DTYPES):
+        module.mode = mode
+        _, x = linear(mode, dtype)
+        column = parallelize_module(copy.deepcopy(module), mesh, ColumnParallel(gather_output=True))
+        assert_same_bits(column(x), module(x))
+        w, w_scale = module.weight_packed.chunk(RANKS, 1), module.weight_scale.chunk(RANKS, 1)
+        parts = [reference.transform(p, 32, o) for p, o in zip(x.flatten(0, 1).chunk(RANKS, 1), offsets, strict=True)]
+        first, second = (
+            reference.gemm(*quantize(part), w[rank].contiguous(), w_scale[rank].contiguous(), torch.float32)
+            for rank, part in enumerate(parts)
+        )
+        row = parallelize_module(copy.deepcopy(module), mesh, RowParallel(split_input=True))
+        assert_same_bits(row(x), (first + second + module.bias).to(dtype).view(3, 5, N))
+    assert isinstance(row.input_offset, DTensor)
+    assert row.input_offset.placements == (Shard(0),)
+
+
 def shards_of_whole_groups_keep_the_codes_of_one_process(mesh: DeviceMesh, tmp: Path) -> None:
     """Of x in MXINT8 at K / ranks = 256; at 160 a group that one process has lies on both sides of the cut."""
     for k, are_kept in ((512, True), (K, False)):
@@ -119,6 +145,9 @@ def row_w4a16_is_near_one_process(mesh: DeviceMesh, tmp: Path) -> None:
 def a_block_is_never_cut(mesh: DeviceMesh, tmp: Path) -> None:
     with pytest.raises(ValueError, match="in_features 96 on 2 ranks is 48 for each, expected a multiple of 32"):
         parallelize_module(MXFP4Linear(96, 64), mesh, RowParallel())
+    with pytest.raises(ValueError, match="in_features 320 on 2 ranks is 160 for each, expected a multiple of 64: a block"):
+        parallelize_module(MXFP4Linear(320, 64, hadamard=64), mesh, RowParallel())
+    parallelize_module(MXFP4Linear(320, 64, hadamard=64), mesh, ColumnParallel())
     with pytest.raises(ValueError, match="out_features 33 does not divide by 2 ranks"):
         parallelize_module(MXFP4Linear(64, 33), mesh, ColumnParallel())
     with pytest.raises(TypeError, match="is a Linear, expected MXFP4Linear"):
@@ -251,6 +280,7 @@ def threads_share_a_shard(mesh: DeviceMesh, tmp: Path) -> None:
 PROPERTIES: list[Callable[[DeviceMesh, Path], None]] = [
     column_gives_the_bits_of_one_process,
     row_adds_partial_sums_in_the_order_of_ranks,
+    transformed_inputs_are_transformed_by_shares,
     shards_of_whole_groups_keep_the_codes_of_one_process,
     row_w4a16_is_near_one_process,
     a_block_is_never_cut,

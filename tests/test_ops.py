@@ -70,6 +70,22 @@ def group_quant_arguments() -> dict[str, Any]:
     }
 
 
+def transform_arguments() -> dict[str, Any]:
+    return {"hadamard": 32, "input_offset": torch.randn(K)}
+
+
+def x_alone() -> dict[str, Any]:
+    return {"x": torch.randn(M, K)}
+
+
+TRANSFORMING: list[tuple[Any, Callable[[], dict[str, Any]]]] = [
+    *((op, x_alone) for op in (own.mxfp4_quantize, own.mxint8_quantize)),
+    *((op, linear_arguments) for op in (own.mxfp4_linear, own.mxfp4_linear_w4a8, own.mxfp4_linear_w4a16)),
+    *(
+        (op, prepacked_arguments)
+        for op in (own.mxfp4_linear_prepacked, own.mxfp4_linear_w4a8_prepacked, own.mxfp4_linear_w4a16_prepacked)
+    ),
+]
 FP4_GEMM_NAMES = ("A", "B", "A_scale", "B_scale", "out_dtype", "bias_")
 SAMPLES: list[tuple[Any, Callable[[], dict[str, Any]]]] = [
     (own.mxfp4_quantize.default, lambda: {"x": torch.randn(3, M, K, dtype=torch.bfloat16)}),
@@ -90,6 +106,7 @@ SAMPLES: list[tuple[Any, Callable[[], dict[str, Any]]]] = [
     (own.mxfp4_linear_w4a8_prepacked.default, prepacked_arguments),
     (own.mxfp4_linear_w4a8_prepacked.default, lambda: prepacked_arguments() | {"bias": torch.randn(N), "group": 32}),
     (own.mxfp4_linear_w4a16.default, linear_arguments),
+    *((op.default, lambda arguments=arguments: arguments() | transform_arguments()) for op, arguments in TRANSFORMING),
     (torch.ops._xpu_C.fp4_gemm.default, lambda: dict(zip(FP4_GEMM_NAMES, gemm_arguments().values(), strict=True))),
     (torch.ops._xpu_C.fp4_gemm.default, lambda: dict(zip(FP4_GEMM_NAMES, w4a8_gemm_arguments().values(), strict=True))),
     (torch.ops._C.per_token_group_quant_mxfp4.default, group_quant_arguments),
@@ -119,7 +136,7 @@ class Block(torch.nn.Module):
         y: Tensor = own.mxfp4_gemm(q, w.view(FP4).t(), scale, transposed, torch.float32)
         q8, scale8 = xpu_fp4.mxint8_quantize(h, 32)
         y8: Tensor = own.mxfp4_gemm(q8, w.t(), scale8, transposed, torch.float32)
-        linear = xpu_fp4.linear(h, w, w_scale, mode="w4a8", group=32)
+        linear = xpu_fp4.linear(h, w, w_scale, mode="w4a8", group=32, hadamard=32, input_offset=h[0].float())
         return y + y8 + linear + xpu_fp4.dequantize(q, scale).sum() + xpu_fp4.mxint8_dequantize(q8, scale8).sum()
 
 
@@ -403,6 +420,21 @@ ERRORS: list[tuple[Any, Callable[[], dict[str, Any]], Change, str]] = [
     ],
     (own.mxfp4_linear, linear_arguments, swap(scale_mode=""), 'mxfp4_linear: scale_mode is ""'),
     (own.mxfp4_linear_w4a8, linear_arguments, swap(group=64), "mxfp4_linear_w4a8: group is 64, expected 32 or 128"),
+    # what comes before a quantizer
+    *[
+        (op, arguments, change, f"{op._qualified_op_name.rpartition('::')[2]}: {message}")
+        for op, arguments in TRANSFORMING
+        for change, message in (
+            (swap(hadamard=16), r"hadamard is 16, expected 0 \(none\), 32, 64 or 128"),
+            (swap(hadamard=-32), "hadamard is -32, expected 0"),
+            (swap(hadamard=2**40), "hadamard is 1099511627776, expected 0"),
+            (swap(hadamard=64), "x has 96 elements in its last dimension, expected a multiple of hadamard, 64"),
+            (swap(input_offset=torch.ones(K).half()), "input_offset must be float32, got Half"),
+            (swap(input_offset=torch.ones(K + 1)), r"input_offset has shape \[97\], expected \[96\]"),
+            (swap(input_offset=torch.ones(1, K)), r"input_offset has shape \[1, 96\], expected \[96\]"),
+            (swap(input_offset=torch.ones(K, device="meta")), "input_offset"),
+        )
+    ],
     # a prepacked weight, in W4A8
     *[
         (own.mxfp4_linear_w4a8_prepacked, prepacked_arguments, change, f"mxfp4_linear_w4a8_prepacked: {message}")

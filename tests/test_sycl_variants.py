@@ -31,7 +31,7 @@ from helpers import (
 )
 from test_gemm import CENTRES, Operands, w4a16_error
 from torch import Tensor
-from xpu_fp4 import Group, Mode, ScaleMode, reference
+from xpu_fp4 import Group, Hadamard, Mode, ScaleMode, reference
 
 LARGE = {"bmg:large": (65, 33), "ptl:large": (50, 40), "dg2:large": (17, 40)}
 TILE_ROWS = {"bmg:large": 64, "ptl:large": 48, "dg2:large": 16}
@@ -370,6 +370,38 @@ def test_the_fused_linear_quantizes_to_mxint8(
             assert_same_bits(linear_w4a8(x, weight, scale, None, group), expected)
 
 
+# A row's quad is transformed by one lane: sub-groups of both sizes, each arrangement and order of what it writes, each dtype.
+# H ends within a row's last quad, or is all of it.
+TRANSFORMED = [
+    ("w4a4", "bmg:large", torch.bfloat16),
+    ("w4a8", "bmg:large", torch.float16),
+    ("w4a4", "dg2:large", torch.float16),
+    ("w4a4", "dg2:small", torch.float32),
+    ("w4a8", "dg2:small", torch.float32),
+]
+SIZES_AND_K: list[tuple[Hadamard, int]] = [(0, 96), (32, 64), (64, 64), (32, 160), (64, 192), (128, 128), (128, 1152)]
+
+
+@pytest.mark.parametrize(("mode", "variant", "dtype"), TRANSFORMED)
+def test_the_fused_linear_transforms_x(
+    force: pytest.MonkeyPatch, generator: torch.Generator, mode: Mode, variant: str, dtype: torch.dtype
+) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    m, n = SHAPES.get(variant, (17, 40))
+    for size, k in SIZES_AND_K:
+        weight, scale = random_codes(n, k, generator), random_scales(n, k, generator)
+        x, some = difficult_floats(m, k, dtype, generator), torch.randn(k, generator=generator)
+        for offset in (some, None) if size != 0 else (some,):
+            for group in get_args(Group) if mode == "w4a8" else (128,):
+                results = []
+                for backend in ("native", "sycl"):
+                    with xpu_fp4.cpu_backend(backend):
+                        results.append(
+                            xpu_fp4.linear(x, weight, scale, mode=mode, group=group, hadamard=size, input_offset=offset)
+                        )
+                assert_same_bits(results[1], results[0])
+
+
 @pytest.mark.parametrize("variant", ["bmg:large", "dg2:large"])
 def test_one_expanded_weight_serves_both_formats(force: pytest.MonkeyPatch, generator: torch.Generator, variant: str) -> None:
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
@@ -461,6 +493,19 @@ def test_w4a16_scales_are_exact(force: pytest.MonkeyPatch, variant: str) -> None
     expected = reference.values(codes, scale).t()[: len(x)].bfloat16() + 0.0  # -0 becomes 0, as a sum does
     expected[expected.isnan()] = torch.nan  # the canonical one
     assert_same_bits(y, expected)
+
+
+@pytest.mark.parametrize(("variant", "m", "dtype"), [("bmg:small", 5, torch.bfloat16), ("dg2:small", 19, torch.float16)])
+def test_w4a16_multiplies_what_the_transform_rounds_to(
+    force: pytest.MonkeyPatch, generator: torch.Generator, variant: str, m: int, dtype: torch.dtype
+) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    for size, k in SIZES_AND_K:
+        x, weight, scale = w4a16_operands(m, 37, k, dtype, generator)
+        offset = torch.randn(k, generator=generator)
+        with xpu_fp4.cpu_backend("sycl"):
+            y = xpu_fp4.linear(x, weight, scale, mode="w4a16", hadamard=size, input_offset=offset)
+            assert_same_bits(y, linear_w4a16(reference.transform(x, size, offset).to(dtype), weight, scale))
 
 
 @pytest.mark.parametrize("variant", ["bmg:small", "dg2:small"])

@@ -16,6 +16,7 @@ import torch
 import xpu_fp4
 from checkpoint_files import (
     LINEARS,
+    auto_round_config,
     compressed_tensors_config,
     llama_json,
     packed_llama,
@@ -164,8 +165,13 @@ def test_a_wrong_type_in_the_model_config_is_named(tmp_path: Path, key: str) -> 
 
 def full_configs() -> dict[str, dict[str, Any]]:
     """A quantization_config of each format with every key that is read."""
-    transforms = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"location": "weight_input", "targets": ["Linear"]}]}}}
-    ours = {"scale_mode": "even", "group": 128}
+    places = [
+        {"location": where, "targets": ["Linear"], "ignore": ["lm_head"], "inverse": False}
+        for where in ("input", "weight_input")
+    ]
+    transform = {"type": "hadamard", "head_dim": 32, "randomize": False, "precision": "torch.float32", "apply": places}
+    transforms = {"config_groups": {"R1": transform}}
+    ours = {"scale_mode": "even", "group": 128, "input_offset": False, "groups": {"group_0": {"activations": "mxint8"}}}
     schemes = quark_config()["global_quant_config"]
     return {
         "compressed-tensors": compressed_tensors_config(
@@ -176,6 +182,7 @@ def full_configs() -> dict[str, dict[str, Any]]:
         | {"export": {"kv_cache_group": ["*k"]}, "layer_quant_config": {"x*": schemes}}
         | {"layer_type_quant_config": {"Linear": schemes}},
         "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        "auto-round": auto_round_config(extra_config={"lm_head": {"bits": 16}, ".*q_proj.*": {"act_bits": 16}}),
     }
 
 
@@ -190,7 +197,7 @@ def places_in(value: Any) -> Iterator[tuple[Any, Any]]:
 ANYTHING: list[Any] = [None, True, 7, 1.5, "x", [], {}, [1], [[]], [{}], {"a": 1}, {"a": {}}, {"a": []}, {"": None}]
 
 
-@pytest.mark.parametrize("method", ["compressed-tensors", "quark", "mxfp4"])
+@pytest.mark.parametrize("method", ["compressed-tensors", "quark", "mxfp4", "auto-round"])
 def test_any_type_anywhere_is_a_checkpoint_error_or_no_matter(tmp_path: Path, method: str) -> None:
     files = open_checkpoint(packed(tmp_path / "model")).files
     config = full_configs()[method]

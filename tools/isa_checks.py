@@ -148,11 +148,15 @@ def check_stream(result: Result, budgets: Mapping[str, Any]) -> None:
         "dequantize_mxint8": 8 + 0.25 + 8 * size,
         "expand": (68 if macros.get("FORMAT", MXFP4) == MXFP4 else 132) + 132,
         "quantize_expand": 128 * size + 132,
+        "transform": 32 * 2 * size,
+        "transform_quantize": 32 * (size + 17 / 32),
+        "transform_quantize_mxint8": 32 * (size + 33 / 32),
+        "transform_quantize_expand": 128 * size + 132,
     }
     whole = result.listing.whole
     moved = clocks_per_bytes(budgets["device"][result.device], per_lane[result.kernel] * result.program.macro("SUB_GROUP"))
     result.paths["all"] = {"int clocks": whole.clocks["int"], "float clocks": whole.clocks["float"], "memory clocks": moved}
-    if result.kernel in ("quantize", "quantize_mxint8") and result.device in budgets["quantize"]["devices"]:
+    if result.kernel in budgets["streams"]["kernels"] and result.device in budgets["streams"]["devices"]:
         result.exceed("ALU clocks per sub-group", max(whole.clocks["int"], whole.clocks["float"]), moved)
 
 
@@ -164,8 +168,9 @@ MATRIX_CHECKS: dict[str, Check] = {
     "bf16_peer": check_half,
     "gemm_bdpas": check_bdpas,
 }
+TRANSFORMS = ("transform", "transform_quantize", "transform_quantize_mxint8", "transform_quantize_expand")
 STREAM_CHECKS: dict[str, Check] = dict.fromkeys(
-    ("quantize", "quantize_mxint8", "dequantize", "dequantize_mxint8", "expand", "quantize_expand"), check_stream
+    ("quantize", "quantize_mxint8", "dequantize", "dequantize_mxint8", "expand", "quantize_expand", *TRANSFORMS), check_stream
 )
 
 

@@ -9,6 +9,7 @@
 
 #pragma GCC target( \
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8,fma,f16c,prefer-vector-width=512")
+#define XPU_FP4_FLOAT_LANES 16
 #include "amx_gemm.h"
 #include "avx512_gemm.h"
 #include "avx512_output.h"

@@ -4,15 +4,16 @@
 
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
+#define XPU_FP4_FLOAT_LANES 8
 #include "avx2_gemm.h"
-#include "generic_w4a16.h"
+#include "avx2_w4a16.h"
 
 namespace xpu_fp4::cpu {
 namespace {
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 const ProductKernels& product(Format activations, int64_t) {
-  return activations == Format::none ? product_kernels<PortableFloat, finish_row_scalars>
+  return activations == Format::none ? product_kernels<Avx2Float, finish_row_scalars>
                                      : product_kernels<Avx2, finish_row_scalars>;
 }
 }  // namespace

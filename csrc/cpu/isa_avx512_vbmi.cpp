@@ -4,6 +4,7 @@
 
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,fma,f16c,prefer-vector-width=512")
+#define XPU_FP4_FLOAT_LANES 16
 #include "avx512_gemm.h"
 #include "avx512_output.h"
 #include "avx512_quantize.h"

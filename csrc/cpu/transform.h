@@ -7,87 +7,126 @@
 namespace xpu_fp4::cpu {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kFloatLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kFloatLanes = 8;
-#else
-constexpr int kFloatLanes = 4;
+// The floats of a vector. A file for one instruction set defines it: g++ 12 evaluates conditions on __AVX2__ before it sees a
+// target pragma.
+#ifndef XPU_FP4_FLOAT_LANES
+#define XPU_FP4_FLOAT_LANES 4
 #endif
+constexpr int kFloatLanes = XPU_FP4_FLOAT_LANES;
 typedef float Lanes __attribute__((vector_size(4 * kFloatLanes)));
-typedef int32_t LaneBits __attribute__((vector_size(4 * kFloatLanes)));
 
-template <DType T>
-void load_floats_to(const void* x, int64_t first, int count, float* out) {
-#if defined(__F16C__)
-  if constexpr (T == DType::f16) {
-    const uint16_t* halves = static_cast<const uint16_t*>(x) + first;
-    for (int i = 0; i < count; i += 8) {
-      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i))));
-    }
-    return;
-  }
+#if XPU_FP4_FLOAT_LANES == 16
+Lanes load_halves(const void* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(x))); }
+#elif XPU_FP4_FLOAT_LANES == 8
+Lanes load_halves(const void* x) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(x))); }
 #endif
-  for (int i = 0; i < count; ++i) out[i] = load<T>(x, first + i);
+
+// Neighbouring elements from `first` on, exact.
+template <DType T>
+[[gnu::always_inline]] inline Lanes load_lanes(const void* x, int64_t first) {
+#if XPU_FP4_FLOAT_LANES > 4
+  if constexpr (T == DType::f16) return load_halves(static_cast<const uint16_t*>(x) + first);
+#endif
+  Lanes out;
+  for (int i = 0; i < kFloatLanes; ++i) out[i] = load<T>(x, first + i);
+  return out;
+}
+
+// x * signs + y, rounded once: the product with 1 or -1 is exact.
+[[gnu::always_inline]] inline Lanes add_signed(Lanes y, Lanes x, Lanes signs) {
+#if XPU_FP4_FLOAT_LANES == 16
+  return _mm512_fmadd_ps(x, signs, y);
+#elif XPU_FP4_FLOAT_LANES == 8
+  return _mm256_fmadd_ps(x, signs, y);
+#else
+  return y + x * signs;
+#endif
 }
 
 // One butterfly between the lanes of a vector. Where bit `distance` of a lane's number is set, the lane holds v of a pair (u,
-// v) and becomes u - v; changing v's sign is exact.
+// v) and becomes u - v.
 template <int distance, int... lane>
 [[gnu::always_inline]] inline Lanes butterfly(Lanes x, std::integer_sequence<int, lane...>) {
-  constexpr LaneBits kSigns = {((lane & distance) != 0 ? std::numeric_limits<int32_t>::min() : 0)...};
-  const auto signed_x = reinterpret_cast<Lanes>(reinterpret_cast<LaneBits>(x) ^ kSigns);
-  return __builtin_shufflevector(x, x, (lane ^ distance)...) + signed_x;
+  constexpr Lanes kSigns = {((lane & distance) != 0 ? -1.0f : 1.0f)...};
+  return add_signed(__builtin_shufflevector(x, x, (lane ^ distance)...), x, kSigns);
 }
 
-// `size` neighbouring elements times an orthonormal Sylvester matrix, in the order of format/hadamard.h: pairs one element
-// apart first. In place.
-template <int size>
-void multiply_by_hadamard(float* x) {
-  constexpr int kVectors = size / kFloatLanes;
+[[gnu::always_inline]] inline Lanes butterflies_within(Lanes x) {
   constexpr auto kLane = std::make_integer_sequence<int, kFloatLanes>();
-  Lanes v[kVectors];
-  std::memcpy(v, x, sizeof(v));
-#pragma GCC unroll 32
-  for (int i = 0; i < kVectors; ++i) {
-    v[i] = butterfly<1>(v[i], kLane);
-    v[i] = butterfly<2>(v[i], kLane);
-    if constexpr (kFloatLanes > 4) v[i] = butterfly<4>(v[i], kLane);
-    if constexpr (kFloatLanes > 8) v[i] = butterfly<8>(v[i], kLane);
-  }
+  x = butterfly<2>(butterfly<1>(x, kLane), kLane);
+  if constexpr (kFloatLanes > 4) x = butterfly<4>(x, kLane);
+  if constexpr (kFloatLanes > 8) x = butterfly<8>(x, kLane);
+  return x;
+}
+
+template <int count>
+[[gnu::always_inline]] inline void butterflies_between(Lanes (&v)[count]) {
+#pragma GCC unroll 4
+  for (int distance = 1; distance < count; distance *= 2) {
 #pragma GCC unroll 8
-  for (int distance = 1; distance < kVectors; distance *= 2) {
-#pragma GCC unroll 32
-    for (int i = 0; i < kVectors; ++i) {
+    for (int i = 0; i < count; ++i) {
       if ((i & distance) != 0) continue;
       const Lanes u = v[i], w = v[i + distance];
       v[i] = u + w;
       v[i + distance] = u - w;
     }
   }
-#pragma GCC unroll 32
-  for (int i = 0; i < kVectors; ++i) v[i] *= hadamard::factor(size);
-  std::memcpy(x, v, sizeof(v));
 }
 
-template <int size>
-void multiply_blocks_by_hadamard(float* x, int count) {
-  for (int i = 0; i < count; i += size) multiply_by_hadamard<size>(x + i);
+template <int count>
+[[gnu::always_inline]] inline void store_vectors(const Lanes (&v)[count], float factor, int stride, float* out) {
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i) {
+    const Lanes scaled = v[i] * factor;
+    std::memcpy(out + i * stride, &scaled, sizeof(scaled));
+  }
+}
+
+// `size` neighbouring elements times an orthonormal Sylvester matrix, in the order of format/hadamard.h: pairs one element
+// apart first. As many as eight vectors hold are taken as far as they go; what is left are butterflies between those parts.
+template <DType T, int size>
+[[gnu::always_inline]] inline void turn(const void* x, int64_t first, const float* offset, float* out) {
+  constexpr int kPart = std::min(size, 8 * kFloatLanes), kVectors = kPart / kFloatLanes;
+  for (int part = 0; part < size; part += kPart) {
+    Lanes v[kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      v[i] = load_lanes<T>(x, first + part + i * kFloatLanes);
+      if (offset != nullptr) v[i] -= load_lanes<DType::f32>(offset, part + i * kFloatLanes);
+      v[i] = butterflies_within(v[i]);
+    }
+    butterflies_between(v);
+    store_vectors(v, kPart == size ? hadamard::factor(size) : 1.0f, kFloatLanes, out + part);
+  }
+  if constexpr (kPart < size) {
+    for (int i = 0; i < kPart; i += kFloatLanes) {
+      Lanes v[size / kPart];
+#pragma GCC unroll 4
+      for (int part = 0; part < size / kPart; ++part) v[part] = load_lanes<DType::f32>(out, part * kPart + i);
+      butterflies_between(v);
+      store_vectors(v, hadamard::factor(size), kPart, out + i);
+    }
+  }
+}
+
+template <DType T, int size>
+void turn_blocks(const void* x, int64_t first, const float* offset, int count, float* out) {
+  for (int i = 0; i < count; i += size) turn<T, size>(x, first + i, offset == nullptr ? nullptr : offset + i, out + i);
 }
 
 // Elements [first, first + count) of x, whose first is in this column of its row, to out. Both are multiples of the transform's
 // blocks.
 void transform_elements(const Transform& transform, const void* x, DType dtype, int64_t first, int64_t column, int count,
                         float* out) {
-  with_dtype(dtype, [&](auto type) { load_floats_to<type>(x, first, count, out); });
-  if (transform.offset != nullptr) {
-    for (int i = 0; i < count; ++i) out[i] -= transform.offset[column + i];
-  }
-  switch (transform.hadamard) {
-    case 32: return multiply_blocks_by_hadamard<32>(out, count);
-    case 64: return multiply_blocks_by_hadamard<64>(out, count);
-    case 128: return multiply_blocks_by_hadamard<128>(out, count);
-  }
+  const float* offset = transform.offset == nullptr ? nullptr : transform.offset + column;
+  with_dtype(dtype, [&](auto type) {
+    switch (transform.hadamard) {
+      case 32: return turn_blocks<type, 32>(x, first, offset, count, out);
+      case 64: return turn_blocks<type, 64>(x, first, offset, count, out);
+      case 128: return turn_blocks<type, 128>(x, first, offset, count, out);
+    }
+    for (int i = 0; i < count; ++i) out[i] = load<type>(x, first + i) - offset[i];
+  });
 }
 
 // A quantizer that transforms first where it is to.

@@ -54,6 +54,9 @@ class SyclBackend final : public Backend {
   }
 
   void multiply(const Product& product) const override {
+    if (product.activations.to.format == Format::none && !product.activations.to.transform.is_none()) {
+      return multiply_transformed(product);
+    }
     const Choice choice = product.activations.to.format == Format::none ? choose_w4a16(product) : choose(product);
     const Kernel kernel = choice.plan.kernel;
     const bool reads_codes = kernel == Kernel::portable || kernel == Kernel::bdpas;
@@ -152,6 +155,14 @@ class SyclBackend final : public Backend {
     auto *codes_at = static_cast<uint8_t*>(codes.get()), *scale_at = static_cast<uint8_t*>(scale.get());
     quantize({a.data, a.dtype, a.to, a.m, a.k, codes_at, scale_at});
     multiply({Activations::codes(a.to.format, codes_at, scale_at, a.m, a.k), product.weight, product.output});
+  }
+
+  // For W4A16, whose kernels read floats as they are: transforms to memory first.
+  void multiply_transformed(const Product& product) const {
+    const Activations& a = product.activations;
+    const std::shared_ptr<void> floats = queue_->allocate(a.m * a.k * size_of(a.dtype));
+    launch::transform(*queue_, {a.data, a.dtype, a.to, a.m, a.k, static_cast<uint8_t*>(floats.get()), nullptr});
+    multiply({Activations::floats(floats.get(), a.dtype, {Format::none}, a.m, a.k), product.weight, product.output});
   }
 
   void print(const Choice& choice, const Product& product, const char* kernel, const std::string& label) const {

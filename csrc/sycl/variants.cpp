@@ -45,6 +45,13 @@ Variant quantize_variant(Target target, DType of, int alignment) {
           {"quantize", "group_quantize", "quantize_mxint8"}};
 }
 
+Variant transform_variant(Target target, DType of, int alignment) {
+  return {"transform.cpp",
+          with(target_macros(target, alignment), "DTYPE", static_cast<int>(of)),
+          name_of(of),
+          {"transform", "transform_quantize", "transform_quantize_mxint8"}};
+}
+
 Variant dequantize_variant(Target target, DType to) {
   return {"dequantize.cpp",
           with(target_macros(target, 16), "DTYPE", static_cast<int>(to)),
@@ -76,16 +83,20 @@ Variant expand_weight_variant(Gpu gpu, int alignment) {
           {"expand"}};
 }
 
-Variant expand_activations_variant(Gpu gpu, Format of, std::optional<DType> dtype, ElementOrder order, int alignment) {
+Variant expand_activations_variant(Gpu gpu, Format of, std::optional<Floats> floats, ElementOrder order, int alignment) {
   const Arrangement arrangement = gpu.architecture->block_2d ? Arrangement::rows : Arrangement::row_fragments;
   Macros own = {
       {"ARRANGEMENT", static_cast<int>(arrangement)}, {"ORDER", static_cast<int>(order)}, {"FORMAT", static_cast<int>(of)}};
   std::string label = order == ElementOrder::packed ? "A for few rows" : "A";
   std::vector<std::string> kernels = {"expand"};
-  if (dtype) {
-    own.emplace_back("DTYPE", static_cast<int>(*dtype));
-    label += std::string(", ") + name_of(*dtype);
+  if (floats) {
+    own.emplace_back("DTYPE", static_cast<int>(floats->dtype));
+    label += std::string(", ") + name_of(floats->dtype);
     kernels.emplace_back("quantize_expand");
+  }
+  if (floats && floats->transformed) {
+    own.insert(own.end(), {{"TRANSFORM", 1}, {"REGISTERS", kLargeRegisters}});
+    kernels = {"transform_quantize_expand"};
   }
   return {"expand.cpp", gpu_macros(gpu, alignment, own), label + suffix(of), kernels};
 }
@@ -173,10 +184,13 @@ void add_streams(const Architecture& architecture, std::vector<Counted>& all) {
     if (dtype != DType::bf16 && !stands_for_others(architecture)) continue;
     for (const Format of : kFormats) {
       for (const ElementOrder order : {ElementOrder::apart, ElementOrder::packed}) {
-        all.push_back({expand_activations_variant(gpu, of, dtype, order, 16)});
+        for (const bool transformed : {false, true}) {
+          all.push_back({expand_activations_variant(gpu, of, Floats{dtype, transformed}, order, 16)});
+        }
       }
     }
     all.push_back({quantize_variant(target, dtype, 16)});
+    all.push_back({transform_variant(target, dtype, 16)});
     all.push_back({dequantize_variant(target, dtype)});
   }
 }

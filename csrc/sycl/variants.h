@@ -39,12 +39,19 @@ struct Gpu {
 
 // `alignment`: 16 or 1 (kernels/common.hpp). `of`: the format of the activations.
 Variant quantize_variant(Target target, DType of, int alignment);
+/// For floats that are transformed first, and then quantized or rounded.
+Variant transform_variant(Target target, DType of, int alignment);
 Variant dequantize_variant(Target target, DType to);
 Variant gemm_variant(Target target, Format of, int alignment);
 Variant gemm_w4a16_variant(Target target, DType of, int alignment);
 Variant expand_weight_variant(Gpu gpu, int alignment);
-/// `dtype`: of floats that are quantized on the way; none for codes.
-Variant expand_activations_variant(Gpu gpu, Format of, std::optional<DType> dtype, ElementOrder order, int alignment);
+/// Activations that are quantized on the way.
+struct Floats {
+  DType dtype;
+  bool transformed;
+};
+/// `floats`: none for codes.
+Variant expand_activations_variant(Gpu gpu, Format of, std::optional<Floats> floats, ElementOrder order, int alignment);
 Variant gemm_small_variant(Gpu gpu, Format of, int rows, Weights weights, DType out, int alignment);
 Variant gemm_large_variant(Gpu gpu, Format of, Tile tile, DType out);
 Variant gemm_bdpas_variant(Gpu gpu, Tile tile, DType out);

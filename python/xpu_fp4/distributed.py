@@ -49,8 +49,12 @@ class _ShardedLinear(MXFP4Linear):
     def _may_prepack(self) -> bool:
         return True  # the DTensors are its own
 
-    def _local_bias(self) -> Tensor | None:
-        return self.bias.to_local() if isinstance(self.bias, DTensor) else None
+    def _local(self, parameter: Tensor | None) -> Tensor | None:
+        return parameter.to_local() if isinstance(parameter, DTensor) else None
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        how = {name: getattr(self, name) for name in ("mode", "scale_mode", "group", "hadamard")}
+        return self._snapshot().linear(x, bias, **how, input_offset=self._local(self.input_offset))
 
 
 def _gather(shard: Tensor, mesh: DeviceMesh) -> list[Tensor]:
@@ -63,7 +67,7 @@ class _ColumnParallelLinear(_ShardedLinear):
     gather_output: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._multiply(x, self._local_bias())
+        y = self._multiply(x, self._local(self.bias))
         return torch.cat(_gather(y, self.mesh), dim=-1) if self.gather_output else y
 
 
@@ -77,7 +81,7 @@ class _RowParallelLinear(_ShardedLinear):
         y, *others = _gather(self._multiply(x.float(), None), self.mesh)
         for other in others:
             y = y + other
-        bias = self._local_bias()
+        bias = self._local(self.bias)
         if bias is not None:
             y = y + bias.float()
         return y.to(x.dtype)
@@ -86,12 +90,13 @@ class _RowParallelLinear(_ShardedLinear):
 class _Style(ParallelStyle):
     """What both styles do: check, distribute the parameters, and change the module's class in place."""
 
-    def _shard(
-        self, module: nn.Module, mesh: DeviceMesh, kind: type[_ShardedLinear], weight: Shard, bias: Placement
-    ) -> nn.Module:
+    def _shard(self, module: nn.Module, mesh: DeviceMesh, kind: type[_ShardedLinear], weight: Shard) -> nn.Module:
         sharded = cast(_ShardedLinear, module)
         sharded.unprepack_()
-        for name, placement in ((_WEIGHTS[0], weight), (_WEIGHTS[1], weight), ("bias", bias)):
+        # What has an element for each row of the weight, and what has one for each column, is sharded with them or whole.
+        rows, columns = (Shard(0) if weight.dim == dim else Replicate() for dim in (0, 1))
+        placements: dict[str, Placement] = {**dict.fromkeys(_WEIGHTS, weight), "bias": rows, "input_offset": columns}
+        for name, placement in placements.items():
             parameter = getattr(module, name)
             if parameter is not None:
                 distributed = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=self.src_data_rank)
@@ -118,7 +123,7 @@ class ColumnParallel(_Style):
         n, ranks = _checked(module, device_mesh).out_features, device_mesh.size()
         if n % ranks != 0:
             raise ValueError(f"out_features {n} does not divide by {ranks} ranks")
-        self._shard(module, device_mesh, _ColumnParallelLinear, Shard(0), Shard(0))
+        self._shard(module, device_mesh, _ColumnParallelLinear, Shard(0))
         module.gather_output = self.gather_output  # type: ignore[assignment]
         return module
 
@@ -137,21 +142,23 @@ class RowParallel(_Style):
 
     x is the share of this rank [..., K / ranks], as ColumnParallel leaves it; with split_input it is the whole [..., K].
 
-    Applying it raises TypeError for a module that is no MXFP4Linear, and ValueError if a share of K is no multiple of 32: a
-    block has one scale and cannot be cut.
+    Applying it raises TypeError for a module that is no MXFP4Linear, and ValueError if a share of K is no multiple of 32 or of
+    the module's `hadamard`: a block has one scale, and a transform's block mixes all its elements, so neither can be cut.
     """
 
     def __init__(self, *, split_input: bool = False) -> None:
         self.split_input = split_input
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        k, ranks = _checked(module, device_mesh).in_features, device_mesh.size()
+        linear = _checked(module, device_mesh)
+        k, ranks = linear.in_features, device_mesh.size()
+        share = f"in_features {k} on {ranks} ranks is {k / ranks:g} for each"
         if k % (BLOCK * ranks) != 0:
-            raise ValueError(
-                f"in_features {k} on {ranks} ranks is {k / ranks:g} for each, expected a multiple of {BLOCK}: "
-                "a block has one scale and cannot be cut"
-            )
-        self._shard(module, device_mesh, _RowParallelLinear, Shard(1), Replicate())
+            raise ValueError(f"{share}, expected a multiple of {BLOCK}: a block has one scale and cannot be cut")
+        if linear.hadamard and k % (linear.hadamard * ranks) != 0:
+            what = f"{linear.hadamard}: a block of the Hadamard transform cannot be cut"
+            raise ValueError(f"{share}, expected a multiple of {what}")
+        self._shard(module, device_mesh, _RowParallelLinear, Shard(1))
         module.split_input = self.split_input  # type: ignore[assignment]
         return module
 

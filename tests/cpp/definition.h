@@ -37,6 +37,20 @@ inline double element(xpu_fp4::Format format, const std::vector<uint8_t>& codes,
   return static_cast<int8_t>(codes[static_cast<size_t>(i)]) / 64.0;
 }
 
+/// The transform of a row of k elements, in place: an offset or null, and Hadamard matrices of a size, or 0.
+inline void transform(float* x, int64_t k, int hadamard, const float* offset) {
+  for (int64_t i = 0; i < k && offset != nullptr; ++i) x[i] -= offset[i];
+  for (int64_t distance = 1; distance < hadamard; distance *= 2) {
+    for (int64_t i = 0; i < k; ++i) {
+      if (i / distance % 2 != 0) continue;
+      const float u = x[i], v = x[i + distance];
+      x[i] = u + v;
+      x[i + distance] = u - v;
+    }
+  }
+  for (int64_t i = 0; i < k && hadamard != 0; ++i) x[i] *= static_cast<float>(1 / std::sqrt(static_cast<double>(hadamard)));
+}
+
 /// A group of MXINT8: the scale byte and a code for each element.
 inline uint8_t quantize_int8(const double* x, int64_t count, int8_t* codes) {
   std::fill_n(codes, count, int8_t{0});

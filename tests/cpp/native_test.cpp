@@ -110,6 +110,100 @@ TEST_P(NativeProduct, QuantizesOnTheWay) {
   }
 }
 
+// Rows of a dtype, and what a transform makes of them.
+struct Transformed {
+  std::vector<uint8_t> x;
+  std::vector<float> floats;
+
+  Transformed(DType dtype, int64_t rows, int64_t k, const Transform& transform) : floats(random_floats(rows * k, 31, 12.0f)) {
+    x.resize(floats.size() * static_cast<size_t>(size_of(dtype)));
+    for (size_t i = 0; i < floats.size(); ++i) {
+      const auto index = static_cast<int64_t>(i);
+      store(dtype, x.data(), index, floats[i]);
+      floats[i] = dtype == DType::f32   ? load<DType::f32>(x.data(), index)
+                  : dtype == DType::f16 ? load<DType::f16>(x.data(), index)
+                                        : load<DType::bf16>(x.data(), index);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      definition::transform(floats.data() + row * k, k, transform.hadamard, transform.offset);
+    }
+  }
+};
+
+// Calls function(dtype, K, transform) for each size, with an offset and without, in rows of whole and broken quads.
+template <class Function>
+void for_transforms(const Function& function) {
+  const std::vector<float> offset = random_floats(2176, 32, 2.0f);
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (const auto& [size, k] : {std::pair<int, int64_t>{0, 96}, {32, 160}, {64, 192}, {128, 384}, {128, 2176}, {32, 1056}}) {
+      function(dtype, k, Transform{size, offset.data()});
+      if (size != 0) function(dtype, k, Transform{size});
+    }
+  }
+}
+
+TEST_P(Native, QuantizeTransformsFirst) {
+  const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
+  const auto own = backend();
+  for (const Quantizer& plain : {Quantizer::mxfp4(ScaleMode::even), Quantizer::mxint8(32), Quantizer::mxint8(128)}) {
+    for_transforms([&](DType dtype, int64_t k, const Transform& transform) {
+      const Transformed in(dtype, 7, k, transform);
+      Quantizer to = plain;
+      to.transform = transform;
+      std::vector<uint8_t> q[2], scale[2];
+      for (int i = 0; i < 2; ++i) {
+        q[i].resize(static_cast<size_t>(7 * code_bytes(to.format, k)));
+        scale[i].resize(static_cast<size_t>(7 * k / 32));
+      }
+      portable->quantize({in.floats.data(), DType::f32, plain, 7, k, q[0].data(), scale[0].data()});
+      own->quantize({in.x.data(), dtype, to, 7, k, q[1].data(), scale[1].data()});
+      ASSERT_EQ(q[0], q[1]) << k << " size " << transform.hadamard;
+      ASSERT_EQ(scale[0], scale[1]) << k << " size " << transform.hadamard;
+    });
+  }
+}
+
+TEST_P(NativeProduct, TransformsOnTheWay) {
+  const Quantizer plain = format() == Format::mxfp4 ? Quantizer::mxfp4(ScaleMode::even) : Quantizer::mxint8(128);
+  for_transforms([&](DType dtype, int64_t k, const Transform& transform) {
+    for (const int64_t m : {1, 35}) {
+      const Operands in(m, 33, k, 110, 140, 21, format());
+      const Transformed a(dtype, m, k, transform);
+      Quantizer to = plain;
+      to.transform = transform;
+      std::vector<float> y[2];
+      for (std::vector<float>& values : y) values.resize(static_cast<size_t>(m * in.n));
+      backend()->multiply({Activations::floats(a.floats.data(), DType::f32, plain, m, k),
+                           in.weight(),
+                           {y[0].data(), DType::f32, {nullptr, 0, 0}}});
+      backend()->multiply(
+          {Activations::floats(a.x.data(), dtype, to, m, k), in.weight(), {y[1].data(), DType::f32, {nullptr, 0, 0}}});
+      ASSERT_TRUE(same_bits(y[1], y[0])) << m << " x " << k << " size " << transform.hadamard;
+    }
+  });
+}
+
+TEST_P(Native, W4A16TransformsAndRoundsToTheDtype) {
+  for_transforms([&](DType dtype, int64_t k, const Transform& transform) {
+    for (const int64_t m : {1, 9}) {
+      const Operands in(m, 33, k, 110, 140, 21);
+      const Transformed a(dtype, m, k, transform);
+      std::vector<uint8_t> rounded(a.x.size());
+      for (int64_t i = 0; i < m * k; ++i) store(dtype, rounded.data(), i, a.floats[static_cast<size_t>(i)]);
+      std::vector<float> y[2];
+      for (int i = 0; i < 2; ++i) {
+        Quantizer to = {Format::none};
+        if (i == 1) to.transform = transform;
+        y[i].resize(static_cast<size_t>(m * in.n));
+        backend()->multiply({Activations::floats(i == 0 ? rounded.data() : a.x.data(), dtype, to, m, k),
+                             in.weight(),
+                             {y[i].data(), DType::f32, {nullptr, 0, 0}}});
+      }
+      ASSERT_TRUE(same_bits(y[1], y[0])) << m << " x " << k << " size " << transform.hadamard;
+    }
+  });
+}
+
 TEST_P(Native, QuantizeGivesThePortableBits) {
   const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
   const std::vector<float> x = random_floats(67 * 736, 8, 60.0f);

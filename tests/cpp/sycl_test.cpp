@@ -109,6 +109,71 @@ TEST_F(Sycl, Mxint8GivesTheNativeBits) {
   }
 }
 
+// Sizes of H and K: blocks of H that end between those of 128, several of them in a row, more blocks than a sub-group has
+// lanes.
+constexpr std::pair<int, int64_t> kTransforms[] = {{0, 96},    {32, 96},   {64, 192},  {128, 256},
+                                                   {32, 1152}, {64, 1216}, {128, 1152}};
+
+// Rows with NaN, Inf and sums that overflow, each in a block of its own; and subnormal ones.
+std::vector<float> difficult_rows(int64_t rows, int64_t k) {
+  std::vector<float> x = random_floats(rows * k, static_cast<unsigned>(k), 60.0f);
+  const auto at = [&](int64_t row, int64_t column) -> float& { return x[static_cast<size_t>(row * k + column)]; };
+  at(1, 5) = std::numeric_limits<float>::quiet_NaN();
+  at(2, k - 1) = std::numeric_limits<float>::infinity();
+  at(3, 0) = at(3, 1) = std::numeric_limits<float>::max();
+  for (int64_t i = 0; i < k; ++i) at(4, i) *= 0x1p-110f;
+  return x;
+}
+
+std::vector<float> transformed_rows(std::vector<float> x, int64_t k, int size, const float* offset) {
+  for (size_t row = 0; row < x.size(); row += static_cast<size_t>(k)) definition::transform(x.data() + row, k, size, offset);
+  return x;
+}
+
+TEST_F(Sycl, TransformedFloatsAreQuantizedAsTheDefinitionSays) {
+  const int64_t rows = 5;
+  for (const auto& [size, k] : kTransforms) {
+    const std::vector<float> x = difficult_rows(rows, k), offset = random_floats(k, 7, 40.0f);
+    for (const float* subtracted : {static_cast<const float*>(nullptr), offset.data()}) {
+      const std::vector<float> transformed = transformed_rows(x, k, size, subtracted);
+      for (Quantizer to : {Quantizer::mxfp4(ScaleMode::even), Quantizer::mxfp4(ScaleMode::ceil), Quantizer::mxint8(32),
+                           Quantizer::mxint8(128)}) {
+        std::vector<uint8_t> q[2], scale[2];
+        const Backend* backends[] = {native.get(), &sycl};
+        for (int i = 0; i < 2; ++i) {
+          q[i].resize(static_cast<size_t>(rows * code_bytes(to.format, k)));
+          scale[i].resize(static_cast<size_t>(rows * k / 32));
+          if (i == 1) to.transform = {size, subtracted};
+          backends[i]->quantize(
+              {i == 0 ? transformed.data() : x.data(), DType::f32, to, rows, k, q[i].data(), scale[i].data()});
+        }
+        ASSERT_EQ(q[0], q[1]) << size << " " << k;
+        ASSERT_EQ(scale[0], scale[1]) << size << " " << k;
+      }
+    }
+  }
+}
+
+TEST_F(Sycl, ProductsTransformTheirActivations) {
+  const int64_t rows = 5, n = 20;
+  for (const auto& [size, k] : kTransforms) {
+    const Operands in(rows, n, k, 120, 130, static_cast<unsigned>(size));
+    const std::vector<float> x = difficult_rows(rows, k), offset = random_floats(k, 8, 40.0f);
+    const std::vector<float> transformed = transformed_rows(x, k, size, offset.data());
+    for (Quantizer to : {Quantizer{Format::none}, Quantizer::mxfp4(ScaleMode::even), Quantizer::mxint8(128)}) {
+      std::vector<float> y[2];
+      for (int i = 0; i < 2; ++i) {
+        y[i].resize(static_cast<size_t>(rows * n));
+        if (i == 1) to.transform = {size, offset.data()};
+        sycl.multiply({Activations::floats(i == 0 ? transformed.data() : x.data(), DType::f32, to, rows, k),
+                       in.weight(),
+                       {y[i].data(), DType::f32, {nullptr, 0, 0}}});
+      }
+      ASSERT_TRUE(same_bits(y[0], y[1])) << size << " " << k << " " << static_cast<int>(to.format);
+    }
+  }
+}
+
 TEST_F(Sycl, UnalignedWeightsGiveTheSameBits) {
   Operands in(17, 40, 160, 100, 140, 11);
   const std::vector<float> expected = in.gemm(*native);

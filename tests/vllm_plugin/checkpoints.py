@@ -17,9 +17,13 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme, apply_transform_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from xpu_fp4 import dequantize, reference
+from xpu_fp4.checkpoints import Scheme
+from xpu_fp4.checkpoints.compressed_tensors import names_of, write_config
 
 FORMAT = "mxfp4-pack-quantized"
 Preset = Literal["MXFP4", "MXFP4A16"]  # compressed-tensors' names for W4A4 and W4A16
@@ -81,9 +85,22 @@ def quantize(model: Any, groups: Groups) -> None:
             module.quantization_status = QuantizationStatus.FROZEN
 
 
-def save_compressed(source: Path, folder: Path, groups: Groups) -> Path:
+HADAMARD: Literal[32] = 32
+
+
+def rotate(model: Any) -> None:
+    """Has compressed-tensors transform the linear layers: their weights now, their inputs in each forward."""
+    layers = {"targets": ["Linear"], "ignore": ["lm_head"]}
+    apply = [TransformArgs(location="input", **layers), TransformArgs(location="weight_input", inverse=True, **layers)]
+    scheme = TransformScheme(type="hadamard", head_dim=HADAMARD, apply=apply)
+    apply_transform_config(model, TransformConfig(config_groups={"v": scheme}))
+
+
+def save_compressed(source: Path, folder: Path, groups: Groups, *, rotated: bool = False) -> Path:
     """A bf16 checkpoint -> its compressed-tensors MXFP4 checkpoint."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    if rotated:
+        rotate(model)
     quantize(model, groups)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
@@ -110,6 +127,28 @@ def save_as_w4a8(
     assert group["input_activations"] is None
     group["input_activations"] = input_activations
     quantized["xpu_fp4"] = xpu_fp4
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_with_scheme(weight_only: Path, folder: Path, scheme: Scheme, exceptions: dict[str, Scheme] | None = None) -> Path:
+    """A weight-only checkpoint in another scheme, without the matrices of transforms, and in a model that computes the same.
+
+    Layers with an offset get one that is far from the mean of their inputs, and its share of the output as a bias.
+    """
+    shutil.copytree(weight_only, folder)
+    tensors = {name: t for name, t in load_file(weight_only / "model.safetensors").items() if "v_input" not in name}
+    linears = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    for name in linears if scheme.input_offset else ():
+        found, named = names_of(Scheme("w4a16")), names_of(scheme)
+        codes, scale, bias = (tensors.pop(f"{name}.{part}") for part in (found.packed, found.scale, found.bias))
+        weight = reference.transform(dequantize(codes, scale), scheme.hadamard)
+        offset = torch.linspace(-1, 1, weight.shape[1])  # the same for the parts of a fused layer
+        parts = {named.packed: codes, named.scale: scale, named.bias: bias + weight @ offset, named.input_offset: offset}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = write_config(scheme, ["lm_head"], exceptions or {})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

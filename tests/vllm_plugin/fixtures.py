@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from xpu_fp4.checkpoints import Scheme
 
 from . import checkpoints
-from .checkpoints import Groups
+from .checkpoints import HADAMARD, Groups
 from .engine import Engines
 from .reference import certain_tokens
 
@@ -30,6 +31,10 @@ class Models:
     mixed: Path
     quark_w4a4: Path
     quark_w4a16: Path
+    rotated_w4a4: Path
+    rotated_w4a8: Path
+    offset: Path
+    exceptions: Path
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +57,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, uncompiled: None) -> Models
     bf16 = checkpoints.save_tiny_llama(folder / "bf16")
     w4a4 = checkpoints.save_compressed(bf16, folder / "w4a4", W4A4)
     w4a16 = checkpoints.save_compressed(bf16, folder / "w4a16", W4A16)
+    rotated_w4a16 = checkpoints.save_compressed(bf16, folder / "rotated_w4a16", W4A16, rotated=True)
+    attention = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkv"]
     return Models(
         bf16,
         w4a4,
@@ -61,6 +68,15 @@ def models(tmp_path_factory: pytest.TempPathFactory, uncompiled: None) -> Models
         checkpoints.save_compressed(bf16, folder / "mixed", MIXED),
         checkpoints.save_as_quark(w4a4, folder / "quark_w4a4", "MXFP4"),
         checkpoints.save_as_quark(w4a16, folder / "quark_w4a16", "MXFP4A16"),
+        checkpoints.save_compressed(bf16, folder / "rotated_w4a4", W4A4, rotated=True),
+        checkpoints.save_with_scheme(rotated_w4a16, folder / "rotated_w4a8", Scheme("w4a8", hadamard=HADAMARD)),
+        checkpoints.save_with_scheme(rotated_w4a16, folder / "offset", Scheme("w4a16", hadamard=HADAMARD, input_offset=True)),
+        checkpoints.save_with_scheme(
+            rotated_w4a16,
+            folder / "exceptions",
+            Scheme("w4a8", hadamard=HADAMARD),
+            dict.fromkeys(attention, Scheme("w4a16", hadamard=HADAMARD)),
+        ),
     )
 
 
@@ -69,13 +85,13 @@ Reference = Callable[..., list[list[int]]]
 
 @pytest.fixture(scope="session")
 def reference(models: Models) -> Reference:
-    """Groups and how else activations are rounded -> the tokens that Transformers is certain of."""
+    """Groups, how else activations are rounded, whether they are transformed -> the tokens that Transformers is certain of."""
     known: dict[str, list[list[int]]] = {}
 
-    def tokens(groups: Groups, *, activations: str | None = None) -> list[list[int]]:
-        key = f"{groups} {activations}"
+    def tokens(groups: Groups, *, activations: str | None = None, rotated: bool = False) -> list[list[int]]:
+        key = f"{groups} {activations} {rotated}"
         if key not in known:
-            known[key] = certain_tokens(models.bf16, groups, activations=activations)
+            known[key] = certain_tokens(models.bf16, groups, activations=activations, rotated=rotated)
         return known[key]
 
     return tokens
@@ -95,6 +111,11 @@ def engines(models: Models, vllm_folder: Path) -> Engines:
             "w4a8": {"model": str(models.w4a8)},
             "int8": {"model": str(models.int8)},
             "mixed": {"model": str(models.mixed)},
+            "rotated_w4a4": {"model": str(models.rotated_w4a4)},
+            "rotated_w4a8": {"model": str(models.rotated_w4a8)},
+            "offset": {"model": str(models.offset)},
+            "exceptions": {"model": str(models.exceptions)},
+            "offset_compiled": {"model": str(models.offset), "enforce_eager": False},
             "quark_w4a4": quark_w4a4 | {"prepare": "quark_in_float32"},
             "w4a4_bf16": w4a4 | half,
             "w4a16_bf16": w4a16 | half,

@@ -9,7 +9,7 @@ from compressed_tensors.quantization import fake_quantize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from .checkpoints import Groups, quantize
+from .checkpoints import Groups, quantize, rotate
 
 # Far above float32's rounding errors in these models.
 NOISE = 1e-6
@@ -65,18 +65,21 @@ ROUNDINGS = {"mxint8": _round_to_mxint8, "vllm-xpu-kernels": _round_as_vllm_xpu_
 
 
 @torch.no_grad()
-def certain_tokens(source: Path, groups: Groups, *, activations: str | None = None) -> list[list[int]]:
+def certain_tokens(source: Path, groups: Groups, *, activations: str | None = None, rotated: bool = False) -> list[list[int]]:
     """The tokens that follow each of PROMPTS, as far as they are certain.
 
     A rounding error may turn the code of an activation, and so a token and all after it. Tokens count as certain as far as
     float64, float32, and float32 with noise in the input of every linear give the same. activations, one of ROUNDINGS, is how
-    the inputs of linears are rounded, where groups leave them alone.
+    the inputs of linears are rounded, where groups leave them alone; rotated: whether they are transformed before that.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the layers are tiny: handing them out costs more
     runs = []
     for dtype in (torch.float64, torch.float32):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+        if rotated:
+            rotate(model)  # in the dtype of the checkpoint, so that weights are rounded alike
+        model.to(dtype)
         quantize(model, groups)
         linears = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
         for linear in linears:

@@ -3,21 +3,28 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import vllm.model_executor.kernels.linear as linear_kernels
 from torch import Tensor, nn
 from vllm.model_executor.kernels.linear import MxFp4LinearLayerConfig, XPUMxFp4LinearKernel, init_mxfp4_linear_kernel
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kMxfp4Dynamic
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import PlatformEnum, current_platform
 from vllm.plugins import load_general_plugins
 from xpu_fp4 import Backend, cpu_backend, reference
 from xpu_fp4.checkpoints import CheckpointError, Scheme
+from xpu_fp4.checkpoints.compressed_tensors import names_of, write_config
 from xpu_fp4.integrations.vllm import kernel, register, registration
 from xpu_fp4.integrations.vllm.config import ActivationsAwareConfig, CompressedTensorsMxfp4
 from xpu_fp4.integrations.vllm.kernel import XpuFp4LinearKernel, key_of
@@ -270,6 +277,140 @@ def test_on_xpu_a_request_puts_ours_in_front(on_xpu: None, monkeypatch: pytest.M
     first, second = (XpuFp4LinearKernel, XPUMxFp4LinearKernel) if activations else (XPUMxFp4LinearKernel, XpuFp4LinearKernel)
     assert kernels_of(PlatformEnum.XPU) == [first, second]
     assert type(init_mxfp4_linear_kernel(kMxfp4Dynamic)) is first
+
+
+# ---- transforms ----
+
+TRANSFORMED = [Scheme("w4a4", hadamard=32), Scheme("w4a8", hadamard=32), Scheme("w4a8", group=32, hadamard=32)]
+NAME = "model.layers.0.mlp.down_proj"
+
+
+def config_of(
+    scheme: Scheme, ignore: Sequence[str] = (), exceptions: dict[str, Scheme] | None = None
+) -> ActivationsAwareConfig:
+    config: ActivationsAwareConfig = ActivationsAwareConfig.from_config(write_config(scheme, ignore, exceptions or {}))
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    return config
+
+
+def bare(kind: type[nn.Module]) -> Any:
+    """A layer as vLLM shows it to its configuration, which looks at the class."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    return layer
+
+
+def with_content(layer: Any, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Creates the layer's parameters as vLLM does and fills them: codes, scales, bias and offset."""
+    layer.prefix = NAME
+
+    def load(parameter: Tensor, value: Tensor) -> None:
+        parameter.data.copy_(value)
+
+    ranks: dict[str, Any] = {"get_tensor_model_parallel_rank": lambda: 0, "get_tensor_model_parallel_world_size": lambda: 1}
+    with mock.patch.multiple("vllm.model_executor.parameter", **ranks):
+        layer.scheme.create_weights(
+            layer=layer,
+            output_partition_sizes=[N],
+            input_size_per_partition=K,
+            params_dtype=torch.float32,
+            weight_loader=load,
+        )
+    layer.register_parameter("bias", None)
+    names, (codes, scale) = names_of(scheme), reference.quantize(torch.randn(N, K))
+    layer.get_parameter(names.packed).data.copy_(codes)
+    layer.get_parameter(names.scale).data.copy_(scale)
+    if not scheme.input_offset:
+        return codes, scale, None, None
+    bias, offset = torch.randn(N), torch.randn(K)
+    layer.get_parameter(names.bias).data.copy_(bias)
+    parameter = layer.get_parameter(names.input_offset)
+    parameter.weight_loader(parameter, offset)
+    return codes, scale, bias, offset
+
+
+@pytest.mark.parametrize("has_offset", [False, True])
+@pytest.mark.parametrize("scheme", TRANSFORMED, ids=str)
+def test_a_transform_is_the_kernels_and_has_the_bits_of_the_definition(scheme: Scheme, has_offset: bool) -> None:
+    scheme = replace(scheme, input_offset=has_offset)
+    layer = bare(LinearBase)
+    method = config_of(scheme).get_quant_method(layer, NAME)
+    assert type(method) is CompressedTensorsLinearMethod, "nothing around the kernel"
+    codes, scale, bias, offset = with_content(layer, scheme)
+    method.process_weights_after_loading(layer)
+    x = torch.randn(5, K)
+    quantized = DEFINED[replace(scheme, hadamard=0, input_offset=False)](reference.transform(x, scheme.hadamard, offset))
+    expected = reference.gemm(*quantized, codes, scale, torch.float32, bias)
+    assert torch.equal(method.apply(layer, x, layer.bias), expected)
+
+
+def test_on_xpu_a_transform_goes_to_ours(on_xpu: None) -> None:
+    layer = bare(LinearBase)
+    config_of(Scheme("w4a4", hadamard=32)).get_quant_method(layer, NAME)
+    assert type(layer.scheme.kernel) is XpuFp4LinearKernel
+
+
+def test_a_request_keeps_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XPU_FP4_ACTIVATIONS", "mxint8")
+    layer = bare(LinearBase)
+    config_of(Scheme("w4a4", hadamard=32)).get_quant_method(layer, NAME)
+    assert layer.scheme.kernel._scheme == Scheme("w4a8", hadamard=32)
+
+
+def test_layers_that_differ_are_served_as_written() -> None:
+    most, some = Scheme("w4a8", hadamard=32, input_offset=True), Scheme("w4a16", hadamard=64)
+    parts = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    config = config_of(most, ["lm_head"], dict.fromkeys(parts, some))
+    for name, expected in ((NAME, most), ("model.layers.0.self_attn.qkv_proj", some)):
+        layer = bare(LinearBase)
+        config.get_quant_method(layer, name)
+        assert layer.scheme.scheme == expected
+    mixed = config_of(most, ["lm_head"], {parts[0]: replace(most, hadamard=64)})
+    with pytest.raises(ValueError, match=r"self_attn.qkv_proj: its parts have different transforms, expected one for all"):
+        mixed.get_quant_method(bare(LinearBase), "model.layers.0.self_attn.qkv_proj")
+
+
+def test_parts_of_a_fused_layer_have_one_offset() -> None:
+    scheme = Scheme("w4a16", input_offset=True)
+    layer = bare(LinearBase)
+    config_of(scheme).get_quant_method(layer, NAME)
+    _, _, _, offset = with_content(layer, scheme)
+    assert offset is not None
+    parameter = layer.input_offset
+    parameter.weight_loader(parameter, offset)
+    with pytest.raises(ValueError, match=rf"{NAME}: its parts have different input offsets, expected one for all"):
+        parameter.weight_loader(parameter, offset + 1)
+
+
+def test_a_transform_of_what_is_not_quantized_is_refused() -> None:
+    config = config_of(Scheme("w4a16", hadamard=32))
+    config.ignore = [NAME]
+    with pytest.raises(CheckpointError, match=f"transforms the input of {NAME}, whose weight is not MXFP4"):
+        config.get_quant_method(bare(LinearBase), NAME)
+    with pytest.raises(CheckpointError, match="applies a Hadamard transform at the input of lm_head, which is not quantized"):
+        config.get_quant_method(bare(ParallelLMHead), "lm_head")
+    config_of(Scheme("w4a16", hadamard=32), ["lm_head"]).get_quant_method(bare(ParallelLMHead), "lm_head")
+
+
+def test_a_shard_that_cuts_a_transform_is_refused_by_its_name() -> None:
+    served = XpuFp4LinearKernel.of(Scheme("w4a4", hadamard=64))
+    layer = layer_with(*reference.quantize(torch.randn(N, K)))
+    with pytest.raises(
+        ValueError, match=rf"{NAME}: .* has 160 elements, expected a multiple of 64, .* another tensor parallel"
+    ):
+        served.process_weights_after_loading(layer)
+
+
+def test_matrices_of_transforms_are_not_loaded_and_names_are_vllms() -> None:
+    config = config_of(Scheme("w4a16", hadamard=32), ["model.lm_head"], {"model.a.q_proj": Scheme("w4a16", hadamard=64)})
+    mapper = config.get_checkpoint_weight_mapper()
+    assert mapper.map_name("model.a.q_proj.hadamard_32_input.weight") is None
+    assert mapper.map_name("model.a.q_proj.weight_packed") == "model.a.q_proj.weight_packed"
+    assert mapper.map_name("model.a.q_proj.g_idx") is None, "vLLM's own rule"
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    layer = bare(LinearBase)
+    config.get_quant_method(layer, "language_model.model.a.q_proj")
+    assert layer.scheme.scheme.hadamard == 64
 
 
 def test_a_slice_of_wider_activations_is_served() -> None:

@@ -78,6 +78,33 @@ def test_weight_only_is_recognised_layer_by_layer(engines: Engines, reference: R
     assert run.ops == {name: count // 2 for name, count in (W4A4_OPS | W4A16_OPS).items()}
 
 
+def test_rotated_inputs_of_compressed_tensors(engines: Engines, reference: Reference) -> None:
+    run = engines["rotated_w4a4"]
+    assert_tokens(run, reference(W4A4, rotated=True))
+    assert run.ops == W4A4_OPS
+
+
+def test_rotated_inputs_in_w4a8(engines: Engines, reference: Reference) -> None:
+    run = engines["rotated_w4a8"]
+    assert_tokens(run, reference(W4A16, activations="mxint8", rotated=True))
+    assert run.ops == W4A8_OPS
+
+
+@pytest.mark.parametrize("checkpoint", ["offset", "offset_compiled"])
+def test_an_offset_and_its_share_in_the_bias_cancel(engines: Engines, reference: Reference, checkpoint: str) -> None:
+    run = engines[checkpoint]
+    assert_tokens(run, reference(W4A16, rotated=True))
+    assert run.ops == W4A16_OPS
+
+
+def test_layers_that_differ_by_our_hint(engines: Engines, models: Models) -> None:
+    run = engines["exceptions"]
+    assert run.ops == {name: count // 4 for name, count in W4A16_OPS.items()} | {n: 3 * c // 4 for n, c in W4A8_OPS.items()}
+    model = xpu_fp4.load_model(models.exceptions, dtype=torch.float32)
+    with torch.inference_mode():
+        assert [tokens[0] for tokens in run.tokens] == [decode(model, prompt)[0] for prompt in PROMPTS]
+
+
 def test_w4a4_of_quark(engines: Engines, reference: Reference) -> None:
     run = engines["quark_w4a4"]
     assert_tokens(run, reference(W4A4))
@@ -109,6 +136,12 @@ def test_tensor_parallel_workers_share_qkv_and_gate_up(models: Models, reference
     run = generate(models.w4a4, vllm_folder, env=env, tensor_parallel_size=2)
     assert_tokens(run, reference(W4A4))
     assert run.ops == {}, "an engine with one worker ran in the process that asked it"
+
+
+def test_tensor_parallel_workers_cut_transforms_between_blocks(models: Models, reference: Reference, vllm_folder: Path) -> None:
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    run = generate(models.offset, vllm_folder, env=env, tensor_parallel_size=2)
+    assert_tokens(run, reference(W4A16, rotated=True))
 
 
 def test_vllm_alone_refuses(models: Models, vllm_folder: Path) -> None:

@@ -54,6 +54,19 @@ struct OutputArguments {
   const float *bias, int64_t bias_row_stride, int64_t bias_column_stride, void *y, int64_t m, int64_t n
 #define XPU_FP4_OUTPUT {bias, bias_row_stride, bias_column_stride, y, m, n}
 
+/// product.h's Transform: float32 per element of a row, null where there is none; and H's size, 0 where there is none.
+struct TransformArguments {
+  const float* offset;
+  int hadamard;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    visit(offset), visit(hadamard);
+  }
+};
+#define XPU_FP4_TRANSFORM_PARAMETERS const float *offset, int hadamard
+#define XPU_FP4_TRANSFORM_OF_PARAMETERS {offset, hadamard}
+
 /// quantize.cpp. `vectors`: loads of 16 bytes.
 struct QuantizeArguments {
   const void* x;
@@ -79,6 +92,21 @@ struct QuantizeMxint8Arguments {
   template <class Visit>
   void each(const Visit& visit) const {
     visit(x), visit(codes), visit(scale), visit(k), visit(group);
+  }
+};
+
+/// transform.cpp. `out`: codes, or elements of x's dtype, which have no scales.
+struct TransformQuantizeArguments {
+  const void* x;
+  uint8_t* out;
+  uint8_t* scale;
+  int64_t k;
+  int mode, group;  // of MXFP4; of MXINT8
+  TransformArguments transform;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    visit(x), visit(out), visit(scale), visit(k), visit(mode), visit(group), transform.each(visit);
   }
 };
 
@@ -130,6 +158,16 @@ struct QuantizeExpandArguments {
   template <class Visit>
   void each(const Visit& visit) const {
     visit(x), out.each(visit), visit(rows), visit(padded_rows), visit(k), visit(mode), visit(group);
+  }
+};
+
+struct TransformQuantizeExpandArguments {
+  QuantizeExpandArguments expand;
+  TransformArguments transform;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    expand.each(visit), transform.each(visit);
   }
 };
 

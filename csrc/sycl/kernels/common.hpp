@@ -40,6 +40,8 @@ extern SYCL_EXTERNAL xpu_fp4_int8 intel_sub_group_i8_i8_matrix_mad_k32(xpu_fp4_r
 namespace xpu_fp4 {
 
 constexpr int kSubGroup = XPU_FP4_SUB_GROUP;
+/// Registers want constant indices on a GPU; on the CPU device copies of long loops only slow compilation.
+constexpr int kUnroll = XPU_FP4_MATRIX_UNIT ? 128 : 1;
 #ifdef XPU_FP4_DTYPE
 constexpr DType kDType = static_cast<DType>(XPU_FP4_DTYPE);
 #endif

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writes the expanded form (layout.hpp) of an operand: `expand` from codes and scales, `quantize_expand` from floats in one go.
-// A lane does one row of one quad; a sub-group, the kLanes rows of a group. Memory traffic per quad and row: 68 bytes of MXFP4
-// or 132 of MXINT8 in (quantize_expand: the floats, of MXINT8 twice), 132 out.
-// Macros: XPU_FP4_FORMAT; XPU_FP4_ARRANGEMENT; XPU_FP4_ORDER, of elements; XPU_FP4_DTYPE for quantize_expand.
+// Writes the expanded form (layout.hpp) of an operand: `expand` from codes and scales, `quantize_expand` from floats in one go,
+// `transform_quantize_expand` from floats that are transformed before. A lane does one row of one quad; a sub-group, the kLanes
+// rows of a group. Memory traffic per quad and row: 68 bytes of MXFP4 or 132 of MXINT8 in (quantize_expand: the floats, of
+// MXINT8 twice), 132 out.
+// Macros: XPU_FP4_FORMAT; XPU_FP4_ARRANGEMENT; XPU_FP4_ORDER, of elements; XPU_FP4_DTYPE for floats; XPU_FP4_TRANSFORM for
+// transform_quantize_expand alone.
 #include "alignment.hpp"
 #ifdef XPU_FP4_DTYPE
 #include "quantizer.hpp"
@@ -123,6 +125,7 @@ inline Place this_place() {
   return {static_cast<int64_t>(item.get_global_id(1)), static_cast<uint32_t>(item.get_global_id(0))};
 }
 
+#ifndef XPU_FP4_TRANSFORM
 XPU_FP4_KERNEL(2)
 expand(XPU_FP4_STORED_PARAMETERS(in), XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, int64_t padded_rows, int64_t k) {
   const StoredOperand from = XPU_FP4_STORED(in);
@@ -146,19 +149,19 @@ expand(XPU_FP4_STORED_PARAMETERS(in), XPU_FP4_EXPANDED_PARAMETERS(out), int64_t 
   }
   Expanded{XPU_FP4_EXPANDED(out), rows, padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
 }
+#endif
 
 #ifdef XPU_FP4_DTYPE
 using BlockValues = Values<kBlock>;
 
-/// The row's quad from x on, of which `blocks` exist.
-template <class Quad>
-inline void quantize_quad(const uint8_t* x, int64_t blocks, const QuantizeExpandArguments& args, Quad& in) {
-  constexpr int bytes = kBlock * size_of(kDType);
+/// A row's quad of which `blocks` exist, each so many entries of x after the other: bytes of the tensor, or floats at hand.
+template <int step, class Entry, class Quad>
+inline void quantize_quad(const Entry* x, int64_t blocks, const QuantizeExpandArguments& args, Quad& in) {
   if constexpr (kFormat == Format::mxfp4) {
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
       if (b >= blocks) break;
-      const BlockValues values(x + b * bytes);
+      const BlockValues values(x + b * step);
       const uint8_t scale = e8m0::from_amax(values.amax_bits, static_cast<ScaleMode>(args.mode));
       encode(values, Mxfp4Encoder(scale), in.codes[b]);
       in.scale[b] = scale;
@@ -168,30 +171,54 @@ inline void quantize_quad(const uint8_t* x, int64_t blocks, const QuantizeExpand
     uint32_t amax_bits[kQuad], all = 0;
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
-      amax_bits[b] = b < blocks ? BlockValues(x + b * bytes).amax_bits : 0;
+      amax_bits[b] = b < blocks ? BlockValues(x + b * step).amax_bits : 0;
       all = sycl::max(all, amax_bits[b]);
     }
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
       if (b >= blocks) break;
       in.scale[b] = mxint8::scale_byte(args.group == kBlock ? amax_bits[b] : all);
-      encode(BlockValues(x + b * bytes), Mxint8Encoder(in.scale[b]), in.codes[b]);
+      encode(BlockValues(x + b * step), Mxint8Encoder(in.scale[b]), in.codes[b]);
     }
   }
 }
 
-XPU_FP4_KERNEL(2)
-quantize_expand(const void* x, XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, int64_t padded_rows, int64_t k, int mode,
-                int group) {
-  const QuantizeExpandArguments args = {x, XPU_FP4_EXPANDED(out), rows, padded_rows, k, mode, group};
-  const auto [row, quad] = this_place();
+/// quantize(x, blocks, quad): of the row's quad from x on, of which `blocks` exist.
+template <class QuantizeQuad>
+inline void expand_quantized(const QuantizeExpandArguments& args, Place at, const QuantizeQuad& quantize) {
+  const auto [row, quad] = at;
   if (row >= args.padded_rows) return;  // whole sub-groups
   const int64_t blocks = args.k / kBlock, first = int64_t{quad} * kQuad;
   RowQuad in = {};
 #pragma unroll
   for (int b = 0; b < kQuad; ++b) in.scale[b] = e8m0::kBias;
   const uint8_t* from = static_cast<const uint8_t*>(args.x) + (row * blocks + first) * kBlock * size_of(kDType);
-  if (row < args.rows) quantize_quad(from, blocks - first, args, in);
+  if (row < args.rows) quantize(from, blocks - first, in);
   Expanded{args.out, args.rows, args.padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
 }
+
+#ifdef XPU_FP4_TRANSFORM
+/// A lane has its whole quad in registers, since a block of H may be that large.
+XPU_FP4_KERNEL(2)
+transform_quantize_expand(const void* x, XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, int64_t padded_rows, int64_t k,
+                          int mode, int group, XPU_FP4_TRANSFORM_PARAMETERS) {
+  const QuantizeExpandArguments args = {x, XPU_FP4_EXPANDED(out), rows, padded_rows, k, mode, group};
+  // The same quad in all lanes, and so the same offsets.
+  const Place at = {this_place().row, sycl::group_broadcast(this_sub_group(), this_place().quad, 0)};
+  if (offset != nullptr) offset += int64_t{at.quad} * kQuadElements;
+  expand_quantized(args, at, [&](const uint8_t* from, int64_t blocks, RowQuad& in) {
+    const Values<kQuadElements> all(from, {offset, hadamard}, blocks);
+    quantize_quad<kBlock>(all.x, blocks, args, in);
+  });
+}
+#else
+XPU_FP4_KERNEL(2)
+quantize_expand(const void* x, XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, int64_t padded_rows, int64_t k, int mode,
+                int group) {
+  const QuantizeExpandArguments args = {x, XPU_FP4_EXPANDED(out), rows, padded_rows, k, mode, group};
+  expand_quantized(args, this_place(), [&](const uint8_t* from, int64_t blocks, RowQuad& in) {
+    quantize_quad<kBlock * size_of(kDType)>(from, blocks, args, in);
+  });
+}
+#endif
 #endif

@@ -43,9 +43,6 @@ using float8 = xpu_fp4_float8;
 // What stays out of line takes generic pointers, whose address arithmetic is 64 bits wide on Alchemist.
 #define XPU_FP4_INLINE inline __attribute__((always_inline))
 
-/// Registers want constant indices on a GPU; on the CPU device copies of the long stand-in only slow its compilation.
-constexpr int kUnroll = XPU_FP4_MATRIX_UNIT ? 64 : 1;
-
 constexpr int kLanes = kSubGroup;
 constexpr int kRowFragmentBytes = kRowUnit * kBlock;  // a block of 8 rows
 constexpr int kColumnFragmentBytes = kLanes * kBlock;

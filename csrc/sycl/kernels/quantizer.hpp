@@ -3,10 +3,15 @@
 // what they become is an encoder: the scale byte of a largest magnitude, and the code of an element under it.
 #pragma once
 #include "convert.hpp"
+#include "format/hadamard.h"
 
 namespace xpu_fp4 {
 
 constexpr int kVector = 16 / size_of(kDType);  // elements of a load
+
+struct Floats4 {
+  float x[4];
+};
 
 /// `count` neighbouring elements as float32, and the bits of the largest magnitude among them.
 template <int count>
@@ -23,6 +28,74 @@ struct Values {
         x[v * kVector + i] = load_converted<kDType>(&bytes, i);
         amax_bits = sycl::max(amax_bits, magnitude_bits(x[v * kVector + i]));
       }
+    }
+  }
+
+  /// Elements at hand.
+  inline explicit Values(const float* from) {
+#pragma unroll(kUnroll)
+    for (int i = 0; i < count; ++i) {
+      x[i] = from[i];
+      amax_bits = sycl::max(amax_bits, magnitude_bits(x[i]));
+    }
+  }
+
+  /// (x - offset) x H. Blocks of H that are larger than `count` go on in the next lanes. `real` blocks of 32 exist, which
+  /// whole blocks of H fill: what stands for the others means nothing.
+  inline Values(const uint8_t* from, const TransformArguments& transform, int64_t real = count / kBlock) {
+#pragma unroll(kUnroll)
+    for (int b = 0; b < count / kBlock; ++b) {
+      const int64_t first = sycl::min(int64_t{b}, real - 1) * kBlock;
+      load_block(x + b * kBlock, from + first * size_of(kDType), transform.offset, first);
+    }
+#pragma unroll(kUnroll)
+    for (int distance = 1; distance < hadamard::kLargestSize; distance *= 2) {
+      if (distance >= transform.hadamard) break;
+      if (distance < count) {
+        add_and_subtract(distance);
+      } else {
+        add_and_subtract_lanes(distance / count);
+      }
+    }
+    const float factor = transform.hadamard == 0 ? 1.0f : hadamard::factor(transform.hadamard);
+#pragma unroll(kUnroll)
+    for (int i = 0; i < count; ++i) {
+      x[i] *= factor;
+      amax_bits = sycl::max(amax_bits, magnitude_bits(x[i]));
+    }
+  }
+
+ private:
+  static inline void load_block(float* to, const uint8_t* from, const float* offset, int64_t first) {
+    const Values<kBlock> in(from);
+#pragma unroll(kUnroll)
+    for (int i = 0; i < kBlock; ++i) to[i] = in.x[i];
+    if (offset == nullptr) return;
+#pragma unroll(kUnroll)
+    for (int v = 0; v < kBlock / 4; ++v) {
+      const auto four = __builtin_bit_cast(Floats4, load16(offset + first + 4 * v));
+#pragma unroll(kUnroll)
+      for (int i = 0; i < 4; ++i) to[4 * v + i] -= four.x[i];
+    }
+  }
+
+  /// (u, v) -> (u + v, u - v), of elements so far apart.
+  inline void add_and_subtract(int distance) {
+#pragma unroll(kUnroll)
+    for (int i = 0; i < count; ++i) {
+      if ((i & distance) != 0) continue;
+      const float u = x[i], v = x[i + distance];
+      x[i] = u + v;
+      x[i + distance] = u - v;
+    }
+  }
+
+  /// The same of lanes: u + 1 v, or u + -1 v, which is rounded once.
+  inline void add_and_subtract_lanes(int distance) {
+    const float sign = (this_sub_group().get_local_linear_id() & distance) == 0 ? 1.0f : -1.0f;
+#pragma unroll(kUnroll)
+    for (int i = 0; i < count; ++i) {
+      x[i] = sycl::fma(x[i], sign, sycl::permute_group_by_xor(this_sub_group(), x[i], distance));
     }
   }
 };

@@ -26,7 +26,20 @@ bool starts_cache_line(const void* address) { return reinterpret_cast<uintptr_t>
 
 Range grid(int64_t rows, int64_t lanes) { return {2, {rows, round_up(lanes, kGroupLanes)}, {1, kGroupLanes}}; }
 
+void transform(const Queue& queue, const Quantize& args) {
+  const auto& [hadamard, offset] = args.to.transform;
+  const Format to = args.to.format;
+  const char* kernel = to == Format::none    ? "transform"
+                       : to == Format::mxfp4 ? "transform_quantize"
+                                             : "transform_quantize_mxint8";
+  queue.launch(transform_variant(queue.target(), args.dtype, alignment_of({args.x, offset})), kernel,
+               grid(args.rows, args.k / kBlock),
+               TransformQuantizeArguments{
+                   args.x, args.codes, args.scale, args.k, static_cast<int>(args.to.mode), args.to.group, {offset, hadamard}});
+}
+
 void quantize(const Queue& queue, const Quantize& args) {
+  if (!args.to.transform.is_none()) return transform(queue, args);
   const Variant variant = quantize_variant(queue.target(), args.dtype, alignment_of({args.x}));
   if (args.to.format == Format::mxint8) {
     const int64_t lanes = ceil_div(args.k, kQuadElements) * queue.target().sub_group;  // of a row

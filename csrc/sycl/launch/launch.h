@@ -18,6 +18,8 @@ bool starts_cache_line(const void* address);
 Range grid(int64_t rows, int64_t lanes);
 
 // ---- conversions ----
+/// x, transformed, to codes and scales; where the format is none to floats of its dtype, in the place of codes.
+void transform(const Queue& queue, const Quantize& args);
 void quantize(const Queue& queue, const Quantize& args);
 void group_quantize(const Queue& queue, const GroupQuantize& args);
 void dequantize(const Queue& queue, const Dequantize& args);

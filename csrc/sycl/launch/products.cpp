@@ -35,14 +35,21 @@ Expanded expand_activations(const Queue& queue, Gpu gpu, const Activations& a, E
       allocate_expanded(queue, {a.m, round_up(a.m, tile_rows), ceil_div(a.k, kQuadElements), gpu.architecture->sub_group});
   const ExpandedLayout& layout = out.layout;
   const Range range = grid(layout.quads, layout.padded_rows);
-  const std::optional<DType> dtype = a.are_codes ? std::nullopt : std::optional(a.dtype);
-  const Variant variant = expand_activations_variant(gpu, a.to.format, dtype, order, alignment_of({a.data}));
-  if (a.are_codes) {
+  const Transform& transform = a.to.transform;
+  const std::optional<Floats> floats = a.are_codes ? std::nullopt : std::optional(Floats{a.dtype, !transform.is_none()});
+  const Variant variant = expand_activations_variant(gpu, a.to.format, floats, order,
+                                                     alignment_of({a.data, a.are_codes ? nullptr : transform.offset}));
+  if (!floats) {
     queue.launch(variant, "expand", range, ExpandArguments{stored(a), out.arrays, layout.rows, layout.padded_rows, a.k});
+    return out;
+  }
+  const QuantizeExpandArguments arguments = {
+      a.data, out.arrays, layout.rows, layout.padded_rows, a.k, static_cast<int>(a.to.mode), a.to.group};
+  if (floats->transformed) {
+    queue.launch(variant, "transform_quantize_expand", range,
+                 TransformQuantizeExpandArguments{arguments, {transform.offset, transform.hadamard}});
   } else {
-    queue.launch(variant, "quantize_expand", range,
-                 QuantizeExpandArguments{a.data, out.arrays, layout.rows, layout.padded_rows, a.k, static_cast<int>(a.to.mode),
-                                         a.to.group});
+    queue.launch(variant, "quantize_expand", range, arguments);
   }
   return out;
 }

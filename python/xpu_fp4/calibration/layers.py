@@ -3,7 +3,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from .. import functional
 from ..checkpoints.description import Scheme
 from ..checkpoints.quantized import QuantizedLinear, round_to_nearest
-from ..functional import Hadamard
 from ..reference import transform
 from .blocks import Call, feed_inputs, stages
 from .gptq import Hessian, round_weight
@@ -125,7 +123,7 @@ def _receivers(pairs: Iterable[tuple[_Group, Callable[[Tensor], None]]]) -> dict
 
 def multiplied_input(x: Tensor, scheme: Scheme, offset: Tensor | None) -> Tensor:
     """The values, float32 [T, K], that a layer of that scheme multiplies with its weight's when it gets x [T, K]."""
-    hadamard = cast(Hadamard, scheme.hadamard)
+    hadamard = scheme.hadamard
     if scheme.mode == "w4a4":
         codes = functional.quantize(x, scheme.scale_mode, hadamard=hadamard, input_offset=offset)
         return functional.dequantize(*codes)
@@ -142,7 +140,7 @@ def _quantize_group(block: nn.Module, group: _Group, where: str) -> dict[str, Qu
         raise ValueError(f"the inputs of {where} hold NaN or Inf on the calibration data")
     linears = [linear_of(block, name) for name in group.names]
     weight = torch.cat([linear.weight.detach().float() for linear in linears])
-    turned = transform(weight, cast(Hadamard, group.scheme.hadamard))
+    turned = transform(weight, group.scheme.hadamard)
     scale = round_to_nearest(weight, group.scheme, f"the weight of {where}").scale
     codes = round_weight(turned, scale, hessian)
     missing = None

@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 from torch import Tensor
 
 from .._library import BLOCK
-from ..functional import Group, Mode, ScaleMode, check_mode, options_of
+from ..functional import Group, Hadamard, Mode, ScaleMode, check_mode, options_of
 from .errors import CheckpointError
 from .tensor_files import TensorFiles, TensorInfo
 from .transforms import InputTransforms
@@ -22,7 +22,7 @@ class Scheme:
     mode: Mode
     scale_mode: ScaleMode = "even"
     group: Group = 128
-    hadamard: int = 0
+    hadamard: Hadamard = 0
     input_offset: bool = False
     """Whether the layer has one: a tensor of its own."""
 
@@ -72,7 +72,7 @@ class Checkpoint:
 
     folder: Path
     format: str
-    """`compressed-tensors`, `quark` or `mxfp4` (gpt-oss): config.json's quant_method."""
+    """`compressed-tensors`, `quark`, `auto-round` or `mxfp4` (gpt-oss): config.json's quant_method."""
     files: TensorFiles
     layers: dict[str, Layer]
     transforms: InputTransforms

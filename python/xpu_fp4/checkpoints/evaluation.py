@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
 
 from ..modules import MXFP4Linear
 
@@ -23,13 +23,65 @@ class LayerNoise:
     """Of the layer by itself: it is given the inputs of the original layer."""
 
 
+_ROWS = 128
+"""Tokens whose distributions are compared at a time, which bounds the memory: a distribution has an entry for each word."""
+
+
+@dataclass(frozen=True)
+class LanguageScores:
+    """How well a model foretells a text and, beside an original, how far its distributions of next tokens are from it."""
+
+    perplexity: float
+    divergence: float | None = None
+    """Kullback-Leibler divergence of the model from the original, mean over tokens, in nats."""
+    agreement: float | None = None
+    """Share of tokens for which both hold the same next one for the likeliest."""
+
+
 def perplexity(model: Any, windows: Tensor) -> float:
     """exp of the mean cross-entropy of next tokens over windows [W, T] of token ids, each window by itself."""
-    losses = []
+    return language_scores([model], windows)[0].perplexity
+
+
+def language_scores(models: Sequence[Any], windows: Tensor, original: Any = None) -> list[LanguageScores]:
+    """The scores of each model over windows [W, T] of token ids, each window by itself; the original's come last."""
+    everyone = [*models, *([] if original is None else [original])]
+    losses: list[list[Tensor]] = [[] for _ in everyone]
+    divergences: list[list[Tensor]] = [[] for _ in models]
+    agreements: list[list[Tensor]] = [[] for _ in models]
     for window in windows:
-        logits = model(window[None]).logits[0, :-1].float()
-        losses.append(cross_entropy(logits, window[1:]).double())
-    return math.exp(torch.stack(losses).mean())
+        wanted = None if original is None else _logits(original, window)
+        for index, model in enumerate(everyone):
+            logits = wanted if wanted is not None and index == len(models) else _logits(model, window)
+            losses[index].append(cross_entropy(logits.float(), window[1:]).double())
+            if wanted is not None and index < len(models):
+                divergences[index].append(_divergence(logits, wanted))
+                agreements[index].append((logits.argmax(-1) == wanted.argmax(-1)).double().mean())
+    scores = []
+    for index, loss in enumerate(losses):
+        value = math.exp(torch.stack(loss).mean())
+        beside = index < len(models) and original is not None
+        scores.append(
+            LanguageScores(value, _mean(divergences[index]), _mean(agreements[index])) if beside else LanguageScores(value)
+        )
+    return scores
+
+
+def _logits(model: Any, window: Tensor) -> Tensor:
+    logits: Tensor = model(window[None]).logits[0, :-1]
+    return logits
+
+
+def _mean(values: list[Tensor]) -> float:
+    return float(torch.stack(values).mean())
+
+
+def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    sums = [
+        kl_div(log_softmax(part.float(), -1), log_softmax(goal.float(), -1), log_target=True, reduction="sum").double()
+        for part, goal in zip(logits.split(_ROWS), wanted.split(_ROWS), strict=True)
+    ]
+    return torch.stack(sums).sum() / len(logits)
 
 
 def sentence_embeddings(model: Any, tokenizer: Any, sentences: Sequence[str]) -> Tensor:

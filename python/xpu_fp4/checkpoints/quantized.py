@@ -3,12 +3,11 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import Hadamard, quantize
+from ..functional import quantize
 from ..modules import MXFP4Linear
 from .description import Scheme
 from .errors import CheckpointError
@@ -55,8 +54,7 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, where: str) -> QuantizedLin
 
     where: what an error's message begins with. Raises CheckpointError: the weight holds NaN or Inf.
     """
-    hadamard = cast(Hadamard, scheme.hadamard)
-    codes, scale = (t.view(torch.uint8) for t in quantize(weight.detach(), scheme.scale_mode, hadamard=hadamard))
+    codes, scale = (t.view(torch.uint8) for t in quantize(weight.detach(), scheme.scale_mode, hadamard=scheme.hadamard))
     if (scale == _NAN_SCALE).any():
         raise CheckpointError(f"{where} holds NaN or Inf")
     return QuantizedLinear(replace(scheme, input_offset=False), codes, scale)

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import compressed_tensors, gpt_oss, quark, schemas
+from . import auto_round, compressed_tensors, gpt_oss, quark, schemas
 from .description import Checkpoint, Layer
 from .errors import CheckpointError, printable
 from .keys import refusal
@@ -29,8 +29,9 @@ _TYPES = {
     compressed_tensors.METHOD: schemas.check_compressed_tensors,
     quark.METHOD: schemas.check_quark,
     gpt_oss.METHOD: schemas.check_gpt_oss,
+    auto_round.METHOD: schemas.check_auto_round,
 }
-_FORMATS: dict[str, _Format] = {format.METHOD: format for format in (compressed_tensors, quark, gpt_oss)}
+_FORMATS: dict[str, _Format] = {format.METHOD: format for format in (compressed_tensors, quark, gpt_oss, auto_round)}
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:

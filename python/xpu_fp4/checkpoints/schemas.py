@@ -66,6 +66,7 @@ class Transform(msgspec.Struct):
 class Extension(msgspec.Struct):
     """Our own key."""
 
+    activations: str | None = None
     input_offset: bool | None = None
     groups: dict[str, dict[str, Any]] | None = None
 
@@ -84,6 +85,12 @@ class Export(msgspec.Struct):
     """Quark's export."""
 
     kv_cache_group: list[str] | None = None
+
+
+class AutoRound(msgspec.Struct):
+    """A quantization_config of AutoRound."""
+
+    extra_config: dict[str, dict[str, Any]] | None = None
 
 
 class GptOss(msgspec.Struct):
@@ -121,6 +128,10 @@ def check_compressed_tensors(config: dict[str, Any], where: str) -> None:
 def check_quark(config: dict[str, Any], where: str) -> None:
     check_type(config, Quark, where)
     check_type(config.get("export"), Export | None, f"{where}.export")
+
+
+def check_auto_round(config: dict[str, Any], where: str) -> None:
+    check_type(config, AutoRound, where)
 
 
 def check_gpt_oss(config: dict[str, Any], where: str) -> None:

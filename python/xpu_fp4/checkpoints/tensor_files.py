@@ -91,7 +91,9 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    weight_map: dict[str, str] = read_json(folder / INDEX).get("weight_map")  # type: ignore[assignment]  # checked now
+    index = read_json(folder / INDEX)
+    check_type(index.get("metadata", {}), dict[str, Any], f"{folder / INDEX}: metadata")  # Transformers adds to it
+    weight_map: dict[str, str] = index.get("weight_map")  # type: ignore[assignment]  # checked now
     where = f"{folder / INDEX} has no weight_map from tensor names to file names: weight_map"
     check_type(weight_map, dict[str, str], where)
     return weight_map

@@ -7,17 +7,16 @@ is the layer's own, in each forward. All others would have to be done outside of
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 
+from ..functional import Hadamard
+from ..reference import transform
 from .errors import CheckpointError
 from .keys import is_set, refusal, require_object
 from .patterns import NameSet, Patterns
 from .tensor_files import TensorFiles
-
-SIZES = (32, 64, 128)
-"""Of the Hadamard matrices that a layer's input can be multiplied by."""
 
 _CLASS = "Linear"  # what is packed: it cannot be seen in the files
 _KEYS = {"type", "apply", "head_dim", "randomize", "requires_grad", "precision"}
@@ -41,7 +40,7 @@ class _Transform:
     """The transform of one entry of config_groups at the inputs of the modules that are its targets."""
 
     name: str
-    size: int
+    size: Hadamard
     targets: _Modules
     ignored: _Modules
 
@@ -53,20 +52,20 @@ class InputTransforms:
     """The transforms at inputs that a `transform_config` asks for. where: what an error's message begins with.
 
     Raises CheckpointError, naming the key: a transform that is not in the stored weights and no Hadamard transform, in blocks
-    of SIZES, at a module's input.
+    of 32, 64 or 128, at a module's input.
     """
 
     def __init__(self, config: Any, where: str) -> None:
         self._where = where
         self._transforms = list(_read(require_object(config, where), where))
 
-    def size(self, layer: str, in_features: int) -> int:
+    def size(self, layer: str, in_features: int) -> Hadamard:
         """The size of the transform at a quantized layer's input, 0 if there is none. CheckpointError if it does not fit."""
         found = self._at(layer, (_CLASS,))
         if len(found) > 1:
             names = ", ".join(transform.name for transform in found)
             raise CheckpointError(f"{self._where}.config_groups has several transforms at the input of {layer}: {names}")
-        size = found[0].size if found else 0
+        size: Hadamard = found[0].size if found else 0
         if size and in_features % size != 0:
             what = f"{layer}, whose K is {in_features}, expected a multiple of it"
             raise CheckpointError(f"{self._where}.config_groups.{found[0].name}.head_dim is {size} for {what}")
@@ -77,18 +76,18 @@ class InputTransforms:
 
         Layers share it, and files hold it once or never. Raises CheckpointError if it is not the matrix that it is to be.
         """
-        for transform in self._at(layer, (_CLASS,)):
-            name = f"{layer}.{transform.name}_input.weight"
+        for found in self._at(layer, (_CLASS,)):
+            name = f"{layer}.{found.name}_input.weight"
             if name in files:
-                _check_matrix(files, name, transform.size)
+                _check_matrix(files, name, found.size)
                 return name
         return None
 
     def refuse_at(self, module: str, classes: Collection[str]) -> None:
         """Raises CheckpointError if a module that is not quantized, of these classes and bases, has a transform."""
-        for transform in self._at(module, classes):
+        for found in self._at(module, classes):
             what = f"applies a Hadamard transform at the input of {module}, which is not quantized"
-            raise refusal(f"{self._where}.config_groups.{transform.name}", what)
+            raise refusal(f"{self._where}.config_groups.{found.name}", what)
 
     def _at(self, module: str, classes: Iterable[str]) -> list[_Transform]:
         return [transform for transform in self._transforms if transform.is_at(module, classes)]
@@ -109,20 +108,20 @@ def _read(config: dict[str, Any], where: str) -> Iterator[_Transform]:
             yield _Transform(name, size, targets, ignored)
 
 
-def _check_online(scheme: dict[str, Any], apply: dict[str, Any], where: str) -> int:
+def _check_online(scheme: dict[str, Any], apply: dict[str, Any], where: str) -> Hadamard:
     """The size of the transform that a layer has to compute; CheckpointError if it cannot."""
     kind, location, size = scheme.get("type"), apply.get("location"), scheme.get("head_dim")
     what = f"applies a {kind} transform (a rotation) at every {location} of {apply.get('targets')}"
     if location != "input" or kind != "hadamard":
         raise refusal(where, what)
-    if size not in SIZES:
+    if size not in get_args(Hadamard) or size == 0:
         blocks = "over the whole width" if size is None else f"in blocks of {size}"
         raise refusal(f"{where}.head_dim", f"{what}, {blocks} instead of 32, 64 or 128,")
     if is_set(scheme.get("randomize")):
         raise refusal(f"{where}.randomize", f"{what}, whose matrix is permuted,")
     _check_keys(scheme, _KEYS, where)
     _check_keys(apply, _APPLY_KEYS, f"{where}.apply")
-    return int(size)
+    return cast(Hadamard, size)
 
 
 def _check_keys(found: dict[str, Any], known: Collection[str], where: str) -> None:
@@ -131,19 +130,13 @@ def _check_keys(found: dict[str, Any], known: Collection[str], where: str) -> No
         raise CheckpointError(f"{where} has the keys {', '.join(unknown)}, expected {', '.join(sorted(known))}")
 
 
-def _check_matrix(files: TensorFiles, name: str, size: int) -> None:
+def _check_matrix(files: TensorFiles, name: str, size: Hadamard) -> None:
     info = files[name]
-    matrix = files.tensor(name).double() if info.shape == (size, size) else torch.zeros(size, size)
+    with torch.device("cpu"):  # Transformers reads while it is another
+        expected = transform(torch.eye(size), size).sign()
+    matrix = files.tensor(name).float() if info.shape == (size, size) else -expected
     # Writers differ in whether the factor of the root is in it.
-    if not matrix[0, 0] > 0 or not torch.equal(matrix / matrix[0, 0], _sylvester(size)):
+    if not matrix[0, 0] > 0 or not torch.equal(matrix / matrix[0, 0], expected):
         raise CheckpointError(
             f"{info} is not Sylvester's Hadamard matrix [{size}, {size}], which its transform_config asks for"
         )
-
-
-def _sylvester(size: int) -> torch.Tensor:
-    """[size, size], 1 and -1."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
-    return matrix

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`xpu-fp4 eval`: how good an MXFP4 model is, beside the model that it was made from."""
+"""`xpu-fp4 eval`: how good MXFP4 models are, beside the model that they were made from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,57 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checkpoints import load_model
-from ..checkpoints.evaluation import LayerNoise, embedding_similarity, layer_noise, perplexity, sentence_embeddings
+from ..checkpoints.evaluation import (
+    LanguageScores,
+    LayerNoise,
+    embedding_similarity,
+    language_scores,
+    layer_noise,
+    sentence_embeddings,
+)
 from ..checkpoints.models import load_original, load_tokenizer, require_transformers
+from ..checkpoints.questions import Question, answer_all, is_right, read_questions
 from ..checkpoints.reader import read_checkpoint
 from ..functional import Mode
 from .common import DIRECTORY, errors_as_messages, plain, run_in_scheme, wide_console
 
 NOISE_TOKENS = 256
 NOISE_SENTENCES = 16
+ORIGINAL = "original"
 
 
 @dataclass
 class Evaluation:
-    """What was found; `figures` are the lines of the first table, by their titles."""
+    """What was found of one model; `figures` are a column of the first table, by the titles of its rows."""
 
-    folder: Path
-    original: Path | None
+    name: str
     figures: dict[str, str] = field(default_factory=dict)
     noise: list[LayerNoise] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What was found of all models, the original last where it is given."""
+
+    models: list[Evaluation]
+    questions: Sequence[Question] = ()
+
+
+@dataclass(frozen=True)
+class Models:
+    """Quantized models by their names, and the original if it is given."""
+
+    quantized: dict[str, Any]
+    original: Any
+    tokenizer: Any
+
+    def all(self) -> dict[str, Any]:
+        return self.quantized if self.original is None else self.quantized | {ORIGINAL: self.original}
 
 
 @click.command("eval")
-@click.argument("folder", metavar="DIR", type=DIRECTORY)
+@click.argument("folders", metavar="DIR...", type=DIRECTORY, nargs=-1, required=True)
 @click.option(
     "--text",
     required=True,
@@ -40,6 +70,12 @@ class Evaluation:
     help="UTF-8. A language model's perplexity is taken over its beginning; for other models, each line is a sentence.",
 )
 @click.option("--original", type=DIRECTORY, help="The unquantized model, to compare with.")
+@click.option(
+    "--questions",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="For a language model to answer: in each line a JSON object with a question, and expected, a list of words of which "
+    "one is in a right answer.",
+)
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(min=2), help="Tokens in a window.")
 @click.option("--windows", default=4, show_default=True, type=click.IntRange(min=1), help="Windows at most.")
 @click.option(
@@ -51,31 +87,38 @@ class Evaluation:
 @errors_as_messages
 @torch.inference_mode()
 def command(
-    folder: Path, text: Path, original: Path | None, window: int, windows: int, report: Path | None, mode: Mode | None
+    folders: tuple[Path, ...],
+    text: Path,
+    original: Path | None,
+    questions: Path | None,
+    window: int,
+    windows: int,
+    report: Path | None,
+    mode: Mode | None,
 ) -> None:
-    """Evaluate the MXFP4 model in DIR.
+    """Evaluate the MXFP4 models in each DIR, made of one model by different recipes.
 
-    A language model: perplexity. Any other: cosine similarity of sentence embeddings (mean of the last hidden states) with the
-    original's. With --original also the signal-to-noise ratio, in decibel, of each layer's weight and of its output.
+    Language models: perplexity and, with --questions, how many answers are right. Any other: cosine similarity of sentence
+    embeddings (mean of the last hidden states) with the original's. With --original also the Kullback-Leibler divergence from
+    its distributions of next tokens, how often both hold the same one for the likeliest, and the signal-to-noise ratio, in
+    decibel, of each layer's weight and of its output.
     """
     if report is not None and (report.suffix not in (".html", ".png") or original is None):
         raise click.UsageError("--report needs a name that ends in .html or .png, and --original")
+    asked = [] if questions is None else read_questions(questions)
     transformers = require_transformers()
     transformers.logging.disable_progress_bar()
     console = wide_console()
     content = text.read_text(encoding="utf-8")
     with console.status("Loading"):
-        quantized = load_model(folder, mode=mode)
-        unquantized = None if original is None else load_original(original).eval()
-    tokenizer = load_tokenizer(folder)
-    if unquantized is not None and type(unquantized) is not type(quantized):
-        raise ValueError(f"--original is a {type(unquantized).__name__}, expected a {type(quantized).__name__} as in {folder}")
-    schemes = {str(layer.scheme) for layer in read_checkpoint(folder).in_mode(mode).layers.values()}
-    found = Evaluation(folder, original, {"scheme": ", ".join(sorted(schemes))})
-    if quantized.can_generate():
-        _language_model(found, quantized, unquantized, _windows(tokenizer, content, window, windows), console)
-    elif unquantized is not None:
-        _embedding_model(found, quantized, unquantized, tokenizer, [line for line in content.splitlines() if line.strip()])
+        models = _load(folders, original, mode)
+    found = Report([_begin(name, folder, mode) for name, folder in zip(models.quantized, folders, strict=True)], asked)
+    if all(model.can_generate() for model in models.quantized.values()):
+        _language_models(found, models, _windows(models.tokenizer, content, window, windows), console)
+    elif asked:
+        raise click.UsageError("--questions are for language models, which DIR is not")
+    elif original is not None:
+        _embedding_models(found, models, [line for line in content.splitlines() if line.strip()])
     else:
         raise click.UsageError("DIR is no language model: give --original to compare sentence embeddings with")
     _print(found, console)
@@ -86,6 +129,30 @@ def command(
         console.print(plain(f"Report: {report}"), soft_wrap=True)
 
 
+def _load(folders: Sequence[Path], original: Path | None, mode: Mode | None) -> Models:
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    if len(set(names)) < len(names) or ORIGINAL in names:
+        raise ValueError(f"DIR is {', '.join(names)}, expected different directories, none of them named {ORIGINAL}")
+    quantized = {name: load_model(folder, mode=mode) for name, folder in zip(names, folders, strict=True)}
+    unquantized = None if original is None else load_original(original).eval()
+    wanted = next(iter(quantized.values())) if unquantized is None else unquantized
+    for folder, model in zip(folders, quantized.values(), strict=True):
+        if type(model) is type(wanted):
+            continue
+        if unquantized is not None:
+            given, expected = type(wanted).__name__, type(model).__name__
+            raise ValueError(f"--original is a {given}, expected a {expected} as in {folder}")
+        raise ValueError(f"{folder} is a {type(model).__name__}, expected a {type(wanted).__name__} like the first DIR")
+    return Models(quantized, unquantized, load_tokenizer(folders[0]))
+
+
+def _begin(name: str, folder: Path, mode: Mode | None) -> Evaluation:
+    schemes = {str(layer.scheme) for layer in read_checkpoint(folder).in_mode(mode).layers.values()}
+    return Evaluation(name, {"scheme": ", ".join(sorted(schemes))})
+
+
 def _windows(tokenizer: Any, content: str, window: int, windows: int) -> torch.Tensor:
     ids: torch.Tensor = tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
     count = min(windows, len(ids) // window)
@@ -94,39 +161,82 @@ def _windows(tokenizer: Any, content: str, window: int, windows: int) -> torch.T
     return ids[: count * window].view(count, window)
 
 
-def _language_model(found: Evaluation, quantized: Any, original: Any, ids: torch.Tensor, console: Console) -> None:
-    found.figures["tokens"] = f"{ids.numel()} in windows of {ids.shape[1]}"
+def _language_models(found: Report, models: Models, ids: torch.Tensor, console: Console) -> None:
+    quantized = list(models.quantized.values())
     with console.status(f"Perplexity over {ids.numel()} tokens"):
-        found.figures["perplexity"] = f"{perplexity(quantized, ids):.2f}"
-        if original is not None:
-            found.figures["perplexity of the original"] = f"{perplexity(original, ids):.2f}"
-            found.noise = layer_noise(original, quantized, lambda model: model(ids[:1, :NOISE_TOKENS]))
+        scores = language_scores(quantized, ids, models.original)
+    if models.original is not None:
+        for evaluation, model in zip(found.models, quantized, strict=True):
+            evaluation.noise = layer_noise(models.original, model, lambda model: model(ids[:1, :NOISE_TOKENS]))
+        found.models.append(Evaluation(ORIGINAL))
+    for evaluation, score in zip(found.models, scores, strict=True):
+        evaluation.figures |= _figures(score, ids)
+    if found.questions:
+        _ask(found, models, console)
 
 
-def _embedding_model(found: Evaluation, quantized: Any, original: Any, tokenizer: Any, sentences: list[str]) -> None:
+def _figures(score: LanguageScores, ids: torch.Tensor) -> dict[str, str]:
+    figures = {"tokens": f"{ids.numel()} in windows of {ids.shape[1]}", "perplexity": f"{score.perplexity:.2f}"}
+    if score.divergence is not None and score.agreement is not None:
+        figures["divergence from the original, nats"] = f"{score.divergence:.4f}"
+        figures["same likeliest token"] = f"{score.agreement:.1%}"
+    return figures
+
+
+def _ask(found: Report, models: Models, console: Console) -> None:
+    for evaluation, (name, model) in zip(found.models, models.all().items(), strict=True):
+        with console.status(plain(f"{name}: {len(found.questions)} questions")):
+            evaluation.answers = answer_all(model, models.tokenizer, [question.question for question in found.questions])
+    rights = {e.name: [is_right(a, q.expected) for a, q in zip(e.answers, found.questions, strict=True)] for e in found.models}
+    for evaluation in found.models:
+        right = rights[evaluation.name]
+        evaluation.figures["right answers"] = f"{sum(right)} of {len(right)}"
+        if models.original is not None and evaluation.name != ORIGINAL:
+            kept = [mine for mine, theirs in zip(right, rights[ORIGINAL], strict=True) if theirs]
+            share = f"{sum(kept) / len(kept):.0%}" if kept else "-"
+            evaluation.figures["of those that the original has right"] = share
+
+
+def _embedding_models(found: Report, models: Models, sentences: list[str]) -> None:
     if not sentences:
         raise ValueError("--text has no sentences")
-    expected = sentence_embeddings(original, tokenizer, sentences)
-    similarity = embedding_similarity(sentence_embeddings(quantized, tokenizer, sentences), expected)
-    found.figures["sentences"] = str(len(sentences))
-    found.figures["cosine similarity, mean"] = f"{similarity.mean():.4f}"
-    found.figures["cosine similarity, least"] = f"{similarity.min():.4f}"
-    found.noise = layer_noise(
-        original, quantized, lambda model: sentence_embeddings(model, tokenizer, sentences[:NOISE_SENTENCES])
-    )
+    expected = sentence_embeddings(models.original, models.tokenizer, sentences)
+    for evaluation, model in zip(found.models, models.quantized.values(), strict=True):
+        similarity = embedding_similarity(sentence_embeddings(model, models.tokenizer, sentences), expected)
+        evaluation.figures |= {
+            "sentences": str(len(sentences)),
+            "cosine similarity, mean": f"{similarity.mean():.4f}",
+            "cosine similarity, least": f"{similarity.min():.4f}",
+        }
+        evaluation.noise = layer_noise(
+            models.original, model, lambda model: sentence_embeddings(model, models.tokenizer, sentences[:NOISE_SENTENCES])
+        )
 
 
-def _print(found: Evaluation, console: Console) -> None:
-    table = Table(title=plain(str(found.folder)), show_header=False, title_justify="left")
-    for name, value in found.figures.items():
-        table.add_row(name, value)
+def rows(found: Report) -> dict[str, list[str]]:
+    """The first table: a row for each figure, an entry for each model, empty where it has none."""
+    titles = dict.fromkeys(title for evaluation in found.models for title in evaluation.figures)
+    return {title: [evaluation.figures.get(title, "") for evaluation in found.models] for title in titles}
+
+
+def _print(found: Report, console: Console) -> None:
+    table = Table(title_justify="left")
+    table.add_column("")
+    for evaluation in found.models:
+        table.add_column(plain(evaluation.name), overflow="fold")
+    for title, entries in rows(found).items():
+        table.add_row(title, *map(plain, entries))
     console.print(table)
-    if not found.noise:
-        return
-    table = Table(title="Signal-to-noise ratio, dB", title_justify="left")
+    for evaluation in found.models:
+        if evaluation.noise:
+            console.print(_noise_table(evaluation))
+
+
+def _noise_table(evaluation: Evaluation) -> Table:
+    table = Table(title=plain(f"{evaluation.name}: signal-to-noise ratio, dB"), title_justify="left")
     table.add_column("layer", overflow="fold")
     table.add_column("weight", justify="right")
     table.add_column("output", justify="right")
-    for layer in found.noise:
+    for layer in evaluation.noise:
         table.add_row(plain(layer.name), f"{layer.weight:.1f}", f"{layer.output:.1f}")
-    console.print(table)
+    return table

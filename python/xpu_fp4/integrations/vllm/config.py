@@ -10,7 +10,7 @@ of this: vLLM passes on what they say.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from ...checkpoints.description import Scheme
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.patterns import PREFIX
 from ...checkpoints.transforms import InputTransforms
+from ...functional import Hadamard
 from .kernel import XpuFp4LinearKernel, key_of
 
 _ORDINARY = names_of(Scheme("w4a4"))
@@ -154,14 +155,14 @@ class ActivationsAwareConfig(CompressedTensorsConfig):
                 apply.targets = _renamed(apply.targets, hf_to_vllm_mapper)
                 apply.ignore = _renamed(apply.ignore, hf_to_vllm_mapper)
 
-    def _hadamard(self, layer: nn.Module, name: str) -> int:
+    def _hadamard(self, layer: nn.Module, name: str) -> Hadamard:
         """The size of the transform at a layer's input, 0 if there is none. ValueError if parts that are fused differ in it."""
         inputs, _ = get_linear_transform_schemes(layer, name, self.transform_config, self.packed_modules_mapping)
         parts = get_layer_partition_names(name, self.packed_modules_mapping)
         sizes = {inputs[part].scheme.head_dim or 0 if part in inputs else 0 for part in range(len(parts))}
         if len(sizes) > 1:
             raise ValueError(f"{name}: its parts have different transforms, expected one for all of a fused layer")
-        return sizes.pop()
+        return cast(Hadamard, sizes.pop())
 
 
 def _renamed(entries: list[str], mapper: Any) -> list[str]:

@@ -22,6 +22,7 @@ from compressed_tensors.transform import (
     TransformScheme,
     apply_transform_config,
 )
+from torch import nn
 from transformers import AutoModelForCausalLM
 from xpu_fp4.checkpoints.untrusted import read_json
 
@@ -69,9 +70,9 @@ def save_rotated(folder: Path, model: Any, mode: str, *, size: int = 32) -> Path
 def load_theirs(folder: Path, ids: torch.Tensor) -> Any:
     """What compressed-tensors computes of a directory, in float32: Transformers decompresses, and leaves transforms out."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.inference_mode():
+    with torch.no_grad():
         model(ids)  # decompresses
-    model = model.float()
+    nn.Module.float(model)  # not Transformers' own, which refuses
     config = read_json(folder / "config.json")["quantization_config"].get("transform_config")
     if config:
         transforms = TransformConfig.model_validate(config)
