@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import click
 from rich.console import Console
@@ -50,8 +50,8 @@ _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
 )
 @click.option(
     "--hadamard",
-    type=click.Choice(get_args(Hadamard)),
-    default=0,
+    type=click.Choice([str(size) for size in get_args(Hadamard)]),
+    default="0",
     show_default=True,
     help="Size of the Hadamard matrices that layers turn their inputs by before they quantize them; 0 for none.",
 )
@@ -95,7 +95,7 @@ def command(
     scale_mode: ScaleMode,
     ignore: tuple[str, ...],
     include: tuple[str, ...],
-    hadamard: Hadamard,
+    hadamard: str,
     keep_high: str,
     texts: tuple[Path, ...],
     chats: tuple[Path, ...],
@@ -126,7 +126,7 @@ def command(
             out,
             mode=scheme,
             scale_mode=scale_mode,
-            hadamard=hadamard,
+            hadamard=cast(Hadamard, int(hadamard)),
             offset=offset,
             keep_high=[name.strip() for name in keep_high.split(",") if name.strip()],
             calibration=calibration,
