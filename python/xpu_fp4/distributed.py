@@ -52,10 +52,6 @@ class _ShardedLinear(MXFP4Linear):
     def _local(self, parameter: Tensor | None) -> Tensor | None:
         return parameter.to_local() if isinstance(parameter, DTensor) else None
 
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        how = {name: getattr(self, name) for name in ("mode", "scale_mode", "group", "hadamard")}
-        return self._snapshot().linear(x, bias, **how, input_offset=self._local(self.input_offset))
-
 
 def _gather(shard: Tensor, mesh: DeviceMesh) -> list[Tensor]:
     shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(mesh.size())]

@@ -331,7 +331,7 @@ class MXFP4Linear(nn.Module):
             scale_mode=self.scale_mode,
             group=self.group,
             hadamard=self.hadamard,
-            input_offset=self.input_offset,
+            input_offset=None if self.input_offset is None else self._to_local(self.input_offset),
         )
 
     def _snapshot(self) -> PackedWeight:

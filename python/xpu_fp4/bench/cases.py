@@ -45,7 +45,8 @@ LAYERS = {
 # Multiples of the kernels' tiles and their neighbours.
 SMALL_M = (2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64)
 _CONVERTED = ("quantize", "quantize-mxint8", "dequantize")
-CONVERSIONS = (*_CONVERTED, *(f"limit-copy-{name}" for name in _CONVERTED))
+_TRANSFORMED = ("quantize-hadamard", "quantize-mxint8-hadamard")
+CONVERSIONS = (*_CONVERTED, *_TRANSFORMED, *(f"limit-copy-{name}" for name in _CONVERTED))
 FORMS = ("linear", "linear-prepacked", "linear-expanded", "gemm", "gemm-prepacked")
 QUANTIZED = tuple(f"{mode}-{form}" for mode in ("w4a4", "w4a8") for form in FORMS)
 """Our products with quantized activations."""

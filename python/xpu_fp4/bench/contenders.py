@@ -67,6 +67,9 @@ class Mode:
         return codes, scale
 
 
+HADAMARD = 32
+"""Of the contenders that transform x first. The time is that of any weight, so theirs is not turned."""
+
 MODES = (
     Mode("w4a4", "mxfp4_linear", "mxfp4_quantize"),
     Mode("w4a8", "mxfp4_linear_w4a8", "mxint8_quantize"),
@@ -83,10 +86,10 @@ def _linear(mode: Mode) -> Callable[[Problem], Run]:
     return setup
 
 
-def _linear_prepacked(mode: Mode) -> Callable[[Problem], Run]:
+def _linear_prepacked(mode: Mode, hadamard: int = 0) -> Callable[[Problem], Run]:
     def setup(problem: Problem) -> Run:
         op, weight, x, n = mode.op("_prepacked"), _prepacked(problem), problem.x, problem.case.n
-        return lambda: op(x, *weight(), n)
+        return lambda: op(x, *weight(), n, hadamard=hadamard)
 
     return setup
 
@@ -152,10 +155,10 @@ def quantize_mxint8_bytes(problem: Problem) -> tuple[int, int]:
     return 2 * elements, elements + elements // BLOCK
 
 
-def _quantize(op: Callable[..., object]) -> Callable[[Problem], Run]:
+def _quantize(op: Callable[..., object], hadamard: int = 0) -> Callable[[Problem], Run]:
     def setup(problem: Problem) -> Run:
         x = problem.xs
-        return lambda: op(*x())
+        return lambda: op(*x(), hadamard=hadamard)
 
     return setup
 
@@ -198,6 +201,20 @@ OURS = (
         "mxint8_quantize of x [M, K] bfloat16, groups of 128",
         _quantize(ops.mxint8_quantize),
         quantize_mxint8_bytes,
+    ),
+    _conversion("quantize-hadamard", "the same after a Hadamard of 32: quantize", _quantize(ops.mxfp4_quantize, HADAMARD)),
+    _conversion(
+        "quantize-mxint8-hadamard",
+        "the same after a Hadamard of 32: quantize-mxint8",
+        _quantize(ops.mxint8_quantize, HADAMARD),
+        quantize_mxint8_bytes,
+    ),
+    Contender(
+        "w4a8-linear-hadamard-prepacked",
+        "ours",
+        "mxfp4_linear_w4a8_prepacked: a Hadamard of 32, then as w4a8-linear-prepacked",
+        _linear_prepacked(MODES[1], hadamard=HADAMARD),
+        device="cpu",
     ),
     _conversion("dequantize", "mxfp4_dequantize to [M, K] bfloat16", _dequantize),
 )

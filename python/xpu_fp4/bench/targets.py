@@ -218,6 +218,17 @@ def _others(results: _Results) -> Iterator[Verdict]:
     yield _verdict(f"{w4a16} 1024x4096x4096", "times torch bf16", 0.9, over_bf16)
     yield _verdict("quantize bf16 1024x4096", "of a copy's speed", 0.70, partial(of_copy, "quantize"))
     yield _verdict("quantize-mxint8 bf16 1024x4096", "of a copy's speed", 0.80, partial(of_copy, "quantize-mxint8"))
+
+    def time_over(name: str, other: str) -> float:
+        return speedup(results.get(other, 1024).timing, results.get(name, 1024).timing)
+
+    for name in ("quantize", "quantize-mxint8"):
+        rule = partial(time_over, f"{name}-hadamard", name)
+        yield _verdict(f"{name}-hadamard bf16 1024x4096", f"time over that of {name}", 2.2, rule, at_most=True)
+    rule = partial(time_over, "w4a8-linear-hadamard-prepacked", "w4a8-linear-prepacked")
+    yield _verdict(
+        "w4a8-linear-hadamard-prepacked 1024x4096x4096", "time over that of w4a8-linear-prepacked", 1.05, rule, at_most=True
+    )
     for m, most in ((1, 1.25), (256, 1.10), (512, 1.10), (1024, 1.10)):
         work = f"w4a4-gemm {m}x4096x4096"
         yield _verdict(work, "time over that of repacked weights", most, partial(raw, m), at_most=True)
