@@ -115,6 +115,25 @@ def test_mxint8_and_w4a8_give_the_cpus_bits(device: Any, variant: str) -> None: 
         assert_same(device, y, on_cpu)
 
 
+def test_transformed_inputs_give_the_cpus_bits(device: Any, variant: str) -> None:  # noqa: ANN401
+    x, weight, scale, bias = layer()
+    offset = torch.randn(K)
+    x_there, offset_there, *weight_there = moved(device, (x, offset, weight, scale, bias))
+    how = {"hadamard": 32, "input_offset": offset}
+    how_there = {"hadamard": 32, "input_offset": offset_there}
+    quantizers = (own.mxfp4_quantize, own.mxint8_quantize)
+    linears = (own.mxfp4_linear, own.mxfp4_linear_w4a8, own.mxfp4_linear_w4a16)
+    got = [y for quantize in quantizers for y in quantize(x_there, **how_there)]
+    got += [linear(x_there, *weight_there, **how_there) for linear in linears]
+    expected = [y for quantize in quantizers for y in quantize(x, **how)]
+    expected += [linear(x, weight, scale, bias, **how) for linear in linears[:2]]
+    with xpu_fp4.cpu_backend("sycl"):  # W4A16 has an order of its own in each backend
+        expected.append(own.mxfp4_linear_w4a16(x, weight, scale, bias, **how))
+    device.synchronize(0, 0)
+    for y, on_cpu in zip(got, expected, strict=True):
+        assert_same(device, y, on_cpu)
+
+
 def test_vllms_names_serve_xpu_tensors(device: Any, bmg: None) -> None:  # noqa: ANN401
     x, weight, scale, _ = layer()
     q, q_scale = torch.empty(M, K // 2, dtype=torch.uint8), torch.empty(M, K // 32)
