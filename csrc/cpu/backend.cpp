@@ -131,7 +131,9 @@ class NativeBackend final : public Backend {
 }  // namespace
 
 const std::vector<const KernelTable*>& all_kernels() {
-#if defined(__x86_64__)
+#if defined(XPU_FP4_AVX2_AT_MOST)
+  static const std::vector<const KernelTable*> tables = {&kAvx2, &kPortable};
+#elif defined(__x86_64__)
   static const std::vector<const KernelTable*> tables = {&kAmx, &kAvx512Vbmi, &kAvx512Vnni, &kAvx2, &kPortable};
 #else
   static const std::vector<const KernelTable*> tables = {&kPortable};
