@@ -34,7 +34,7 @@ FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", 
 if SANITIZERS := os.environ.get("XPU_FP4_SANITIZE", ""):
     SANITIZE = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
     FLAGS += ["-O1", "-fno-omit-frame-pointer", *SANITIZE]
-# There with XPU_FP4_AVX2_AT_MOST=1 too, where the processor runs no more: sanitized, AVX-512 and AMX take many minutes to compile.
+# There with XPU_FP4_AVX2_AT_MOST=1 too, where the processor runs no more: sanitized, AVX-512 and AMX take minutes to compile.
 AVX2_AT_MOST = os.environ.get("XPU_FP4_AVX2_AT_MOST", "") == "1"
 if AVX2_AT_MOST:
     FLAGS += ["-DXPU_FP4_AVX2_AT_MOST"]
