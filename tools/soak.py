@@ -163,7 +163,8 @@ class Soak:
         out = self.folder / "full"
         for path in (out, out.with_name("full.partial")):
             shutil.rmtree(path, ignore_errors=True)
-        most = self.pick.choice([100, 5_000, 150_000])
+        largest = max(path.stat().st_size for path in self.whole.iterdir())
+        most = self.pick.choice([100, 5_000, largest // 2])
 
         def limit() -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
