@@ -25,7 +25,7 @@ from xpu_fp4 import MXFP4Linear
 from xpu_fp4.checkpoints import plan_quantization, quantize_checkpoint
 
 SECONDS = 600
-"""What a process of a scenario may take: on a cold cache each compiles its kernels, which took two minutes on a busy machine."""
+"""What a process may take: on a cold cache it compiles its kernels, which took two minutes on a busy machine."""
 GROWTH = 64 << 20
 """Bytes that the second half of the run may have more than the first: allocators keep some."""
 
