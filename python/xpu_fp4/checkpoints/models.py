@@ -18,7 +18,7 @@ from .description import Checkpoint
 from .errors import CheckpointError, printable
 from .placement import Place, find_tensors, replace_layers, state_of
 from .reader import CONFIG, open_checkpoint, read_config
-from .tensor_files import TensorFiles
+from .tensor_files import TensorFiles, check_metadata
 
 # Left out, Transformers asks on standard input whether to run a directory's code.
 _NO_CODE = {"trust_remote_code": False}
@@ -47,6 +47,8 @@ def load_model(folder: str | PathLike[str], *, mode: Mode | None = None, **kwarg
     if kwargs.pop("trust_remote_code", False):
         raise ValueError("trust_remote_code is True, expected False: code in a model directory is never run")
     config = transformers_config(folder, mode=mode)
+    check_metadata(folder)
+    skeleton(folder)  # whatever config.json makes Transformers raise is its fault, and not the arguments'
     options = {**kwargs, **_NO_CODE, **_NO_PICKLE}
     model, info = model_class(folder).from_pretrained(folder, config=config, output_loading_info=True, **options)
     _check_complete(folder, info)

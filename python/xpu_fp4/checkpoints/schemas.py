@@ -15,6 +15,8 @@ class Config(msgspec.Struct):
     """config.json."""
 
     architectures: list[str] | None = None
+    dtype: str | dict[str, Any] | None = None
+    torch_dtype: str | dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
     text_config: dict[str, Any] | None = None
 

@@ -90,10 +90,14 @@ def _files_in(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no safetensors files")
 
 
+def check_metadata(folder: Path) -> None:
+    """Raises CheckpointError where an index has no object as metadata, to which Transformers adds."""
+    if (folder / INDEX).exists():
+        check_type(read_json(folder / INDEX).get("metadata"), dict[str, Any], f"{folder / INDEX}: metadata")
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
-    index = read_json(folder / INDEX)
-    check_type(index.get("metadata", {}), dict[str, Any], f"{folder / INDEX}: metadata")  # Transformers adds to it
-    weight_map: dict[str, str] = index.get("weight_map")  # type: ignore[assignment]  # checked now
+    weight_map: dict[str, str] = read_json(folder / INDEX).get("weight_map")  # type: ignore[assignment]  # checked now
     where = f"{folder / INDEX} has no weight_map from tensor names to file names: weight_map"
     check_type(weight_map, dict[str, str], where)
     return weight_map
