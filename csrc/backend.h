@@ -34,6 +34,9 @@ class Backend {
   /// A product that is not refused. Floats that are to be quantized are so on the way.
   virtual void multiply(const Product& product) const = 0;
 
+  /// A layer of experts, whose products would not be refused, by each of them alone.
+  virtual void experts(const Experts& args) const = 0;
+
   /// The size of a weight [n, k] in a form that is not refused.
   virtual PreparedShape prepared_shape(WeightForm form, int64_t n, int64_t k) const = 0;
   /// Writes a stored weight in that form, from a multiple of 64 on.

@@ -9,6 +9,7 @@
 #include "format/e8m0.h"
 #include "format/float_bits.h"
 #include "format/formats.h"
+#include "format/gate.h"
 
 namespace xpu_fp4 {
 
@@ -92,6 +93,29 @@ struct Product {
   Activations activations;
   Weight weight;
   Output output;
+};
+
+/// A layer of experts, for every token t and its slots j < top_k: expert e = ids[t, j], u = W13[e] x_t + bias rounded to dtype,
+/// h = gate(u) rounded to dtype, v_j = W2[e] h + bias in float32; y_t = the sum of weights[t, j] * v_j, an fma each, by
+/// ascending j from +0, rounded once to dtype. Both products quantize by `to`. With router_on_input, x_t is multiplied by
+/// weights[t, j] and rounded to dtype on the way in, and the sum's factor is 1. A slot whose id is not one of the experts adds
+/// nothing.
+struct Experts {
+  const void* x;  // [tokens, w13.k]
+  DType dtype;
+  int64_t tokens;
+  Quantizer to;
+  const int32_t* ids;    // [tokens, top_k]
+  const float* weights;  // [tokens, top_k]
+  int64_t top_k;
+  const int32_t* map;  // [ids that there are] -> the expert here or -1; null: ids are the experts'
+  int64_t map_size;
+  int64_t experts;
+  Weight w13, w2;  // of the first expert, [2 w2.k, w13.k] and [w13.k, w2.k]; stored or strips, and the others follow densely
+  const float *w13_bias, *w2_bias;  // [experts, n], null where there is none
+  Gate gate;
+  bool router_on_input;
+  void* y;  // [tokens, w2.n]
 };
 
 /// x [rows, k] of dtype -> codes [rows, code_bytes(k)] of the quantizer's format and scale bytes [rows, k/32]. k % 32 == 0.

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "../format/block.h"
+#include "experts.h"
 #include "float_environment.h"
 #include "panels.h"
 #include "prepack.h"
@@ -78,6 +79,8 @@ class NativeBackend final : public Backend {
       multiply_rows(kernels, product, expanded.data(), first, rows);
     }
   }
+
+  void experts(const Experts& args) const override { run_experts(*this, args); }
 
   PreparedShape prepared_shape(WeightForm, int64_t n, int64_t k) const override {
     return {strips::count(n), strips::strip_bytes(k)};

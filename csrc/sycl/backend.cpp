@@ -66,6 +66,8 @@ class SyclBackend final : public Backend {
     if (verbose()) print(choice, product, name, label);
   }
 
+  void experts(const Experts&) const override { throw std::runtime_error("xpu_fp4: the SYCL kernels have no experts"); }
+
   PreparedShape prepared_shape(WeightForm, int64_t n, int64_t k) const override {
     // Group-major arrays: the size of a group tells its lanes, so that no device takes another's form.
     const ExpandedLayout layout = launch::weight_layout(*matrix_architecture(variant_override()), n, k);

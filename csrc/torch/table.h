@@ -85,6 +85,12 @@ std::vector<OpRow> op_table() {
   rows.push_back(op<G, ops::mxfp4_linear_w4a8_expanded>(
       "mxfp4_linear_w4a8_expanded(Tensor x, Tensor weight, Tensor weight_scale, Tensor expanded, Tensor? bias=None, "
       "int group=128, int hadamard=0, Tensor? input_offset=None) -> Tensor"));
+  rows.push_back(op<G, ops::mxfp4_experts>(
+      "mxfp4_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w13_scale, Tensor w2, Tensor "
+      "w2_scale, Tensor? w13_bias=None, Tensor? "
+      "w2_bias=None, str activation=\"silu_mul\", bool interleaved=False, float alpha=1.702, float limit=7.0, str "
+      "mode=\"w4a16\", str scale_mode=\"even\", int group=128, int hadamard=0, Tensor? expert_map=None, bool "
+      "router_on_input=False) -> Tensor"));
   return rows;
 }
 
@@ -109,6 +115,12 @@ std::vector<OpRow> prepacked_op_table() {
   rows.push_back(
       op<G, ops::mxfp4_linear_w4a16_prepacked>("mxfp4_linear_w4a16_prepacked(Tensor x, Tensor weight, int out_features, "
                                                "Tensor? bias=None, int hadamard=0, Tensor? input_offset=None) -> Tensor"));
+  rows.push_back(op<G, ops::mxfp4_experts_prepacked>(
+      "mxfp4_experts_prepacked(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w2, int "
+      "intermediate_size, Tensor? w13_bias=None, Tensor? "
+      "w2_bias=None, str activation=\"silu_mul\", bool interleaved=False, float alpha=1.702, float limit=7.0, str "
+      "mode=\"w4a16\", str scale_mode=\"even\", int group=128, int hadamard=0, Tensor? expert_map=None, bool "
+      "router_on_input=False) -> Tensor"));
   return rows;
 }
 

@@ -13,17 +13,21 @@ from .backends import Backend, backends, cpu_backend
 from .compat import override_vllm_ops
 from .convert import expand_, quantize_
 from .functional import (
+    Activation,
     Group,
     Hadamard,
     Mode,
     ScaleMode,
     dequantize,
     expand,
+    experts,
+    experts_prepacked,
     linear,
     linear_prepacked,
     mxint8_dequantize,
     mxint8_quantize,
     prepack,
+    prepack_experts,
     quantize,
     unprepack,
 )
@@ -46,6 +50,7 @@ else:
 
 
 __all__ = [
+    "Activation",
     "Backend",
     "Group",
     "Hadamard",
@@ -60,6 +65,8 @@ __all__ = [
     "dequantize",
     "expand",
     "expand_",
+    "experts",
+    "experts_prepacked",
     "linear",
     "linear_prepacked",
     "load_model",
@@ -67,6 +74,7 @@ __all__ = [
     "mxint8_quantize",
     "override_vllm_ops",
     "prepack",
+    "prepack_experts",
     "quantize",
     "quantize_",
     "transformers_config",

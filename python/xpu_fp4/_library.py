@@ -132,3 +132,15 @@ for _name in ("mxfp4_linear", "mxfp4_linear_w4a8", "mxfp4_linear_w4a16"):
     for _form in ("", "_prepacked", "_expanded"):
         if hasattr(ops, _name + _form):
             _register_linear(_name + _form)
+
+
+def _fake_experts(x: Tensor, *others: Any) -> Tensor:  # noqa: ANN401
+    for tensor in others:
+        if isinstance(tensor, Tensor):
+            _on_one_device(x, **{"an argument": tensor})
+    return x.new_empty(x.shape)
+
+
+for _name in ("mxfp4_experts", "mxfp4_experts_prepacked"):
+    if hasattr(ops, _name):
+        torch.library.register_fake(f"xpu_fp4::{_name}", _fake_experts)
