@@ -34,17 +34,25 @@ class Layer:
     def shape(self) -> tuple[int, int, int]:
         return self.w13.shape[0], self.x.shape[1], self.w13.shape[1] // 2
 
-    def run(self, **options: Any) -> Tensor:
+    def run(self, **options: object) -> Tensor:
         return xpu_fp4.experts(
             self.x, self.ids, self.weights, self.w13, self.w13_scale, self.w2, self.w2_scale, self.w13_bias, self.w2_bias,
-            **options,
+            **options,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def run_prepacked(self, **options: Any) -> Tensor:
+    def run_prepacked(self, **options: object) -> Tensor:
         w13 = xpu_fp4.prepack_experts(self.w13, self.w13_scale)
         w2 = xpu_fp4.prepack_experts(self.w2, self.w2_scale)
         return xpu_fp4.experts_prepacked(
-            self.x, self.ids, self.weights, w13, w2, self.shape[2], self.w13_bias, self.w2_bias, **options
+            self.x,
+            self.ids,
+            self.weights,
+            w13,
+            w2,
+            self.shape[2],
+            self.w13_bias,
+            self.w2_bias,
+            **options,  # type: ignore[arg-type]
         )
 
 
@@ -65,7 +73,7 @@ def layer(
         codes = random_codes(experts * n, k, generator).view(experts, n, k // 2)
         return codes, random_scales(experts * n, k, generator, 117, 122).view(experts, n, k // 32)
 
-    ids = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(tokens)])
+    ids = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :top_k]
     weights = torch.rand(tokens, top_k, generator=generator)
     biases = [torch.randn(experts, n, generator=generator).to(dtype) if bias else None for n in (2 * inner, hidden)]
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)

@@ -158,7 +158,7 @@ def gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dt
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c of float32, rounded once: float64's product is exact, and its sum is rounded to odd before float32's rounding."""
+    """a * b + c of float32, rounded once: float64's product is exact, its sum is rounded to odd before the last rounding."""
     product, c = a.double() * b.double(), c.double()
     total = product + c
     part = total - product
