@@ -11,11 +11,7 @@
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8,fma,f16c,prefer-vector-width=512")
 #define XPU_FP4_FLOAT_LANES 16
 #include "amx_gemm.h"
-#include "avx512_gemm.h"
 #include "avx512_output.h"
-#include "avx512_quantize.h"
-#include "avx512_w4a16.h"
-#include "generic_group_quant.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -37,13 +33,18 @@ bool supported() {
 constexpr int64_t kLeastRows = 8;
 
 const ProductKernels& product(Format activations, int64_t m) {
-  if (activations == Format::none) return product_kernels<Avx512Float, finish_row>;
-  return m < kLeastRows ? product_kernels<Vnni<true>, finish_row> : product_kernels<Amx, finish_row>;
+  if (activations == Format::none || m < kLeastRows) return kAvx512Vbmi.product(activations, m);
+  return product_kernels<Amx, finish_row>;
 }
 
 }  // namespace
 
-const KernelTable kAmx = {"amx", supported, transform_and_quantize<quantize>, group_quantize, dequantize, product};
+// What else there is, is that table's: compiled a second time it would be the same code.
+const KernelTable kAmx = {"amx", supported, [](const Quantize& args, Range blocks) {
+  kAvx512Vbmi.quantize(args, blocks);
+}, [](const GroupQuantize& args, Range blocks) {
+  kAvx512Vbmi.group_quantize(args, blocks);
+}, [](const Dequantize& args, Range blocks) { kAvx512Vbmi.dequantize(args, blocks); }, product};
 
 }  // namespace xpu_fp4::cpu
 #endif
