@@ -11,6 +11,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.platforms import PlatformEnum
 
 from .config import ActivationsAwareConfig
+from .fp_quant import XpuFp4FPQuantConfig
 from .kernel import REQUEST, XpuFp4LinearKernel
 
 
@@ -32,3 +33,4 @@ def register_kernel_and_config() -> None:
             kernels.insert(0, kernels.pop())
     if runs_here:
         register_quantization_config("compressed-tensors")(ActivationsAwareConfig)
+        register_quantization_config("fp_quant")(XpuFp4FPQuantConfig)
