@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What FP-Quant computes and stores, in plain torch by its own formulas: nothing of xpu_fp4 takes part."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from checkpoint_files import LINEARS, llama_json, write_checkpoint
 from torch import Tensor, nn
 
 MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
@@ -54,13 +52,15 @@ def linear(x: Tensor, weight: Tensor, turn: Tensor, method: str) -> Tensor:
     return a @ w.t() / TIMES[method] ** 2
 
 
-def emulate(model: nn.Module, turn: Tensor, method: str) -> None:
-    """Has the linear layers of the small Llama compute as FP-Quant's do."""
+def emulate(model: nn.Module, linears: Iterable[str], turn: Tensor, method: str) -> None:
+    """Has linear layers compute as FP-Quant's do, in float64, with their weights of now."""
 
     def forward_of(layer: Any) -> Callable[[Tensor], Tensor]:
-        return lambda x: linear(x, layer.weight, turn, method).to(x.dtype)
+        weight = values(*quantize(layer.weight, turn, method)).t() / TIMES[method] ** 2
+        bias = 0 if layer.bias is None else layer.bias.double()
+        return lambda x: (values(*quantize(x, turn, method)) @ weight + bias).to(x.dtype)
 
-    for name in LINEARS:
+    for name in linears:
         layer: Any = model.get_submodule(name)
         layer.forward = forward_of(layer)
 
@@ -80,10 +80,10 @@ def config(method: str, size: int, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def tensors(model: nn.Module, turn: Tensor, method: str) -> dict[str, Tensor]:
-    """The small Llama's tensors with its linear layers quantized, as Transformers writes them."""
+def tensors(model: nn.Module, linears: Iterable[str], turn: Tensor, method: str) -> dict[str, Tensor]:
+    """A model's tensors with its linear layers quantized, as Transformers writes them."""
     found = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    for name in LINEARS:
+    for name in linears:
         codes, scale = quantize(found.pop(f"{name}.weight"), turn, method)
         found |= {
             f"{name}.qweight": codes[:, 0::2] | codes[:, 1::2] << 4,
@@ -97,8 +97,3 @@ def tensors(model: nn.Module, turn: Tensor, method: str) -> dict[str, Tensor]:
             f"{name}.dqweight": torch.zeros(0),
         }
     return found
-
-
-def save(folder: Path, model: nn.Module, method: str, size: int, json: dict[str, Any]) -> Path:
-    """A model directory; `json` are the changes of the small Llama's config.json, such as its sizes."""
-    return write_checkpoint(folder, tensors(model, matrix(size), method), llama_json(config(method, size), **json))

@@ -93,10 +93,10 @@ def with_matrix(scheme: Scheme, matrix: Tensor | None, config: dict[str, Any], w
     size = group_size(config, where)
     with torch.device("cpu"):  # Transformers reads while it is another
         identity = torch.eye(size)
-    kinds = {"hadamard": transform(identity, size).sign(), "identity": identity}
-    given = matrix.float() if matrix.shape == identity.shape else torch.zeros(1, 1)
-    factor = given[0, 0]  # rounded to any dtype
-    kind = next((kind for kind, of in kinds.items() if factor > 0 and torch.equal(given / factor, of)), None)
+        kinds = {"hadamard": transform(identity, size).sign(), "identity": identity}
+        given = matrix.float() if matrix.shape == identity.shape else torch.zeros(1, 1)
+        factor = given[0, 0]  # rounded to any dtype
+        kind = next((kind for kind, of in kinds.items() if factor > 0 and torch.equal(given / factor, of)), None)
     wanted = config.get("transform_init")
     if kind is None or wanted not in (None, kind):
         expected = "the matrix that its transform_init asks for" if wanted else "Sylvester's Hadamard matrix or the identity"
