@@ -20,6 +20,10 @@ W4A16: Groups = {"MXFP4A16": ["Linear"]}
 MIXED: Groups = {"MXFP4A16": ["re:.*(q|k|v|o)_proj"], "MXFP4": ["re:.*(gate|up|down)_proj"]}
 
 
+DEPRECATED = {"allow_deprecated_quantization": True}
+"""What vLLM asks for before it reads FP-Quant's checkpoints."""
+
+
 @dataclass(frozen=True)
 class Models:
     """Folders of the tiny Llama in bf16 and of its MXFP4 checkpoints."""
@@ -120,9 +124,9 @@ def engines(models: Models, vllm_folder: Path) -> Engines:
             "rotated_w4a8": {"model": str(models.rotated_w4a8)},
             "offset": {"model": str(models.offset)},
             "exceptions": {"model": str(models.exceptions)},
-            "fp_quant_abs_max": {"model": str(models.fp_quant_abs_max)},
-            "fp_quant_quest": {"model": str(models.fp_quant_quest)},
-            "fp_quant_compiled": {"model": str(models.fp_quant_abs_max), "enforce_eager": False},
+            "fp_quant_abs_max": {"model": str(models.fp_quant_abs_max)} | DEPRECATED,
+            "fp_quant_quest": {"model": str(models.fp_quant_quest)} | DEPRECATED,
+            "fp_quant_compiled": {"model": str(models.fp_quant_abs_max), "enforce_eager": False} | DEPRECATED,
             "offset_compiled": {"model": str(models.offset), "enforce_eager": False},
             "quark_w4a4": quark_w4a4 | {"prepare": "quark_in_float32"},
             "w4a4_bf16": w4a4 | half,

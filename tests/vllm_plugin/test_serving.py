@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from .checkpoints import HADAMARD
 from .engine import EngineFailed, Engines, Run, generate
-from .fixtures import MIXED, W4A4, W4A16, Models, Reference
+from .fixtures import DEPRECATED, MIXED, W4A4, W4A16, Models, Reference
 from .reference import NEW_TOKENS, PROMPTS, ROUNDINGS, decode
 
 CALLS = 2 * 4 * NEW_TOKENS  # layers x (qkv, o, gate_up, down), in every step
@@ -114,8 +114,8 @@ def test_what_is_not_fp_quants_matrix_is_named(models: Models, vllm_folder: Path
     name = next(name for name in tensors if name.endswith("o_proj.forward_hadamard_matrix"))
     tensors[name] = fp_quant_of_others.sequency_ordered(HADAMARD)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(EngineFailed, match="forward_hadamard_matrix .* is not the matrix that its transform_init asks for"):
-        generate(folder, vllm_folder)
+    with pytest.raises(EngineFailed, match=r"forward_hadamard_matrix .* is not the matrix that its transform_init asks for"):
+        generate(folder, vllm_folder, **DEPRECATED)
 
 
 def test_layers_that_differ_by_our_hint(engines: Engines, models: Models) -> None:
@@ -167,7 +167,7 @@ def test_tensor_parallel_workers_cut_transforms_between_blocks(models: Models, r
 
 def test_tensor_parallel_workers_share_fp_quants_scales(models: Models, reference: Reference, vllm_folder: Path) -> None:
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    run = generate(models.fp_quant_abs_max, vllm_folder, env=env, tensor_parallel_size=2)
+    run = generate(models.fp_quant_abs_max, vllm_folder, env=env, tensor_parallel_size=2, **DEPRECATED)
     assert_tokens(run, reference({}, fp_quant="abs_max"))
 
 
