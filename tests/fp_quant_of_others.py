@@ -19,7 +19,8 @@ def matrix(size: int) -> Tensor:
     found = torch.ones(1, 1, dtype=torch.float64)
     while len(found) < size:
         found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), found)
-    return (found * size**-0.5).bfloat16()
+    scaled: Tensor = found / size**0.5
+    return scaled.bfloat16()
 
 
 def sequency_ordered(size: int) -> Tensor:
@@ -43,7 +44,8 @@ def quantize(x: Tensor, turn: Tensor, method: str) -> tuple[Tensor, Tensor]:
 def values(codes: Tensor, scale: Tensor) -> Tensor:
     """float64 [..., K]: of `abs_max` three times the elements."""
     signed = MAGNITUDES[(codes & 7).long()] * torch.where(codes >= 8, -1.0, 1.0)
-    return (signed.unflatten(-1, (-1, 32)) * (scale.double() - 127).exp2()[..., None]).flatten(-2)
+    blocks: Tensor = signed.unflatten(-1, (-1, 32)) * (scale.double() - 127).exp2()[..., None]
+    return blocks.flatten(-2)
 
 
 def linear(x: Tensor, weight: Tensor, turn: Tensor, method: str) -> Tensor:

@@ -146,7 +146,10 @@ def arguments_of(call: Call) -> dict[str, Any]:
     generator = seeded(call.seed + 1)
     n, k = call.columns, call.k
     x = laid_out(elements(call), call.layout)
-    transform = {"hadamard": call.hadamard, "input_offset": normal(k, seed=call.seed + 2) if call.offset else None}
+    transform: dict[str, Any] = {
+        "hadamard": call.hadamard,
+        "input_offset": normal(k, seed=call.seed + 2) if call.offset else None,
+    }
     low, high = (0, 255) if call.values == "bits" else (117, 137)
     scales = random_scales(call.rows, k, generator, low, high)
     if call.op.endswith("_quantize"):
@@ -162,7 +165,7 @@ def arguments_of(call: Call) -> dict[str, Any]:
         scale_of_b = w_scale.t().contiguous()
         return {"a": a, "b": w.t(), "a_scale": a_scale, "b_scale": scale_of_b, "out_dtype": DTYPES[call.dtype], "bias": bias}
     option = {} if "w4a16" in call.op else {"group": call.group} if "w4a8" in call.op else {"scale_mode": call.scale_mode}
-    option["weight_global_scale"] = call.global_scale
+    transform["weight_global_scale"] = call.global_scale
     if call.op.endswith("_prepacked"):
         return {"x": x, "weight": xpu_fp4.prepack(w, w_scale), "out_features": n, "bias": bias, **option, **transform}
     return {"x": x, "weight": w, "weight_scale": w_scale, "bias": bias, **option, **transform}

@@ -18,7 +18,7 @@ from xpu_fp4.checkpoints import CheckpointError, Scheme, open_checkpoint
 from xpu_fp4.checkpoints.compressed_tensors import write_config
 from xpu_fp4.cli import main
 
-LARGE = {"hidden": 128, "intermediate": 256}
+LARGE: dict[str, Any] = {"hidden": 128, "intermediate": 256}
 METHODS = ("abs_max", "quest")
 SIZES = (0, 32, 64, 128)
 methods, sizes = pytest.mark.parametrize("method", METHODS), pytest.mark.parametrize("size", SIZES)

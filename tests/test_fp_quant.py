@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import Any
 
 import fp_quant_of_others
 import ml_dtypes
@@ -37,6 +38,7 @@ from xpu_fp4 import Hadamard, Mode, MXFP4Linear, ScaleMode, reference
 SIZES: tuple[Hadamard, ...] = (0, 32, 64, 128)
 MODES: tuple[Mode, ...] = ("w4a4", "w4a8", "w4a16")
 GLOBAL_SCALES = (1.0, 3.0, 0.7)
+SHAPES: tuple[tuple[Hadamard, int], ...] = ((0, 160), (32, 160), (128, 256))
 # Each is a program to compile, and so is each rule: one of both kinds of products has the other rule.
 SYCL_VARIANTS: dict[str, tuple[ScaleMode, int, int]] = {
     "portable": ("abs_max", 18, 20),
@@ -59,7 +61,7 @@ def scale_byte(block: np.ndarray, rule: ScaleMode) -> int:
     if rule == "abs_max":
         return math.frexp(np.abs(block).max() + np.float32(1e-8))[1] - 1 + 127
 
-    def mean(terms: np.ndarray) -> np.float32:
+    def mean(terms: np.ndarray) -> Any:
         while len(terms) > 1:
             terms = np.array([terms[i] + terms[i + 1] for i in range(0, len(terms), 2)], dtype=np.float32)
         return terms[0] / np.float32(32)
@@ -237,7 +239,7 @@ def test_a_linear_is_quantize_then_the_product_over_both_scales(
     backend: str, m: int, global_scale: float, rule: ScaleMode
 ) -> None:
     for dtype in DTYPES:
-        for size, k in ((0, 160), (32, 160), (128, 256)):
+        for size, k in SHAPES:
             x, (w, w_scale) = normal(m, k, dtype=dtype), operands(37, k)
             for bias in (None, normal(37, seed=64, dtype=dtype)):
                 y = xpu_fp4.linear(x, w, w_scale, bias, scale_mode=rule, hadamard=size, weight_global_scale=global_scale)

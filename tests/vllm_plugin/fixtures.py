@@ -20,7 +20,7 @@ W4A16: Groups = {"MXFP4A16": ["Linear"]}
 MIXED: Groups = {"MXFP4A16": ["re:.*(q|k|v|o)_proj"], "MXFP4": ["re:.*(gate|up|down)_proj"]}
 
 
-DEPRECATED = {"allow_deprecated_quantization": True}
+DEPRECATED: dict[str, Any] = {"allow_deprecated_quantization": True}
 """What vLLM asks for before it reads FP-Quant's checkpoints."""
 
 
