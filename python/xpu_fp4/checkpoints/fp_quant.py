@@ -24,8 +24,8 @@ METHOD = "fp_quant"
 PACKED, SCALE = "qweight", "scales"
 MATRIX = "forward_hadamard_matrix"
 GLOBAL_SCALES_OF_LAYER = ("weight_global_scale", "act_global_scale")
-# What else a module has in the files; of the last two, what Transformers writes in place of nothing.
-_IDLE = ("backward_hadamard_matrix", "weight", "dqweight")
+BACKWARD = "backward_hadamard_matrix"
+_EMPTY = ("weight", "dqweight")  # what Transformers may write, without elements, in place of nothing
 
 _KEYS = {
     *("quant_method", "forward_dtype", "forward_method", "hadamard_group_size", "transform_init", "modules_to_not_convert"),
@@ -140,6 +140,6 @@ def _read_layer(config: dict[str, Any], files: TensorFiles, module: str, scheme:
     if scheme.hadamard and layer.in_features % scheme.hadamard != 0:
         k, size = layer.in_features, scheme.hadamard
         raise CheckpointError(f"{files[layer.packed]} is of K = {k}, expected a multiple of hadamard_group_size, {size}")
-    idle = [f"{module}.{name}" for name in _IDLE]
-    empty = [name for name in idle if name in files and (0 in files[name].shape or name.endswith("_matrix"))]
-    return replace(layer, constants=(*names, *([matrix] if has_matrix else []), *empty))
+    matrices = [name for name in (matrix, f"{module}.{BACKWARD}") if name in files]
+    empty = [name for end in _EMPTY if (name := f"{module}.{end}") in files and 0 in files[name].shape]
+    return replace(layer, constants=(*names, *matrices, *empty))

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import get_layer_partition_names
 from vllm.model_executor.layers.quantization.fp_quant import FPQuantConfig, FPQuantLinearMethod
 
 from ...checkpoints.fp_quant import (
+    BACKWARD,
     GLOBAL_SCALES_OF_LAYER,
     MATRIX,
     PACKED,
@@ -50,11 +50,23 @@ class XpuFp4FPQuantConfig(FPQuantConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if not isinstance(layer, LinearBase):
             return None
-        parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
+        parts = _parts(prefix, self.packed_modules_mapping)
         kept = {part.endswith(tuple(self.modules_to_not_convert or ())) for part in parts}
         if len(kept) > 1:
             raise ValueError(f"{prefix}: modules_to_not_convert has some of its parts, expected all of a fused layer or none")
         return UnquantizedLinearMethod() if kept.pop() else XpuFp4FPQuantMethod(self)
+
+    def get_checkpoint_weight_mapper(self) -> Any:  # vLLM's is a static method
+        """Leaves out the matrix of training."""
+        from vllm.model_executor.models.utils import WeightsMapper  # which imports this vLLM's layers
+
+        return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_suffix={f".{BACKWARD}": None})
+
+
+def _parts(name: str, fused: dict[str, list[str]]) -> list[str]:
+    """The names in the files of the layers that vLLM makes one of."""
+    found = next((suffix for suffix in fused if name.endswith(suffix)), "")
+    return [name.removesuffix(found) + part for part in fused.get(found, [""])]
 
 
 class XpuFp4FPQuantMethod(FPQuantLinearMethod):
