@@ -22,8 +22,9 @@ struct Transform {
   constexpr bool is_none() const { return hadamard == 0 && offset == nullptr; }
 };
 
-/// How floats become codes and scales of a format: MXFP4 with a rule for its scales (format/e8m0.h), or MXINT8 whose scales are
-/// shared by a group of 32 or 128 elements (format/mxint8.h). A transform comes before; its result is quantized as float32.
+/// How floats become codes and scales of a format: MXFP4 with a rule for its scales (format/e8m0.h, format/fp_quant.h), or
+/// MXINT8 whose scales are shared by a group of 32 or 128 elements (format/mxint8.h). A transform comes before; its result is
+/// quantized as float32.
 struct Quantizer {
   Format format;
   ScaleMode mode = ScaleMode::even;
@@ -81,14 +82,15 @@ struct Bias {
   int64_t row_stride, column_stride;
 };
 
-/// Y [m, n] of dtype.
+/// Y [m, n] of dtype. What the operands stand for times their real values is undone by `factor`, positive.
 struct Output {
   void* y;
   DType dtype;
   Bias bias;
+  float factor = 1.0f;
 };
 
-/// Y = A x W^T + bias, in the order of format/accumulate.h. activations.k == weight.k.
+/// Y = factor * (A x W^T) + bias, the sum in the order of format/accumulate.h. activations.k == weight.k.
 struct Product {
   Activations activations;
   Weight weight;

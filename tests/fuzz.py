@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+import numpy as np
 import torch
 import xpu_fp4
 from helpers import from_bits, normal, random_codes, random_int8, random_scales, seeded
@@ -41,7 +42,8 @@ OPS = (
     *("mxfp4_quantize", "mxint8_quantize", "mxfp4_dequantize", "mxint8_dequantize", "mxfp4_gemm", "mxint8_gemm"),
     *(f"mxfp4_linear{mode}{form}" for mode in ("", "_w4a8", "_w4a16") for form in ("", "_prepacked")),
 )
-WRONG = {"scale_mode": "up", "group": 64, "hadamard": 48, "out_features": -1, "out_dtype": torch.int32, "dtype": torch.int32}
+WRONG = {"scale_mode": "up", "group": 64, "hadamard": 48, "out_features": -1, "weight_global_scale": -1.0}
+WRONG |= {"out_dtype": torch.int32, "dtype": torch.int32}
 """An option's value that is not allowed."""
 FAULTS = ("dtype", "shape", "odd k", "scalar", "none", "sparse", "freed", "meta", "option", "number")
 
@@ -64,6 +66,7 @@ class Call:
     group: int = 128
     scale_mode: str = "even"
     fault: str | None = None
+    global_scale: float = 1.0
 
     @classmethod
     def draw(cls, seed: int) -> "Call":
@@ -84,6 +87,7 @@ class Call:
             pick.choice([32, 128]),
             pick.choice(get_args(ScaleMode)),
             pick.choice(FAULTS) if pick.random() < 0.4 else None,
+            pick.choice([1.0, 1.0, 3.0, 0.7]),
         )
 
     def simpler(self) -> Iterator["Call"]:
@@ -142,7 +146,10 @@ def arguments_of(call: Call) -> dict[str, Any]:
     generator = seeded(call.seed + 1)
     n, k = call.columns, call.k
     x = laid_out(elements(call), call.layout)
-    transform = {"hadamard": call.hadamard, "input_offset": normal(k, seed=call.seed + 2) if call.offset else None}
+    transform: dict[str, Any] = {
+        "hadamard": call.hadamard,
+        "input_offset": normal(k, seed=call.seed + 2) if call.offset else None,
+    }
     low, high = (0, 255) if call.values == "bits" else (117, 137)
     scales = random_scales(call.rows, k, generator, low, high)
     if call.op.endswith("_quantize"):
@@ -158,6 +165,7 @@ def arguments_of(call: Call) -> dict[str, Any]:
         scale_of_b = w_scale.t().contiguous()
         return {"a": a, "b": w.t(), "a_scale": a_scale, "b_scale": scale_of_b, "out_dtype": DTYPES[call.dtype], "bias": bias}
     option = {} if "w4a16" in call.op else {"group": call.group} if "w4a8" in call.op else {"scale_mode": call.scale_mode}
+    transform["weight_global_scale"] = call.global_scale
     if call.op.endswith("_prepacked"):
         return {"x": x, "weight": xpu_fp4.prepack(w, w_scale), "out_features": n, "bias": bias, **option, **transform}
     return {"x": x, "weight": w, "weight_scale": w_scale, "bias": bias, **option, **transform}
@@ -255,13 +263,15 @@ def expected_of(call: Call, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         values = reference.values(arguments["q"].contiguous(), arguments["scale"].contiguous())
         return (reference.canonical_nan(values.float().to(dtype)),)
     w, w_scale = weight_of(call, arguments)
+    global_scale = np.float32(arguments.get("weight_global_scale", 1.0))
     if call.op.endswith("_gemm"):
         a, a_scale = arguments["a"].contiguous(), arguments["a_scale"].contiguous()
     elif "w4a8" in call.op:
         a, a_scale = reference.mxint8_quantize(transformed(call, arguments), call.group)  # type: ignore[arg-type]
     else:
         a, a_scale = reference.quantize(transformed(call, arguments), call.scale_mode)  # type: ignore[arg-type]
-    return (reference.gemm(a, a_scale, w, w_scale, dtype, arguments["bias"]),)
+        global_scale *= np.float32(3 if call.scale_mode == "abs_max" else 1)
+    return (reference.gemm(a, a_scale, w, w_scale, dtype, arguments["bias"], float(global_scale)),)
 
 
 def weight_of(call: Call, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -275,7 +285,7 @@ def weight_of(call: Call, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def check_w4a16(call: Call, arguments: dict[str, Any], y: Tensor) -> None:
     """Within the bound of NUMERICS 4, where float64 stays finite and so far from float32's ends that nothing overflows."""
     x = transformed(call, arguments).to(DTYPES[call.dtype]).double()
-    w = reference.values(*weight_of(call, arguments))
+    w = reference.values(*weight_of(call, arguments)) / call.global_scale
     exact, size = x @ w.t(), x.abs() @ w.abs().t()
     if arguments["bias"] is not None:
         exact = exact + arguments["bias"].double()

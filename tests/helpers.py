@@ -14,7 +14,8 @@ import xpu_fp4
 from torch import Tensor
 from xpu_fp4 import Group, ScaleMode, reference
 
-MODES: tuple[ScaleMode, ...] = get_args(ScaleMode)
+FP_QUANT_MODES: tuple[ScaleMode, ...] = ("abs_max", "quest")
+MODES: tuple[ScaleMode, ...] = tuple(mode for mode in get_args(ScaleMode) if mode not in FP_QUANT_MODES)
 GROUPS: tuple[Group, ...] = get_args(Group)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF_DTYPES = (torch.float16, torch.bfloat16)

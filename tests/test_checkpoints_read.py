@@ -371,10 +371,6 @@ UNKNOWN_SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
         quark_config(layer_quant_config={"*q_proj": {"weight": None, "input_tensors": None}}),
         "has no weight scheme for",
     ),
-    "fp_quant": (
-        {"quant_method": "fp_quant", "forward_dtype": "mxfp4"},
-        "config.json: quantization_config.quant_method 'fp_quant' rotates the inputs of layers before they are quantized",
-    ),
     "transform of a kind that nobody knows": (
         compressed_tensors_config(transform_config={"config_groups": {"R9": {"type": "hadamard", "apply": [{}]}}}),
         "config.json: quantization_config.transform_config.config_groups.R9 applies a hadamard transform",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Conversions between float32 vectors and the tensors' dtypes, and the end of a row of output: bias, one rounding to the output
-// dtype, store.
+// Conversions between float32 vectors and the tensors' dtypes, and the end of a row of output: factor (1 changes no bit), bias,
+// one rounding to the output dtype, store.
 #pragma once
 #include "with_dtype.h"
 
@@ -59,7 +59,7 @@ template <DType T>
 void finish_row_as(const Output& out, int64_t n, int64_t row, int64_t column, int columns, const float* acc) {
   for (int c = 0; c < columns; c += 16) {
     const __mmask16 mask = static_cast<__mmask16>(columns - c >= 16 ? 0xFFFFu : (1u << (columns - c)) - 1u);
-    __m512 value = _mm512_load_ps(acc + c);
+    __m512 value = _mm512_mul_ps(_mm512_load_ps(acc + c), _mm512_set1_ps(out.factor));
     if (out.bias.data != nullptr) value = _mm512_add_ps(value, load_bias(out.bias, row, column + c, mask));
     store_floats<T>(out.y, row * n + column + c, mask, value);
   }

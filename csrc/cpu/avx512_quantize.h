@@ -3,10 +3,11 @@
 //
 // MXFP4 is quantized four blocks at a time, in 16-bit lanes: a block is one vector of bfloat16. Wider inputs are cut to
 // bfloat16, with the last bit set where anything was cut off. No rounding of MXFP4 can tell the difference: all of them look at
-// the first two bits of a mantissa, and at whether the others are zero. MXINT8 is quantized as float32, a group at a time.
+// the first two bits of a mantissa, and at whether the others are zero. FP-Quant's rules, which multiply and add, take the
+// generic way. MXINT8 is quantized as float32, a group at a time.
 #pragma once
 #include "avx512_output.h"
-#include "generic_group_quant.h"
+#include "generic_fp_quant.h"
 #include "mxint8_groups.h"
 
 namespace xpu_fp4::cpu {
@@ -172,7 +173,8 @@ void quantize_mxint8(const Quantize& args, Range blocks) {
 
 void quantize(const Quantize& given, Range blocks) {
   const Quantize args = given;  // a copy: the bytes that are stored cannot change it
-  args.to.format == Format::mxint8 ? quantize_mxint8(args, blocks) : quantize_mxfp4(args, blocks);
+  if (args.to.format == Format::mxint8) return quantize_mxint8(args, blocks);
+  fp_quant::is_rule(args.to.mode) ? quantize_fp_quant(args, blocks) : quantize_mxfp4(args, blocks);
 }
 
 }  // namespace

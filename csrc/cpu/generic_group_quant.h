@@ -22,14 +22,14 @@ BlockInput load_block(const void* data, int64_t block) {
   return in;
 }
 
-// Encodes and packs a block with encode(x, 1 / scale) -> code; a NaN scale has all codes 0.
+// Encodes and packs a block with encode(x, global_scale / scale) -> code; a NaN scale has all codes 0.
 template <class Encode>
-void store_codes(const BlockInput& in, uint8_t scale, uint8_t* q, const Encode& encode) {
+void store_codes(const BlockInput& in, uint8_t scale, uint8_t* q, const Encode& encode, float global_scale = 1.0f) {
   if (scale == e8m0::kNan) {
     std::memset(q, 0, kBlockBytes);
     return;
   }
-  const float reciprocal = e8m0::reciprocal(scale);
+  const float reciprocal = global_scale * e8m0::reciprocal(scale);
   uint8_t codes[kBlock];
   for (int i = 0; i < kBlock; ++i) codes[i] = static_cast<uint8_t>(encode(in.x[i], reciprocal));
   for (int i = 0; i < kBlockBytes; ++i) q[i] = e2m1::pack(codes[2 * i], codes[2 * i + 1]);

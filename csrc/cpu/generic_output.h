@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of a row of output, one element at a time.
+// The end of a row of output, one element at a time: factor (1 changes no bit), bias, one rounding to the output dtype.
 #pragma once
 #include "with_dtype.h"
 
@@ -10,7 +10,7 @@ template <DType T>
 void finish_scalars(const Output& out, int64_t n, int64_t row, Range columns, const float* acc) {
   const Bias& bias = out.bias;
   for (int64_t column = columns.begin; column < columns.end; ++column) {
-    float value = acc[column - columns.begin];
+    float value = acc[column - columns.begin] * out.factor;
     if (bias.data != nullptr) value += bias.data[row * bias.row_stride + column * bias.column_stride];
     store<T>(out.y, row * n + column, value);
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Quantize and dequantize in plain C++.
 #pragma once
-#include "generic_group_quant.h"
+#include "generic_fp_quant.h"
 #include "mxint8_groups.h"
 
 namespace xpu_fp4::cpu {
@@ -27,6 +27,7 @@ void quantize_group_scalars(const Quantize& args, int64_t first) {
 }
 
 void quantize_scalars(const Quantize& args, Range blocks) {
+  if (args.to.format == Format::mxfp4 && fp_quant::is_rule(args.to.mode)) return quantize_fp_quant(args, blocks);
   with_dtype(args.dtype, [&](auto dtype) {
     if (args.to.format == Format::mxint8) {
       for_groups(args, blocks, [&](int64_t first, auto count) { quantize_group_scalars<dtype, count>(args, first); });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The MXFP4 scale, e8m0: byte b stands for 2^(b - 127), 0xFF for NaN, and the four ways to choose it from a block's largest
+// The MXFP4 scale, e8m0: byte b stands for 2^(b - 127), 0xFF for NaN, and the ways to choose it from a block's largest
 // magnitude. Decided on bits, never with log2 or exp2 in floating point. Host and device.
 #pragma once
 #include <cstdint>
@@ -13,7 +13,8 @@ namespace xpu_fp4 {
 ///   ceil   twice that if f > 1            torchao CEIL
 ///   even   twice that if f >= 1.75        compressed-tensors, AMD Quark, vLLM's Triton quantizer; our default
 ///   rceil  twice that if f > 1.5          the least power of two with amax <= 6 * scale: FlashInfer, torchao RCEIL
-enum class ScaleMode : int { floor = 0, ceil = 1, even = 2, rceil = 3 };
+/// abs_max and quest are FP-Quant's rules: format/fp_quant.h.
+enum class ScaleMode : int { floor = 0, ceil = 1, even = 2, rceil = 3, abs_max = 4, quest = 5 };
 
 namespace e8m0 {
 
@@ -22,14 +23,14 @@ constexpr uint8_t kNan = 0xFF;
 /// The largest element of a block is of the order of 2^2, e2m1's largest power of two.
 constexpr unsigned kMaxExponent = 2;
 
-/// Added to the bits of amax, this carries into the exponent exactly where the scale is doubled. The low sixteen bits are all
-/// set or all clear, so that bfloat16 can do with the others.
+/// Of the first four rules: added to the bits of amax, this carries into the exponent exactly where the scale is doubled. The
+/// low sixteen bits are all set or all clear, so that bfloat16 can do with the others.
 constexpr uint32_t rounding(ScaleMode mode) {
   return mode == ScaleMode::floor ? 0u : mode == ScaleMode::ceil ? 0x7FFFFFu : mode == ScaleMode::even ? 0x200000u : 0x3FFFFFu;
 }
 
-/// Scale byte of a block from the bits of its largest magnitude (magnitude_bits). Inf and NaN give kNan; the exponent is
-/// clamped to [-127, 127]; a zero or subnormal amax gives byte 0, in every mode.
+/// Scale byte of a block by one of the first four rules, from the bits of its largest magnitude (magnitude_bits). Inf and NaN
+/// give kNan; the exponent is clamped to [-127, 127]; a zero or subnormal amax gives byte 0.
 constexpr uint8_t from_amax(uint32_t amax_bits, ScaleMode mode) {
   if (amax_bits >= kInfBits) return kNan;
   const uint32_t exponent = (amax_bits + rounding(mode)) >> 23;

@@ -38,6 +38,18 @@ Macros tile_macros(Tile tile, DType type, int registers) {
 
 }  // namespace
 
+Variant with_factor(Variant variant) {
+  variant.macros.emplace_back("FACTOR", 1);
+  variant.label += ", scaled";
+  return variant;
+}
+
+Variant with_scale_mode(Variant variant, ScaleMode rule) {
+  variant.macros.emplace_back("SCALE_MODE", static_cast<int>(rule));
+  variant.label += rule == ScaleMode::abs_max ? ", abs_max" : ", quest";
+  return variant;
+}
+
 Variant quantize_variant(Target target, DType of, int alignment) {
   return {"quantize.cpp",
           with(target_macros(target, alignment), "DTYPE", static_cast<int>(of)),

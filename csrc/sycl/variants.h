@@ -37,6 +37,11 @@ struct Gpu {
   bool matrix_unit;
 };
 
+/// Of a product whose sums are multiplied by a factor.
+Variant with_factor(Variant variant);
+/// Of a quantizer whose MXFP4 scales follow that one of FP-Quant's rules.
+Variant with_scale_mode(Variant variant, ScaleMode rule);
+
 // `alignment`: 16 or 1 (kernels/common.hpp). `of`: the format of the activations.
 Variant quantize_variant(Target target, DType of, int alignment);
 /// For floats that are transformed first, and then quantized or rounded.

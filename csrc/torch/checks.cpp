@@ -104,7 +104,17 @@ ScaleMode check_scale_mode(const char* op, std::string_view mode) {
   if (mode == "ceil") return ScaleMode::ceil;
   if (mode == "even") return ScaleMode::even;
   if (mode == "rceil") return ScaleMode::rceil;
-  TORCH_CHECK(false, op, ": scale_mode is \"", std::string(mode), "\", expected \"floor\", \"ceil\", \"even\" or \"rceil\"");
+  if (mode == "abs_max") return ScaleMode::abs_max;
+  if (mode == "quest") return ScaleMode::quest;
+  TORCH_CHECK(false, op, ": scale_mode is \"", std::string(mode),
+              "\", expected \"floor\", \"ceil\", \"even\", \"rceil\", \"abs_max\" or \"quest\"");
+}
+
+float check_global_scale(const char* op, double scale) {
+  // So far from float32's ends that its reciprocal, by that of the activations, is a normal number.
+  TORCH_CHECK(scale >= 0x1p-64 && scale <= 0x1p64, op, ": weight_global_scale is ", scale,
+              ", expected a positive number from 2^-64 to 2^64");
+  return static_cast<float>(scale);
 }
 
 int check_group(const char* op, int64_t group) {

@@ -41,6 +41,8 @@ Format check_codes(const Argument& arg);
 /// K, a multiple of 32, of a tensor in whose last dimension an entry holds so many elements.
 int64_t check_k(const Argument& arg, int64_t elements_per_entry);
 ScaleMode check_scale_mode(const char* op, std::string_view mode);
+/// From 2^-64 to 2^64, as float32.
+float check_global_scale(const char* op, double scale);
 /// 32 or 128.
 int check_group(const char* op, int64_t group);
 

@@ -32,6 +32,6 @@ int64_t k_of_floats(const char* op, const Tensor& x);
 
 /// What is left to check then, and the product.
 Tensor linear(const Backend& backend, const char* op, const Tensor& x, Quantizer to, const TransformArguments& before,
-              const HeldWeight& weight, const std::optional<Tensor>& bias);
+              const HeldWeight& weight, const std::optional<Tensor>& bias, double weight_global_scale);
 
 }  // namespace xpu_fp4::ops

@@ -7,7 +7,8 @@
 // codes [..., K] int8; scales [..., K/32] are float8_e8m0fnu. As arguments MXFP4 codes and scales may be viewed as uint8, as
 // checkpoints store them. A weight is [N, K/2] with weight_scale [N, K/32], contiguous, and bias [N]. Before x is quantized,
 // input_offset, float32 [K], is subtracted from its rows, and they are multiplied by block Hadamard matrices of size hadamard
-// (format/hadamard.h): 32, 64, 128, or 0 for none.
+// (format/hadamard.h): 32, 64, 128, or 0 for none. A weight's codes and scales stand for it times weight_global_scale; results
+// are of the weight itself, and so of x where scale_mode has codes stand for 3 x (format/fp_quant.h).
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -59,31 +60,32 @@ Tensor mxfp4_gemm_prepacked(const Backend& backend, const Tensor& a, const Tenso
 /// W4A4: x is quantized to MXFP4 on the way.
 Tensor mxfp4_linear(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                     const std::optional<Tensor>& bias, std::string_view scale_mode, int64_t hadamard,
-                    const std::optional<Tensor>& input_offset);
+                    const std::optional<Tensor>& input_offset, double weight_global_scale);
 Tensor mxfp4_linear_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
                               const std::optional<Tensor>& bias, std::string_view scale_mode, int64_t hadamard,
-                              const std::optional<Tensor>& input_offset);
+                              const std::optional<Tensor>& input_offset, double weight_global_scale);
 Tensor mxfp4_linear_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                              const Tensor& expanded, const std::optional<Tensor>& bias, std::string_view scale_mode,
-                             int64_t hadamard, const std::optional<Tensor>& input_offset);
+                             int64_t hadamard, const std::optional<Tensor>& input_offset, double weight_global_scale);
 
 /// W4A8: x is quantized to MXINT8 on the way, in groups of 32 or 128.
 Tensor mxfp4_linear_w4a8(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                          const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
-                         const std::optional<Tensor>& input_offset);
+                         const std::optional<Tensor>& input_offset, double weight_global_scale);
 Tensor mxfp4_linear_w4a8_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
                                    const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
-                                   const std::optional<Tensor>& input_offset);
+                                   const std::optional<Tensor>& input_offset, double weight_global_scale);
 Tensor mxfp4_linear_w4a8_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                                   const Tensor& expanded, const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
-                                  const std::optional<Tensor>& input_offset);
+                                  const std::optional<Tensor>& input_offset, double weight_global_scale);
 
 /// W4A16: x as it is or, transformed, rounded to its dtype.
 Tensor mxfp4_linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                          const std::optional<Tensor>& bias, int64_t hadamard, const std::optional<Tensor>& input_offset);
+                          const std::optional<Tensor>& bias, int64_t hadamard, const std::optional<Tensor>& input_offset,
+                          double weight_global_scale);
 Tensor mxfp4_linear_w4a16_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
                                     const std::optional<Tensor>& bias, int64_t hadamard,
-                                    const std::optional<Tensor>& input_offset);
+                                    const std::optional<Tensor>& input_offset, double weight_global_scale);
 
 // ---- experts: a whole layer of them, bit-defined in w4a4 and w4a8 ----
 

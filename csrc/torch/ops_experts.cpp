@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "../format/fp_quant.h"
 #include "../format/strips.h"
 #include "cpu_backends.h"
 #include "multiply.h"
@@ -39,6 +40,8 @@ Gate check_gate(const LayerArguments& layer) {
 
 Quantizer check_quantizer(const LayerArguments& layer) {
   const ScaleMode scale_mode = check_scale_mode(layer.op, layer.scale_mode);
+  TORCH_CHECK(!fp_quant::is_rule(scale_mode), layer.op, ": scale_mode is \"", std::string(layer.scale_mode),
+              "\", one of FP-Quant's, expected \"floor\", \"ceil\", \"even\" or \"rceil\": experts have no global scales");
   const int group = check_group(layer.op, layer.group);
   if (layer.mode == "w4a16") return kAsTheyAre;
   if (layer.mode == "w4a8") return Quantizer::mxint8(group);

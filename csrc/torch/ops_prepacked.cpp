@@ -41,9 +41,10 @@ HeldWeight hold_prepacked(const Backend& backend, const Argument& arg, int64_t n
 
 Tensor linear_prepacked(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to,
                         const TransformArguments& before, const Tensor& weight, int64_t out_features,
-                        const std::optional<Tensor>& bias) {
+                        const std::optional<Tensor>& bias, double weight_global_scale) {
   const int64_t k = k_of_floats(op, x);
-  return linear(backend, op, x, to, before, hold_prepacked(backend, {op, "weight", weight}, out_features, k), bias);
+  return linear(backend, op, x, to, before, hold_prepacked(backend, {op, "weight", weight}, out_features, k), bias,
+                weight_global_scale);
 }
 
 }  // namespace
@@ -71,25 +72,26 @@ Tensor mxfp4_gemm_prepacked(const Backend& backend, const Tensor& a, const Tenso
 
 Tensor mxfp4_linear_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
                               const std::optional<Tensor>& bias, std::string_view scale_mode, int64_t hadamard,
-                              const std::optional<Tensor>& input_offset) {
+                              const std::optional<Tensor>& input_offset, double weight_global_scale) {
   const char* op = "mxfp4_linear_prepacked";
   return linear_prepacked(backend, op, x, Quantizer::mxfp4(check_scale_mode(op, scale_mode)), {hadamard, input_offset}, weight,
-                          out_features, bias);
+                          out_features, bias, weight_global_scale);
 }
 
 Tensor mxfp4_linear_w4a8_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
                                    const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
-                                   const std::optional<Tensor>& input_offset) {
+                                   const std::optional<Tensor>& input_offset, double weight_global_scale) {
   const char* op = "mxfp4_linear_w4a8_prepacked";
   return linear_prepacked(backend, op, x, Quantizer::mxint8(check_group(op, group)), {hadamard, input_offset}, weight,
-                          out_features, bias);
+                          out_features, bias, weight_global_scale);
 }
 
 Tensor mxfp4_linear_w4a16_prepacked(const Backend& backend, const Tensor& x, const Tensor& weight, int64_t out_features,
                                     const std::optional<Tensor>& bias, int64_t hadamard,
-                                    const std::optional<Tensor>& input_offset) {
+                                    const std::optional<Tensor>& input_offset, double weight_global_scale) {
   const char* op = "mxfp4_linear_w4a16_prepacked";
-  return linear_prepacked(backend, op, x, kAsTheyAre, {hadamard, input_offset}, weight, out_features, bias);
+  return linear_prepacked(backend, op, x, kAsTheyAre, {hadamard, input_offset}, weight, out_features, bias,
+                          weight_global_scale);
 }
 
 }  // namespace xpu_fp4::ops

@@ -2,6 +2,7 @@
 // Products, of codes and of floats that are quantized on the way or multiplied as they are, with stored and expanded weights.
 #include <ATen/ops/empty.h>
 
+#include "../format/fp_quant.h"
 #include "multiply.h"
 #include "ops.h"
 
@@ -51,7 +52,8 @@ int64_t k_of_floats(const char* op, const Tensor& x) {
 }
 
 Tensor linear(const Backend& backend, const char* op, const Tensor& x, Quantizer to, const TransformArguments& before,
-              const HeldWeight& weight, const std::optional<Tensor>& bias) {
+              const HeldWeight& weight, const std::optional<Tensor>& bias, double weight_global_scale) {
+  const float global_scale = check_global_scale(op, weight_global_scale) * fp_quant::global_scale(to.mode);
   const HeldTransform transform = check_transform({op, "x", x}, before.hadamard, before.input_offset);
   to.transform = transform.view;
   const HeldBias held = hold_linear_bias(op, x, bias, weight.view.n);
@@ -61,7 +63,7 @@ Tensor linear(const Backend& backend, const char* op, const Tensor& x, Quantizer
   multiply(backend, op,
            {Activations::floats(dense.const_data_ptr(), dtype, to, rows_of(x), weight.view.k),
             weight.view,
-            {y.data_ptr(), dtype, held.view}});
+            {y.data_ptr(), dtype, held.view, 1.0f / global_scale}});
   return y;
 }
 
@@ -88,16 +90,17 @@ Tensor gemm(const Backend& backend, const GemmNames& names, const Tensor& a, con
 
 Tensor linear_stored(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to,
                      const TransformArguments& before, const Tensor& weight, const Tensor& weight_scale,
-                     const std::optional<Tensor>& bias) {
+                     const std::optional<Tensor>& bias, double weight_global_scale) {
   const int64_t k = k_of_floats(op, x);
-  return linear(backend, op, x, to, before, hold_stored(op, weight, weight_scale, k, x.device()), bias);
+  return linear(backend, op, x, to, before, hold_stored(op, weight, weight_scale, k, x.device()), bias, weight_global_scale);
 }
 
 Tensor linear_expanded(const Backend& backend, const char* op, const Tensor& x, const Quantizer& to,
                        const TransformArguments& before, const Tensor& weight, const Tensor& weight_scale,
-                       const Tensor& expanded, const std::optional<Tensor>& bias) {
+                       const Tensor& expanded, const std::optional<Tensor>& bias, double weight_global_scale) {
   const int64_t k = k_of_floats(op, x);
-  return linear(backend, op, x, to, before, hold_expanded(backend, op, weight, weight_scale, expanded, k, x.device()), bias);
+  return linear(backend, op, x, to, before, hold_expanded(backend, op, weight, weight_scale, expanded, k, x.device()), bias,
+                weight_global_scale);
 }
 
 }  // namespace
@@ -116,40 +119,41 @@ Tensor fp4_gemm(const Backend& backend, const Tensor& a, const Tensor& b, const 
 
 Tensor mxfp4_linear(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                     const std::optional<Tensor>& bias, std::string_view scale_mode, int64_t hadamard,
-                    const std::optional<Tensor>& input_offset) {
+                    const std::optional<Tensor>& input_offset, double weight_global_scale) {
   const char* op = "mxfp4_linear";
   return linear_stored(backend, op, x, Quantizer::mxfp4(check_scale_mode(op, scale_mode)), {hadamard, input_offset}, weight,
-                       weight_scale, bias);
+                       weight_scale, bias, weight_global_scale);
 }
 
 Tensor mxfp4_linear_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                              const Tensor& expanded, const std::optional<Tensor>& bias, std::string_view scale_mode,
-                             int64_t hadamard, const std::optional<Tensor>& input_offset) {
+                             int64_t hadamard, const std::optional<Tensor>& input_offset, double weight_global_scale) {
   const char* op = "mxfp4_linear_expanded";
   return linear_expanded(backend, op, x, Quantizer::mxfp4(check_scale_mode(op, scale_mode)), {hadamard, input_offset}, weight,
-                         weight_scale, expanded, bias);
+                         weight_scale, expanded, bias, weight_global_scale);
 }
 
 Tensor mxfp4_linear_w4a8(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                          const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
-                         const std::optional<Tensor>& input_offset) {
+                         const std::optional<Tensor>& input_offset, double weight_global_scale) {
   const char* op = "mxfp4_linear_w4a8";
   return linear_stored(backend, op, x, Quantizer::mxint8(check_group(op, group)), {hadamard, input_offset}, weight,
-                       weight_scale, bias);
+                       weight_scale, bias, weight_global_scale);
 }
 
 Tensor mxfp4_linear_w4a8_expanded(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                                   const Tensor& expanded, const std::optional<Tensor>& bias, int64_t group, int64_t hadamard,
-                                  const std::optional<Tensor>& input_offset) {
+                                  const std::optional<Tensor>& input_offset, double weight_global_scale) {
   const char* op = "mxfp4_linear_w4a8_expanded";
   return linear_expanded(backend, op, x, Quantizer::mxint8(check_group(op, group)), {hadamard, input_offset}, weight,
-                         weight_scale, expanded, bias);
+                         weight_scale, expanded, bias, weight_global_scale);
 }
 
 Tensor mxfp4_linear_w4a16(const Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                          const std::optional<Tensor>& bias, int64_t hadamard, const std::optional<Tensor>& input_offset) {
+                          const std::optional<Tensor>& bias, int64_t hadamard, const std::optional<Tensor>& input_offset,
+                          double weight_global_scale) {
   const char* op = "mxfp4_linear_w4a16";
-  return linear_stored(backend, op, x, kAsTheyAre, {hadamard, input_offset}, weight, weight_scale, bias);
+  return linear_stored(backend, op, x, kAsTheyAre, {hadamard, input_offset}, weight, weight_scale, bias, weight_global_scale);
 }
 
 Tensor mxfp4_expand(const Backend& backend, const Tensor& weight, const Tensor& weight_scale) {

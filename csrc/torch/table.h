@@ -54,7 +54,8 @@ OpRow op(const char* schema) {
   return {schema, torch::CppFunction(Bound<GetBackend, function>{torch::jit::parseSchema(schema)})};
 }
 
-/// Our own ops on any device, namespace xpu_fp4. `scale_mode` is "floor", "ceil", "even" or "rceil" (format/e8m0.h).
+/// Our own ops on any device, namespace xpu_fp4. `scale_mode` is "floor", "ceil", "even", "rceil" (format/e8m0.h), "abs_max" or
+/// "quest" (format/fp_quant.h).
 template <class GetBackend>
 std::vector<OpRow> op_table() {
   using G = GetBackend;
@@ -69,22 +70,25 @@ std::vector<OpRow> op_table() {
   rows.push_back(op<G, ops::mxfp4_gemm>(
       "mxfp4_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType? out_dtype=None, Tensor? bias=None) -> "
       "Tensor"));
-  rows.push_back(
-      op<G, ops::mxfp4_linear>("mxfp4_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, str "
-                               "scale_mode=\"even\", int hadamard=0, Tensor? input_offset=None) -> Tensor"));
-  rows.push_back(
-      op<G, ops::mxfp4_linear_w4a8>("mxfp4_linear_w4a8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int "
-                                    "group=128, int hadamard=0, Tensor? input_offset=None) -> Tensor"));
-  rows.push_back(
-      op<G, ops::mxfp4_linear_w4a16>("mxfp4_linear_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int "
-                                     "hadamard=0, Tensor? input_offset=None) -> Tensor"));
+  rows.push_back(op<G, ops::mxfp4_linear>(
+      "mxfp4_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, str "
+      "scale_mode=\"even\", int hadamard=0, Tensor? input_offset=None, float weight_global_scale=1.0) -> "
+      "Tensor"));
+  rows.push_back(op<G, ops::mxfp4_linear_w4a8>(
+      "mxfp4_linear_w4a8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int group=128, "
+      "int hadamard=0, Tensor? input_offset=None, float weight_global_scale=1.0) -> Tensor"));
+  rows.push_back(op<G, ops::mxfp4_linear_w4a16>(
+      "mxfp4_linear_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int hadamard=0, "
+      "Tensor? input_offset=None, float weight_global_scale=1.0) -> Tensor"));
   rows.push_back(op<G, ops::mxfp4_expand>("mxfp4_expand(Tensor weight, Tensor weight_scale) -> Tensor"));
   rows.push_back(op<G, ops::mxfp4_linear_expanded>(
-      "mxfp4_linear_expanded(Tensor x, Tensor weight, Tensor weight_scale, Tensor expanded, Tensor? bias=None, "
-      "str scale_mode=\"even\", int hadamard=0, Tensor? input_offset=None) -> Tensor"));
+      "mxfp4_linear_expanded(Tensor x, Tensor weight, Tensor weight_scale, Tensor expanded, Tensor? "
+      "bias=None, str scale_mode=\"even\", int hadamard=0, Tensor? input_offset=None, float "
+      "weight_global_scale=1.0) -> Tensor"));
   rows.push_back(op<G, ops::mxfp4_linear_w4a8_expanded>(
-      "mxfp4_linear_w4a8_expanded(Tensor x, Tensor weight, Tensor weight_scale, Tensor expanded, Tensor? bias=None, "
-      "int group=128, int hadamard=0, Tensor? input_offset=None) -> Tensor"));
+      "mxfp4_linear_w4a8_expanded(Tensor x, Tensor weight, Tensor weight_scale, Tensor expanded, Tensor? "
+      "bias=None, int group=128, int hadamard=0, Tensor? input_offset=None, float weight_global_scale=1.0) "
+      "-> Tensor"));
   rows.push_back(op<G, ops::mxfp4_experts>(
       "mxfp4_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w13_scale, Tensor w2, Tensor "
       "w2_scale, Tensor? w13_bias=None, Tensor? "
@@ -105,16 +109,16 @@ std::vector<OpRow> prepacked_op_table() {
   rows.push_back(op<G, ops::mxfp4_gemm_prepacked>(
       "mxfp4_gemm_prepacked(Tensor a, Tensor a_scale, Tensor b, int out_features, ScalarType? out_dtype=None, "
       "Tensor? bias=None) -> Tensor"));
-  rows.push_back(
-      op<G, ops::mxfp4_linear_prepacked>("mxfp4_linear_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None, "
-                                         "str scale_mode=\"even\", int hadamard=0, Tensor? input_offset=None) -> "
-                                         "Tensor"));
+  rows.push_back(op<G, ops::mxfp4_linear_prepacked>(
+      "mxfp4_linear_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None, str "
+      "scale_mode=\"even\", int hadamard=0, Tensor? input_offset=None, float weight_global_scale=1.0) -> "
+      "Tensor"));
   rows.push_back(op<G, ops::mxfp4_linear_w4a8_prepacked>(
-      "mxfp4_linear_w4a8_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None, int group=128, int "
-      "hadamard=0, Tensor? input_offset=None) -> Tensor"));
-  rows.push_back(
-      op<G, ops::mxfp4_linear_w4a16_prepacked>("mxfp4_linear_w4a16_prepacked(Tensor x, Tensor weight, int out_features, "
-                                               "Tensor? bias=None, int hadamard=0, Tensor? input_offset=None) -> Tensor"));
+      "mxfp4_linear_w4a8_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None, int "
+      "group=128, int hadamard=0, Tensor? input_offset=None, float weight_global_scale=1.0) -> Tensor"));
+  rows.push_back(op<G, ops::mxfp4_linear_w4a16_prepacked>(
+      "mxfp4_linear_w4a16_prepacked(Tensor x, Tensor weight, int out_features, Tensor? bias=None, int "
+      "hadamard=0, Tensor? input_offset=None, float weight_global_scale=1.0) -> Tensor"));
   rows.push_back(op<G, ops::mxfp4_experts_prepacked>(
       "mxfp4_experts_prepacked(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w2, int "
       "intermediate_size, Tensor? w13_bias=None, Tensor? "

@@ -9,9 +9,13 @@ from torch import Tensor
 
 from ._library import ops
 
-ScaleMode = Literal["floor", "ceil", "even", "rceil"]
+ScaleMode = Literal["floor", "ceil", "even", "rceil", "abs_max", "quest"]
 """How a block's scale follows from its largest magnitude f * 2^E: 2^(E-2), doubled if f > 1 (ceil), f >= 1.75 (even) or f > 1.5
-(rceil). floor is the OCP specification's rule, even that of compressed-tensors and Quark checkpoints."""
+(rceil). floor is the OCP specification's rule, even that of compressed-tensors and Quark checkpoints. abs_max and quest are
+FP-Quant's: 2^E, under which codes stand for 3 times the elements; the power of two at or below 0.487 standard deviations."""
+
+GLOBAL_SCALES: dict[ScaleMode, float] = {"abs_max": 3.0}
+"""What codes and scales stand for, over what was quantized, of rules where that is not 1."""
 
 Mode = Literal["w4a4", "w4a8", "w4a16"]
 """What a linear with MXFP4 weights makes of its input: MXFP4, MXINT8 (8-bit integers under the scales of MXFP4), nothing."""
@@ -81,6 +85,7 @@ def multiply(
     mode: Mode,
     hadamard: Hadamard,
     input_offset: Tensor | None,
+    weight_global_scale: float,
     **options: object,
 ) -> Tensor:
     """The product of x and a weight, by the op for that mode and form.
@@ -100,7 +105,7 @@ def multiply(
     if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype in _CAST:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     how = [options[name] for name in product.options]
-    out: Tensor = product.ops[form](x, *operands, bias, *how, hadamard, input_offset)
+    out: Tensor = product.ops[form](x, *operands, bias, *how, hadamard, input_offset, weight_global_scale)
     return out
 
 
@@ -114,7 +119,7 @@ def quantize(
     """x [..., K] (float32, float16, bfloat16) -> codes [..., K/2] float4_e2m1fn_x2, scales [..., K/32] float8_e8m0fnu.
 
     Rounds to nearest, ties to even, saturating (OCP Microscaling Formats v1.0, section 6.3, for `floor`). A block with a NaN or
-    Inf gets the scale NaN and codes 0.
+    Inf gets the scale NaN and codes 0. Under `abs_max` codes and scales stand for 3 x.
     hadamard, input_offset: what comes before that, in float32: input_offset [K], float32, is subtracted from each row, and the
     row multiplied by a block diagonal of orthonormal Sylvester matrices of that size, which divides K. They spread outliers
     over a block, and are their own inverse: with a weight that was quantized with the same hadamard, products are the same.
@@ -159,6 +164,7 @@ def linear(
     group: Group = 128,
     hadamard: Hadamard = 0,
     input_offset: Tensor | None = None,
+    weight_global_scale: float = 1.0,
     expanded: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] @ weight [N, K]^T + bias [N] -> [..., N] of x's dtype; weight as codes [N, K/2] and scales [N, K/32].
@@ -167,6 +173,9 @@ def linear(
     defined to the bit. `w4a16` takes x as it is and sums in float32.
     hadamard, input_offset: what x goes through before, see `quantize`; in `w4a16` the result is rounded to x's dtype. weight is
     that of the transformed input: `quantize(W, hadamard=...)`.
+    weight_global_scale: what the codes and scales of weight stand for, over the weight itself, 2^-64 to 2^64: 3 for those of
+    `quantize(W, "abs_max")`. The sum over K is multiplied by 1 / (weight_global_scale * that of scale_mode), in float32, before
+    bias is added.
     expanded: what `expand` gave for this weight, for modes `w4a4` and `w4a8`; the result is the same bits.
 
     Raises:
@@ -175,7 +184,8 @@ def linear(
     """
     form: Form = "stored" if expanded is None else "expanded"
     operands = (weight, weight_scale) if expanded is None else (weight, weight_scale, expanded)
-    return multiply(form, operands, x, bias, mode, hadamard, input_offset, scale_mode=scale_mode, group=group)
+    how = {"scale_mode": scale_mode, "group": group}
+    return multiply(form, operands, x, bias, mode, hadamard, input_offset, weight_global_scale, **how)
 
 
 def expand(weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -217,11 +227,11 @@ def linear_prepacked(
     group: Group = 128,
     hadamard: Hadamard = 0,
     input_offset: Tensor | None = None,
+    weight_global_scale: float = 1.0,
 ) -> Tensor:
     """`linear` with a weight from `prepack` of out_features rows."""
-    return multiply(
-        "prepacked", (weight, out_features), x, bias, mode, hadamard, input_offset, scale_mode=scale_mode, group=group
-    )
+    how = {"scale_mode": scale_mode, "group": group}
+    return multiply("prepacked", (weight, out_features), x, bias, mode, hadamard, input_offset, weight_global_scale, **how)
 
 
 def experts(

@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ._library import BLOCK
-from .functional import Group, Hadamard, Mode, ScaleMode, check_mode, dequantize, modes_of, options_of, quantize
+from .functional import (
+    GLOBAL_SCALES,
+    Group,
+    Hadamard,
+    Mode,
+    ScaleMode,
+    check_mode,
+    dequantize,
+    modes_of,
+    options_of,
+    quantize,
+)
 from .reference import transform
 from .weight import PackedWeight
 
@@ -87,6 +98,7 @@ class MXFP4Linear(nn.Module):
         group: how many elements of x share a scale in mode `w4a8`, 32 or 128.
         hadamard: the size of the Hadamard matrices that x is multiplied with, 32, 64 or 128, which divides K; 0 for none.
         input_offset: whether there is one.
+        weight_global_scale: what codes and scales stand for, over the weight: 3 in FP-Quant's checkpoints of `abs_max`.
         device, dtype: of the parameters; dtype is the bias's, and that of `weight`.
     """
 
@@ -103,6 +115,7 @@ class MXFP4Linear(nn.Module):
         group: Group = 128,
         hadamard: Hadamard = 0,
         input_offset: bool = False,
+        weight_global_scale: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -120,6 +133,7 @@ class MXFP4Linear(nn.Module):
         self.scale_mode = scale_mode
         self.group = group
         self.hadamard = hadamard
+        self.weight_global_scale = weight_global_scale
         self._dtype = dtype or torch.get_default_dtype()
         self._lock = threading.RLock()
         self._prepacked: Tensor | None
@@ -151,6 +165,7 @@ class MXFP4Linear(nn.Module):
             scale_mode=scale_mode,
             group=group,
             hadamard=hadamard,
+            weight_global_scale=GLOBAL_SCALES.get(scale_mode, 1.0),
             device="meta",
             dtype=source.weight.dtype,
         )
@@ -315,9 +330,9 @@ class MXFP4Linear(nn.Module):
         """The weight [N, K] that the codes and scales stand for; of a layer with a Hadamard, turned back in float32."""
         with self._locked():
             codes, scale = self._stored()
-        if self.hadamard == 0:
+        if self.hadamard == 0 and self.weight_global_scale == 1:
             return dequantize(codes, scale, dtype)
-        return transform(dequantize(codes, scale), self.hadamard).to(dtype)
+        return transform(dequantize(codes, scale) / self.weight_global_scale, self.hadamard).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] float32, float16 or bfloat16 -> [..., N] of the same dtype."""
@@ -332,6 +347,7 @@ class MXFP4Linear(nn.Module):
             group=self.group,
             hadamard=self.hadamard,
             input_offset=None if self.input_offset is None else self._to_local(self.input_offset),
+            weight_global_scale=self.weight_global_scale,
         )
 
     def _snapshot(self) -> PackedWeight:
@@ -356,6 +372,7 @@ class MXFP4Linear(nn.Module):
         how = ", ".join(f"{name}={getattr(self, name)}" for name in ("mode", *options_of(self.mode)))
         how += f", hadamard={self.hadamard}" if self.hadamard else ""
         how += ", input_offset=True" if self.input_offset is not None else ""
+        how += f", weight_global_scale={self.weight_global_scale:g}" if self.weight_global_scale != 1 else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {how}"
 
 

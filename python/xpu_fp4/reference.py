@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._library import BLOCK
-from .functional import Activation, Group, Hadamard, ScaleMode
+from .functional import GLOBAL_SCALES, Activation, Group, Hadamard, ScaleMode
 
 QUAD = 4
 NAN_SCALE = 0xFF
@@ -31,11 +31,30 @@ def _pow2(exponent: Tensor) -> Tensor:
 
 
 def scale_bytes(amax: Tensor, scale_mode: ScaleMode) -> Tensor:
-    """Scale byte of each block from its largest magnitude, float64 and finite."""
+    """Scale byte of each block from its largest magnitude, float64 and finite; of all rules but `quest`."""
+    if scale_mode == "abs_max":
+        _, exponent = _exponent((amax.float() + 1e-8).double())
+        return (exponent + 127).to(torch.uint8)
     f, exponent = _exponent(torch.where(amax > 0, amax, 1.0))
     doubled = {"floor": f > 2, "ceil": f > 1, "even": f >= 1.75, "rceil": f > 1.5}[scale_mode]
     e = torch.where(amax > 0, exponent - 2 + doubled.int(), -127)
     return (e.clamp(-127, 127) + 127).to(torch.uint8)
+
+
+def quest_scale_bytes(blocks: Tensor) -> Tensor:
+    """Scale byte of each block [..., 32], finite: the exponent of half the logarithm of c^2 times its variance, all float32."""
+
+    def mean(terms: Tensor) -> Tensor:
+        for _ in range(5):  # as a tree, neighbours first
+            terms = terms[..., 0::2] + terms[..., 1::2]
+        return terms[..., 0] / 32
+
+    x = blocks.float()
+    variance = mean(x * x) - mean(x) * mean(x)
+    square = (variance * (2.92247856 / 6) ** 2).double()
+    _, exponent = _exponent(torch.where(square > 0, square, 1e-30))
+    e = torch.where(variance < 0, 0, (exponent // 2).clamp(min=-27))
+    return torch.where(variance.isfinite(), e + 127, NAN_SCALE).to(torch.uint8)
 
 
 def encode(y: Tensor, *, ties_to_even: bool = True) -> Tensor:
@@ -64,8 +83,10 @@ def quantize(x: Tensor, scale_mode: ScaleMode = "even") -> tuple[Tensor, Tensor]
     blocks = x.double().unflatten(-1, (-1, BLOCK))
     finite = blocks.isfinite().all(-1)
     safe = torch.where(finite[..., None], blocks, 0.0)
-    scale = scale_bytes(safe.abs().amax(-1), scale_mode)
-    codes = encode(safe * _pow2(127 - scale[..., None].int()))
+    scale = quest_scale_bytes(safe) if scale_mode == "quest" else scale_bytes(safe.abs().amax(-1), scale_mode)
+    finite &= scale != NAN_SCALE
+    scaled = safe * (GLOBAL_SCALES.get(scale_mode, 1.0) * _pow2(127 - scale[..., None].int()))
+    codes = encode(scaled if scale_mode not in GLOBAL_SCALES else scaled.float())
     codes = torch.where(finite[..., None], codes, 0)
     return pack(codes.flatten(-2)), torch.where(finite, scale, NAN_SCALE).to(torch.uint8)
 
@@ -142,8 +163,19 @@ def _add_in_quads(shares: Tensor) -> Tensor:
     return acc
 
 
-def gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """a codes [M, K/2] or int8 [M, K], w codes [N, K/2], with scales [., K/32] -> [M, N] of dtype, bias broadcast."""
+def gemm(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    global_scale: float = 1.0,
+) -> Tensor:
+    """a codes [M, K/2] or int8 [M, K], w codes [N, K/2], with scales [., K/32] -> [M, N] of dtype, bias broadcast.
+
+    global_scale: what codes and scales of both stand for together, over the operands, a float32.
+    """
     (a_integers, a_unit), (w_integers, w_unit) = integers(a), integers(w)
     a_blocks, w_blocks = a_integers.unflatten(-1, (-1, BLOCK)), w_integers.unflatten(-1, (-1, BLOCK))
     dot = torch.einsum("mbk,nbk->bmn", a_blocks, w_blocks)  # exact: integers up to 49152
@@ -151,7 +183,7 @@ def gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dt
     exponent = ea.t()[:, :, None] + ew.t()[:, None, :] - 2 * 127 + a_unit + w_unit
     invalid = (ea.t() == NAN_SCALE)[:, :, None] | (ew.t() == NAN_SCALE)[:, None, :]
     products = torch.where(invalid, torch.nan, dot * _pow2(exponent)).float()
-    y = _add_in_quads(products)
+    y = _add_in_quads(products) * (1 / torch.tensor(global_scale))
     if bias is not None:
         y = y + bias.float()
     return canonical_nan(y.to(dtype))

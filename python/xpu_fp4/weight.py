@@ -62,7 +62,9 @@ class PackedWeight:
         group: Group = 128,
         hadamard: Hadamard = 0,
         input_offset: Tensor | None = None,
+        weight_global_scale: float = 1.0,
     ) -> Tensor:
         """x [..., k] -> [..., n]: `xpu_fp4.linear`, with the same bits in every form."""
         operands: tuple[Tensor | int, ...] = (*self.tensors, self.n) if self.form == "prepacked" else self.tensors
-        return multiply(self.form, operands, x, bias, mode, hadamard, input_offset, scale_mode=scale_mode, group=group)
+        how = {"scale_mode": scale_mode, "group": group}
+        return multiply(self.form, operands, x, bias, mode, hadamard, input_offset, weight_global_scale, **how)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import fp_quant_of_others
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import (
@@ -187,6 +188,24 @@ def save_as_quark(compressed: Path, folder: Path, preset: Preset) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def save_as_fp_quant(source: Path, folder: Path, method: str) -> Path:
+    """A bf16 checkpoint -> FP-Quant's of it, as its kernels quantize, without what changes nothing."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    turn = fp_quant_of_others.matrix(HADAMARD)
+    found = fp_quant_of_others.tensors(model, linears_of(model), turn, method)
+    shutil.copytree(source, folder)
+    save_file({n: t for n, t in found.items() if t.numel()}, folder / "model.safetensors", {"format": "pt"})
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = fp_quant_of_others.config(method, HADAMARD)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def linears_of(model: nn.Module) -> list[str]:
+    """The names of the layers that are quantized."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
 
 
 def save_smollm2(folder: Path) -> Path:

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ from .reference import certain_tokens
 W4A4: Groups = {"MXFP4": ["Linear"]}
 W4A16: Groups = {"MXFP4A16": ["Linear"]}
 MIXED: Groups = {"MXFP4A16": ["re:.*(q|k|v|o)_proj"], "MXFP4": ["re:.*(gate|up|down)_proj"]}
+
+
+DEPRECATED: dict[str, Any] = {"allow_deprecated_quantization": True}
+"""What vLLM asks for before it reads FP-Quant's checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Models:
     rotated_w4a8: Path
     offset: Path
     exceptions: Path
+    fp_quant_abs_max: Path
+    fp_quant_quest: Path
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +84,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, uncompiled: None) -> Models
             Scheme("w4a8", hadamard=HADAMARD),
             dict.fromkeys(attention, Scheme("w4a16", hadamard=HADAMARD)),
         ),
+        checkpoints.save_as_fp_quant(bf16, folder / "fp_quant_abs_max", "abs_max"),
+        checkpoints.save_as_fp_quant(bf16, folder / "fp_quant_quest", "quest"),
     )
 
 
@@ -85,13 +94,13 @@ Reference = Callable[..., list[list[int]]]
 
 @pytest.fixture(scope="session")
 def reference(models: Models) -> Reference:
-    """Groups, how else activations are rounded, whether they are transformed -> the tokens that Transformers is certain of."""
+    """Groups, and the other arguments of certain_tokens -> the tokens that Transformers is certain of."""
     known: dict[str, list[list[int]]] = {}
 
-    def tokens(groups: Groups, *, activations: str | None = None, rotated: bool = False) -> list[list[int]]:
-        key = f"{groups} {activations} {rotated}"
+    def tokens(groups: Groups, **how: Any) -> list[list[int]]:
+        key = f"{groups} {how}"
         if key not in known:
-            known[key] = certain_tokens(models.bf16, groups, activations=activations, rotated=rotated)
+            known[key] = certain_tokens(models.bf16, groups, **how)
         return known[key]
 
     return tokens
@@ -115,6 +124,9 @@ def engines(models: Models, vllm_folder: Path) -> Engines:
             "rotated_w4a8": {"model": str(models.rotated_w4a8)},
             "offset": {"model": str(models.offset)},
             "exceptions": {"model": str(models.exceptions)},
+            "fp_quant_abs_max": {"model": str(models.fp_quant_abs_max)} | DEPRECATED,
+            "fp_quant_quest": {"model": str(models.fp_quant_quest)} | DEPRECATED,
+            "fp_quant_compiled": {"model": str(models.fp_quant_abs_max), "enforce_eager": False} | DEPRECATED,
             "offset_compiled": {"model": str(models.offset), "enforce_eager": False},
             "quark_w4a4": quark_w4a4 | {"prepare": "quark_in_float32"},
             "w4a4_bf16": w4a4 | half,

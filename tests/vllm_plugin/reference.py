@@ -4,12 +4,13 @@
 from pathlib import Path
 from typing import Any
 
+import fp_quant_of_others
 import torch
 from compressed_tensors.quantization import fake_quantize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from .checkpoints import Groups, quantize, rotate
+from .checkpoints import HADAMARD, Groups, linears_of, quantize, rotate
 
 # Far above float32's rounding errors in these models.
 NOISE = 1e-6
@@ -65,12 +66,15 @@ ROUNDINGS = {"mxint8": _round_to_mxint8, "vllm-xpu-kernels": _round_as_vllm_xpu_
 
 
 @torch.no_grad()
-def certain_tokens(source: Path, groups: Groups, *, activations: str | None = None, rotated: bool = False) -> list[list[int]]:
+def certain_tokens(
+    source: Path, groups: Groups, *, activations: str | None = None, rotated: bool = False, fp_quant: str | None = None
+) -> list[list[int]]:
     """The tokens that follow each of PROMPTS, as far as they are certain.
 
     A rounding error may turn the code of an activation, and so a token and all after it. Tokens count as certain as far as
     float64, float32, and float32 with noise in the input of every linear give the same. activations, one of ROUNDINGS, is how
-    the inputs of linears are rounded, where groups leave them alone; rotated: whether they are transformed before that.
+    the inputs of linears are rounded, where groups leave them alone; rotated: whether they are transformed before that;
+    fp_quant: FP-Quant's method, which does all of it in its own way.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the layers are tiny: handing them out costs more
@@ -80,10 +84,16 @@ def certain_tokens(source: Path, groups: Groups, *, activations: str | None = No
         if rotated:
             rotate(model)  # in the dtype of the checkpoint, so that weights are rounded alike
         model.to(dtype)
-        quantize(model, groups)
-        linears = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
-        for linear in linears:
-            _round_weight(linear)
+        if fp_quant is not None:
+            # Not with its matrix in bfloat16, by whose rounding, 1 in 10,000, tokens would be uncertain.
+            turn = fp_quant_of_others.matrix(HADAMARD).double().sign() * HADAMARD**-0.5
+            fp_quant_of_others.emulate(model, linears_of(model), turn, fp_quant)
+            linears = [model.get_submodule(name) for name in linears_of(model)]
+        else:
+            quantize(model, groups)
+            linears = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
+            for linear in linears:
+                _round_weight(linear)
         if activations is not None:
             for linear in linears:
                 linear.register_forward_pre_hook(ROUNDINGS[activations])

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM with the plug-in decodes what Transformers decodes with compressed-tensors' emulation of MXFP4."""
 
+import shutil
 from pathlib import Path
 
+import fp_quant_of_others
 import pytest
 import torch
 import xpu_fp4
+from safetensors.torch import load_file, save_file
 
+from .checkpoints import HADAMARD
 from .engine import EngineFailed, Engines, Run, generate
-from .fixtures import MIXED, W4A4, W4A16, Models, Reference
+from .fixtures import DEPRECATED, MIXED, W4A4, W4A16, Models, Reference
 from .reference import NEW_TOKENS, PROMPTS, ROUNDINGS, decode
 
 CALLS = 2 * 4 * NEW_TOKENS  # layers x (qkv, o, gate_up, down), in every step
@@ -97,6 +101,23 @@ def test_an_offset_and_its_share_in_the_bias_cancel(engines: Engines, reference:
     assert run.ops == W4A16_OPS
 
 
+@pytest.mark.parametrize(("checkpoint", "method"), [("abs_max", "abs_max"), ("quest", "quest"), ("compiled", "abs_max")])
+def test_fp_quants_checkpoints(engines: Engines, reference: Reference, checkpoint: str, method: str) -> None:
+    run = engines[f"fp_quant_{checkpoint}"]
+    assert_tokens(run, reference({}, fp_quant=method))
+    assert run.ops == W4A4_OPS
+
+
+def test_what_is_not_fp_quants_matrix_is_named(models: Models, vllm_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(models.fp_quant_abs_max, tmp_path / "gsr")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("o_proj.forward_hadamard_matrix"))
+    tensors[name] = fp_quant_of_others.sequency_ordered(HADAMARD)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EngineFailed, match=r"forward_hadamard_matrix .* is not the matrix that its transform_init asks for"):
+        generate(folder, vllm_folder, **DEPRECATED)
+
+
 def test_layers_that_differ_by_our_hint(engines: Engines, models: Models) -> None:
     run = engines["exceptions"]
     assert run.ops == {name: count // 4 for name, count in W4A16_OPS.items()} | {n: 3 * c // 4 for n, c in W4A8_OPS.items()}
@@ -142,6 +163,12 @@ def test_tensor_parallel_workers_cut_transforms_between_blocks(models: Models, r
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     run = generate(models.offset, vllm_folder, env=env, tensor_parallel_size=2)
     assert_tokens(run, reference(W4A16, rotated=True))
+
+
+def test_tensor_parallel_workers_share_fp_quants_scales(models: Models, reference: Reference, vllm_folder: Path) -> None:
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    run = generate(models.fp_quant_abs_max, vllm_folder, env=env, tensor_parallel_size=2, **DEPRECATED)
+    assert_tokens(run, reference({}, fp_quant="abs_max"))
 
 
 def test_vllm_alone_refuses(models: Models, vllm_folder: Path) -> None:

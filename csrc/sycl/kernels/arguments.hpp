@@ -38,21 +38,30 @@ struct ExpandedOperand {
 #define XPU_FP4_EXPANDED_PARAMETERS(x) uint8_t *x##_codes, uint32_t *x##_exponents, uint32_t *x##_levels
 #define XPU_FP4_EXPANDED(x) {x##_codes, x##_exponents, x##_levels}
 
-/// Y [m, n] and what is added to it: float32, null where there is none.
+/// Y [m, n] and what is added to it: float32, null where there is none. Sums are multiplied by `factor` before; where it is not
+/// 1, the program is another, with XPU_FP4_FACTOR, so that all others do without the parameter and the multiplication.
 struct OutputArguments {
   const float* bias;
   int64_t bias_row_stride, bias_column_stride;
   void* y;
   int64_t m, n;
+  float factor = 1.0f;
 
   template <class Visit>
   void each(const Visit& visit) const {
     visit(bias), visit(bias_row_stride), visit(bias_column_stride), visit(y), visit(m), visit(n);
+    if (factor != 1.0f) visit(factor);
   }
 };
+#ifdef XPU_FP4_FACTOR
+#define XPU_FP4_OUTPUT_PARAMETERS \
+  const float *bias, int64_t bias_row_stride, int64_t bias_column_stride, void *y, int64_t m, int64_t n, float factor
+#define XPU_FP4_OUTPUT {bias, bias_row_stride, bias_column_stride, y, m, n, factor}
+#else
 #define XPU_FP4_OUTPUT_PARAMETERS \
   const float *bias, int64_t bias_row_stride, int64_t bias_column_stride, void *y, int64_t m, int64_t n
 #define XPU_FP4_OUTPUT {bias, bias_row_stride, bias_column_stride, y, m, n}
+#endif
 
 /// product.h's Transform: float32 per element of a row, null where there is none; and H's size, 0 where there is none.
 struct TransformArguments {

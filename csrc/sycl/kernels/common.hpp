@@ -6,6 +6,8 @@
 //   XPU_FP4_ALIGNMENT    bytes to which the vector-accessed pointers are aligned: 16, or 1 if any of them is not
 //   XPU_FP4_DTYPE        where a kernel depends on it: the DType of the tensor of floats, as its number
 //   XPU_FP4_FORMAT       where a kernel depends on it: the Format of the activations, or of the operand that it expands
+//   XPU_FP4_SCALE_MODE   FP-Quant's ScaleMode, as its number, where MXFP4 scales follow one of its rules
+//   XPU_FP4_FACTOR       where a product's sums are multiplied by a factor
 //   XPU_FP4_REGISTERS    where a kernel wants 256 registers per thread on a GPU instead of 128
 #pragma once
 #include <sycl/sycl.hpp>

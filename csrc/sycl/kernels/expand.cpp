@@ -162,7 +162,7 @@ inline void quantize_quad(const Entry* x, int64_t blocks, const QuantizeExpandAr
     for (int b = 0; b < kQuad; ++b) {
       if (b >= blocks) break;
       const BlockValues values(x + b * step);
-      const uint8_t scale = e8m0::from_amax(values.amax_bits, static_cast<ScaleMode>(args.mode));
+      const uint8_t scale = mxfp4_scale(values, values.amax_bits, args.mode);
       encode(values, Mxfp4Encoder(scale), in.codes[b]);
       in.scale[b] = scale;
     }

@@ -96,6 +96,7 @@ inline void add_rows(const Tile& tile, const uint8_t* a, const Quad& quad, int u
 XPU_FP4_KERNEL(2)
 gemm(XPU_FP4_STORED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k, int y_dtype) {
   const StoredOperand w = XPU_FP4_STORED(w);
+  const OutputArguments output = XPU_FP4_OUTPUT;
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const Tile tile = {{m, n, k},
                      static_cast<int64_t>(item.get_global_id(0)) * kSubGroup,
@@ -116,7 +117,7 @@ gemm(XPU_FP4_STORED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_
   for (int i = 0; i < kSubGroup; ++i) {
     const int64_t row = tile.first_row + i;
     if (row >= m) break;
-    float value = acc[i / kRowUnit][i % kRowUnit];
+    float value = acc[i / kRowUnit][i % kRowUnit] * output.factor;
     if (bias != nullptr) value += bias[row * bias_row_stride + column * bias_column_stride];
     store(static_cast<DType>(y_dtype), y, row * n + column, value);
   }

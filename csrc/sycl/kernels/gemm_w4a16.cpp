@@ -43,6 +43,8 @@ XPU_FP4_KERNEL(2) gemm_w4a16(const void* x, XPU_FP4_STORED_PARAMETERS(w), XPU_FP
     acc = add_quad(acc, p[0], p[1], p[2], p[3]);
   }
   if (lane_column >= n) return;
+  const OutputArguments output = XPU_FP4_OUTPUT;
+  acc *= output.factor;
   if (bias != nullptr) acc += bias[row * bias_row_stride + column * bias_column_stride];
   store<kDType>(y, row * n + column, acc);
 }

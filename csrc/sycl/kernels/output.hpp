@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device code: bias, conversion and the store of a tile.
+// Device code: factor, bias, conversion and the store of a tile.
 #pragma once
 #include "convert.hpp"
 #include "operands.hpp"
@@ -13,7 +13,8 @@ struct Output : OutputArguments {
 
   XPU_FP4_INLINE void store_row(float acc, int64_t row, int64_t column) const {
     if (column >= n) return;
-    store_converted<kDType>(y, row * n + column, bias == nullptr ? acc : acc + bias_of(row, column));
+    const float scaled = acc * factor;
+    store_converted<kDType>(y, row * n + column, bias == nullptr ? scaled : scaled + bias_of(row, column));
   }
 
   /// acc[i][j], element r of it, is row first_row + 8 i + r, column first_column + kLanes j + lane.
@@ -28,8 +29,8 @@ struct Output : OutputArguments {
 #pragma unroll
     for (int j = 0; j < column_units; ++j) {
       real[j] = kLanes * j + lane < columns;
-      // Without a bias +0, which changes nothing: a sum that begins with +0 is never -0.
-      added[j] = bias != nullptr && real[j] ? from[j * kLanes * bias_column_stride] : 0.0f;
+      // Without a bias -0, which changes nothing.
+      added[j] = bias != nullptr && real[j] ? from[j * kLanes * bias_column_stride] : -0.0f;
     }
     int64_t at = first_row * n + first_column + lane;
 #pragma unroll(kUnroll)
@@ -46,7 +47,7 @@ struct Output : OutputArguments {
         }
 #pragma unroll
         for (int j = 0; j < column_units; ++j) {
-          if (real[j]) store_converted<kDType>(y, at + kLanes * j, acc[i][j][r] + added[j]);
+          if (real[j]) store_converted<kDType>(y, at + kLanes * j, acc[i][j][r] * factor + added[j]);
         }
         at += n;
       }

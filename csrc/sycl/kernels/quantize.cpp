@@ -26,10 +26,9 @@ inline void store_codes(const LaneValues& in, uint8_t scale, uint8_t* q, const E
 XPU_FP4_KERNEL(1) quantize(const void* x, uint8_t* q, uint8_t* scales, int64_t vectors, int mode) {
   const int64_t id = syclext::this_work_item::get_nd_item<1>().get_global_linear_id();
   const LaneValues in(static_cast<const uint8_t*>(x) + sycl::min(id, vectors - 1) * 16);
-  const uint32_t amax_bits = largest_of_lanes(in.amax_bits, kLanesPerBlock);
+  const uint8_t scale = mxfp4_scale(in, largest_of_lanes(in.amax_bits, kLanesPerBlock), mode);
   if (id >= vectors) return;
-  const uint8_t scale = e8m0::from_amax(amax_bits, static_cast<ScaleMode>(mode));
-  store_codes(in, scale, q + id * (kVector / 2), [](float x, float r) { return quantize_element(x, r); });
+  store_codes(in, scale, q + id * (kVector / 2), [](float x, float r) { return quantize_element(x, r * kGlobalScale); });
   if (id % kLanesPerBlock == 0) scales[id / kLanesPerBlock] = scale;
 }
 

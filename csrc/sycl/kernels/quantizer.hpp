@@ -3,6 +3,7 @@
 // what they become is an encoder: the scale byte of a largest magnitude, and the code of an element under it.
 #pragma once
 #include "convert.hpp"
+#include "format/fp_quant.h"
 #include "format/hadamard.h"
 
 namespace xpu_fp4 {
@@ -110,12 +111,43 @@ inline uint32_t largest_of_lanes(uint32_t amax_bits, int lanes) {
   return amax_bits;
 }
 
-/// MXFP4 (format/block.h).
+/// The same of sums, in the order of fp_quant::tree_sum.
+inline float sum_of_lanes(float sum, int lanes) {
+#pragma unroll
+  for (int distance = 1; distance < kSubGroup; distance *= 2) {
+    if (distance >= lanes) break;
+    sum += sycl::permute_group_by_xor(this_sub_group(), sum, distance);
+  }
+  return sum;
+}
+
+#ifdef XPU_FP4_SCALE_MODE
+constexpr auto kScaleMode = static_cast<ScaleMode>(XPU_FP4_SCALE_MODE);
+constexpr float kGlobalScale = fp_quant::global_scale(kScaleMode);
+#else
+constexpr float kGlobalScale = 1.0f;
+#endif
+
+/// The scale byte of an MXFP4 block, of which each of its lanes has `count` elements. The largest magnitude is the block's.
+/// `mode`: one of the rules of format/e8m0.h, where the program is not for one of FP-Quant's.
+template <int count>
+inline uint8_t mxfp4_scale(const Values<count>& in, uint32_t amax_bits, int mode) {
+#ifdef XPU_FP4_SCALE_MODE
+  if constexpr (kScaleMode == ScaleMode::abs_max) return fp_quant::abs_max_scale(amax_bits);
+  constexpr int lanes = kBlock / count;
+  const float sum = sum_of_lanes(fp_quant::tree_sum<count>(in.x), lanes);
+  return fp_quant::quest_scale(amax_bits, sum, sum_of_lanes(fp_quant::tree_sum<count, fp_quant::Square>(in.x), lanes));
+#else
+  return e8m0::from_amax(amax_bits, static_cast<ScaleMode>(mode));
+#endif
+}
+
+/// MXFP4 (format/block.h), of kGlobalScale times the elements.
 struct Mxfp4Encoder {
   static constexpr int kBits = 4;
   float reciprocal;
 
-  inline explicit Mxfp4Encoder(uint8_t scale) : reciprocal(e8m0::reciprocal(scale)) {}
+  inline explicit Mxfp4Encoder(uint8_t scale) : reciprocal(e8m0::reciprocal(scale) * kGlobalScale) {}
   inline uint32_t operator()(float x) const { return quantize_element(x, reciprocal); }
 };
 

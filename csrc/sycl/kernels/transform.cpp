@@ -46,7 +46,7 @@ inline void transform_to(const TransformQuantizeArguments& args) {
     if (real) store_floats(in, args.out + place * kBlock * size_of(kDType));
   } else {
     constexpr bool mxfp4 = to == Format::mxfp4;
-    const uint8_t scale = mxfp4 ? e8m0::from_amax(in.amax_bits, static_cast<ScaleMode>(args.mode))
+    const uint8_t scale = mxfp4 ? mxfp4_scale(in, in.amax_bits, args.mode)
                                 : mxint8::scale_byte(largest_of_lanes(real ? in.amax_bits : 0, args.group / kBlock));
     if (!real) return;
     store_codes<std::conditional_t<mxfp4, Mxfp4Encoder, Mxint8Encoder>>(in, scale, args.out + place * code_bytes(to, kBlock));

@@ -4,6 +4,7 @@
 #include <optional>
 #include <utility>
 
+#include "../../format/fp_quant.h"
 #include "../../format/integer.h"
 #include "launch.h"
 
@@ -26,13 +27,18 @@ bool starts_cache_line(const void* address) { return reinterpret_cast<uintptr_t>
 
 Range grid(int64_t rows, int64_t lanes) { return {2, {rows, round_up(lanes, kGroupLanes)}, {1, kGroupLanes}}; }
 
+Variant for_rule(Variant variant, const Quantizer& to) {
+  const bool own = to.format == Format::mxfp4 && fp_quant::is_rule(to.mode);
+  return own ? with_scale_mode(std::move(variant), to.mode) : variant;
+}
+
 void transform(const Queue& queue, const Quantize& args) {
   const auto& [hadamard, offset] = args.to.transform;
   const Format to = args.to.format;
   const char* kernel = to == Format::none    ? "transform"
                        : to == Format::mxfp4 ? "transform_quantize"
                                              : "transform_quantize_mxint8";
-  queue.launch(transform_variant(queue.target(), args.dtype, alignment_of({args.x, offset})), kernel,
+  queue.launch(for_rule(transform_variant(queue.target(), args.dtype, alignment_of({args.x, offset})), args.to), kernel,
                grid(args.rows, args.k / kBlock),
                TransformQuantizeArguments{
                    args.x, args.codes, args.scale, args.k, static_cast<int>(args.to.mode), args.to.group, {offset, hadamard}});
@@ -40,7 +46,7 @@ void transform(const Queue& queue, const Quantize& args) {
 
 void quantize(const Queue& queue, const Quantize& args) {
   if (!args.to.transform.is_none()) return transform(queue, args);
-  const Variant variant = quantize_variant(queue.target(), args.dtype, alignment_of({args.x}));
+  const Variant variant = for_rule(quantize_variant(queue.target(), args.dtype, alignment_of({args.x})), args.to);
   if (args.to.format == Format::mxint8) {
     const int64_t lanes = ceil_div(args.k, kQuadElements) * queue.target().sub_group;  // of a row
     return queue.launch(variant, "quantize_mxint8", grid(args.rows, lanes),

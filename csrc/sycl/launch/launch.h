@@ -17,6 +17,9 @@ bool starts_cache_line(const void* address);
 /// Rows x lanes in work-groups of one row; enough lanes to fill a core, few enough that small outputs spread over all of them.
 Range grid(int64_t rows, int64_t lanes);
 
+/// The program of a quantizer that follows its rule for scales.
+Variant for_rule(Variant variant, const Quantizer& to);
+
 // ---- conversions ----
 /// x, transformed, to codes and scales; where the format is none to floats of its dtype, in the place of codes.
 void transform(const Queue& queue, const Quantize& args);

@@ -2,6 +2,7 @@
 // Products: from stored operands, or from expanded ones.
 #include <cstdint>
 #include <optional>
+#include <utility>
 
 #include "../../format/integer.h"
 #include "launch.h"
@@ -14,7 +15,13 @@ StoredOperand stored(const Activations& a) { return {static_cast<const uint8_t*>
 
 OutputArguments output_of(const Product& product) {
   const Output& out = product.output;
-  return {out.bias.data, out.bias.row_stride, out.bias.column_stride, out.y, product.activations.m, product.weight.n};
+  return {out.bias.data,    out.bias.row_stride, out.bias.column_stride, out.y, product.activations.m,
+          product.weight.n, out.factor};
+}
+
+// The program for the product's output.
+Variant for_output(Variant variant, const Output& out) {
+  return out.factor == 1.0f ? variant : with_factor(std::move(variant));
 }
 
 Weights weights_of(const Weight& w) {
@@ -37,8 +44,9 @@ Expanded expand_activations(const Queue& queue, Gpu gpu, const Activations& a, E
   const Range range = grid(layout.quads, layout.padded_rows);
   const Transform& transform = a.to.transform;
   const std::optional<Floats> floats = a.are_codes ? std::nullopt : std::optional(Floats{a.dtype, !transform.is_none()});
-  const Variant variant = expand_activations_variant(gpu, a.to.format, floats, order,
-                                                     alignment_of({a.data, a.are_codes ? nullptr : transform.offset}));
+  const Variant of_codes = expand_activations_variant(gpu, a.to.format, floats, order,
+                                                      alignment_of({a.data, a.are_codes ? nullptr : transform.offset}));
+  const Variant variant = floats ? for_rule(of_codes, a.to) : of_codes;
   if (!floats) {
     queue.launch(variant, "expand", range, ExpandArguments{stored(a), out.arrays, layout.rows, layout.padded_rows, a.k});
     return out;
@@ -73,7 +81,7 @@ Range tiles(const Product& product, Tile tile, int64_t lanes, int64_t group_colu
 std::string gemm(const Queue& queue, const Product& product) {
   const auto& [a, w, out] = product;
   const Target target = {queue.target().sub_group, false};  // whatever the device's compiler makes of a matrix unit
-  const Variant variant = gemm_variant(target, a.to.format, alignment_of({w.codes}));
+  const Variant variant = for_output(gemm_variant(target, a.to.format, alignment_of({w.codes})), out);
   queue.launch(variant, "gemm", grid(ceil_div(a.m, target.sub_group), w.n),
                GemmArguments{stored(a), stored(w), output_of(product), w.k, static_cast<int>(out.dtype)});
   return variant.label;
@@ -81,7 +89,7 @@ std::string gemm(const Queue& queue, const Product& product) {
 
 std::string gemm_w4a16(const Queue& queue, const Product& product) {
   const auto& [a, w, out] = product;
-  const Variant variant = gemm_w4a16_variant(queue.target(), a.dtype, alignment_of({w.codes}));
+  const Variant variant = for_output(gemm_w4a16_variant(queue.target(), a.dtype, alignment_of({w.codes})), out);
   queue.launch(variant, "gemm_w4a16", grid(a.m, w.n), GemmW4a16Arguments{a.data, stored(w), output_of(product), w.k});
   return variant.label;
 }
@@ -90,8 +98,9 @@ std::string gemm_w4a16_matrix(const Queue& queue, Gpu gpu, const GemmPlan& plan,
   const auto& [a, w, out] = product;
   const bool split = plan.kernel == Kernel::small;
   const int64_t lanes = gpu.architecture->sub_group;
-  const Variant variant = gemm_w4a16_matrix_variant(gpu, plan.tile, split ? plan.group_columns : 1, a.dtype,
-                                                    starts_cache_line(a.data), alignment_of({w.codes}));
+  const Variant variant = for_output(gemm_w4a16_matrix_variant(gpu, plan.tile, split ? plan.group_columns : 1, a.dtype,
+                                                               starts_cache_line(a.data), alignment_of({w.codes})),
+                                     out);
   // A work-group's sub-groups share one tile's K, or have a tile each.
   Range range = tiles(product, plan.tile, lanes, plan.group_columns);
   if (split) range.global[1] = ceil_div(w.n, plan.tile.columns(lanes)) * plan.group_columns * lanes;
@@ -101,7 +110,7 @@ std::string gemm_w4a16_matrix(const Queue& queue, Gpu gpu, const GemmPlan& plan,
 
 std::string gemm_bdpas(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product) {
   const auto& [a, w, out] = product;
-  const Variant variant = gemm_bdpas_variant(gpu, plan.tile, out.dtype);
+  const Variant variant = for_output(gemm_bdpas_variant(gpu, plan.tile, out.dtype), out);
   queue.launch(variant, "gemm_bdpas", tiles(product, plan.tile, gpu.architecture->sub_group, plan.group_columns),
                GemmArguments{stored(a), stored(w), output_of(product), w.k, static_cast<int>(out.dtype)});
   return variant.label;
@@ -111,8 +120,8 @@ std::string gemm_small(const Queue& queue, Gpu gpu, const GemmPlan& plan, const 
   const auto& [activations, w, out] = product;
   const int64_t lanes = gpu.architecture->sub_group;
   const Expanded a = expand_activations(queue, gpu, activations, ElementOrder::packed, round_up(plan.rows, lanes));
-  const Variant variant =
-      gemm_small_variant(gpu, activations.to.format, plan.rows, weights_of(w), out.dtype, alignment_of({w.codes}));
+  const Variant variant = for_output(
+      gemm_small_variant(gpu, activations.to.format, plan.rows, weights_of(w), out.dtype, alignment_of({w.codes})), out);
   const int64_t group_lanes = lanes * kSmallSplit;
   const Range range = {2, {ceil_div(activations.m, plan.rows), ceil_div(w.n, lanes) * group_lanes}, {1, group_lanes}};
   queue.launch(variant, "gemm_small", range, GemmSmallArguments{a.arrays, stored(w), output_of(product), w.k, kStartBits});
@@ -124,7 +133,7 @@ std::string gemm_large(const Queue& queue, Gpu gpu, const GemmPlan& plan, const 
   const int64_t lanes = gpu.architecture->sub_group;
   const Expanded a = expand_activations(queue, gpu, activations, ElementOrder::apart, plan.tile.rows());
   const Expanded b = expanded_weight(queue, gpu, w);
-  const Variant variant = gemm_large_variant(gpu, activations.to.format, plan.tile, out.dtype);
+  const Variant variant = for_output(gemm_large_variant(gpu, activations.to.format, plan.tile, out.dtype), out);
   Range range = tiles(product, plan.tile, lanes, plan.group_columns);
   range.global[0] = round_up(range.global[0], plan.group_rows);
   range.group[0] = plan.group_rows;

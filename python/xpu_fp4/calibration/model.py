@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .._text import shorten
-from ..checkpoints.description import Scheme
+from ..checkpoints.description import Scheme, get_scale_mode
 from ..checkpoints.quantized import QuantizedLinear, round_to_nearest, schemes_of
 from ..convert import Filter, all_but_lm_head, linears_to_replace
 from ..functional import Group, Hadamard, Mode, ScaleMode, check_mode
@@ -48,7 +48,7 @@ def calibrate_(
     Args:
         model: a decoder or encoder on the CPU, in eval mode.
         batches: what the model is called with: token ids [batch, length], or keyword arguments. Padding counts like text.
-        mode, scale_mode, group, hadamard: as for MXFP4Linear.
+        mode, scale_mode, group, hadamard: as for MXFP4Linear, but without FP-Quant's rules.
         offset: whether each layer subtracts the mean of its inputs first; what that takes from the output is put into the bias.
         keep_high: linears that compute in W4A16, by the last part of their names, the whole name, or `re:` and a regex.
         filter_fn: called with (module, its dotted name) for every nn.Linear; those for which it is false stay.
@@ -67,7 +67,9 @@ def calibrate_(
     first: dict[nn.Linear, str] = {}  # of a shared layer's names
     for name, linear in linears.items():
         first.setdefault(linear, name)
-    schemes = schemes_of(list(first.values()), Scheme(mode, scale_mode, group, hadamard, offset), keep_high)
+    schemes = schemes_of(
+        list(first.values()), Scheme(mode, get_scale_mode(scale_mode, "calibrate_"), group, hadamard, offset), keep_high
+    )
     rounded = calibrate_blocks(model, batches, schemes, progress)
     outside = [name for name in schemes if isinstance(model.get_submodule(name), nn.Linear)]
     for name in outside:

@@ -161,7 +161,8 @@ def _read_layer(files: TensorFiles, module: str, scheme: Scheme, packed: str, tr
     offset = names.input_offset if scheme.input_offset else None
     layer = describe_layer(files, module, scheme, packed, names.scale, names.bias, input_offset=offset)
     size = transforms.size(module, layer.in_features)
-    return replace(layer, scheme=replace(scheme, hadamard=size), matrix=transforms.matrix(module, files))
+    matrix = transforms.matrix(module, files)
+    return replace(layer, scheme=replace(scheme, hadamard=size), constants=() if matrix is None else (matrix,))
 
 
 def write_config(
@@ -173,7 +174,11 @@ def write_config(
         scheme: of all but those in ignore and in exceptions.
         ignore: names of layers that are not quantized: in the files and in the model, since readers go by either.
         exceptions: the schemes of layers that have another, by their names of both kinds.
+
+    Raises CheckpointError for a scheme of FP-Quant's, whose global scale the format has no field for.
     """
+    for of in (scheme, *exceptions.values()):
+        get_scale_mode(of.scale_mode, "a scheme to be written")
     targets = {replace(scheme, hadamard=0): ["Linear"]}  # transforms are elsewhere
     for name, other in sorted(exceptions.items()):
         targets.setdefault(replace(other, hadamard=0), []).append(name)

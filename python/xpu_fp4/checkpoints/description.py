@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -25,10 +25,12 @@ class Scheme:
     hadamard: Hadamard = 0
     input_offset: bool = False
     """Whether the layer has one: a tensor of its own."""
+    weight_global_scale: float = 1.0
 
     def arguments(self) -> dict[str, Any]:
         """The mode, its own options and the transform: what `linear` and MXFP4Linear take, but for the offset."""
-        return {name: getattr(self, name) for name in ("mode", *options_of(self.mode), "hadamard")}
+        names = ("mode", *options_of(self.mode), "hadamard", "weight_global_scale")
+        return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         options = [*options_of(self.mode), *(["hadamard"] if self.hadamard else [])]
@@ -49,13 +51,14 @@ class Layer:
     scale: str
     bias: str | None
     input_offset: str | None = None
-    matrix: str | None = None
-    """The Hadamard matrix of its input, which is known without it."""
+    constants: tuple[str, ...] = ()
+    """Tensors whose values are known without them, and were checked: the matrix of a transform, FP-Quant's global scales."""
 
     @property
     def tensors(self) -> set[str]:
         """Names of all that the files have of the layer."""
-        return {name for name in (self.packed, self.scale, self.bias, self.input_offset, self.matrix) if name is not None}
+        own = (self.packed, self.scale, self.bias, self.input_offset, *self.constants)
+        return {name for name in own if name is not None}
 
     @property
     def in_features(self) -> int:
@@ -72,7 +75,7 @@ class Checkpoint:
 
     folder: Path
     format: str
-    """`compressed-tensors`, `quark`, `auto-round` or `mxfp4` (gpt-oss): config.json's quant_method."""
+    """`compressed-tensors`, `quark`, `auto-round`, `fp_quant` or `mxfp4` (gpt-oss): config.json's quant_method."""
     files: TensorFiles
     layers: dict[str, Layer]
     transforms: InputTransforms
@@ -151,10 +154,14 @@ def describe_layer(
     return Layer(name, (*rows, k), scheme, packed, scale, bias if bias in files else None, input_offset)
 
 
+SCALE_MODES: tuple[ScaleMode, ...] = ("floor", "ceil", "even", "rceil")
+"""The rules by which weights are written and that checkpoints name; FP-Quant's are for its own alone."""
+
+
 def get_scale_mode(value: Any, where: str) -> ScaleMode:
-    """The value, if it names a scale rule. Raises CheckpointError, saying where it stands, if not."""
-    if value not in get_args(ScaleMode):
-        raise CheckpointError(f"{where} has the scale mode {value!r}, expected one of {', '.join(get_args(ScaleMode))}")
+    """The value, if it is one of SCALE_MODES. Raises CheckpointError, saying where it stands, if not."""
+    if value not in SCALE_MODES:
+        raise CheckpointError(f"{where} has the scale mode {value!r}, expected one of {', '.join(SCALE_MODES)}")
     return cast(ScaleMode, value)
 
 

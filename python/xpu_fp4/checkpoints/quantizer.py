@@ -27,7 +27,7 @@ from .._library import BLOCK
 from .._text import shorten
 from ..functional import Hadamard, Mode, ScaleMode, check_mode
 from . import compressed_tensors, schemas
-from .description import Scheme
+from .description import Scheme, get_scale_mode
 from .errors import CheckpointError, printable
 from .matrices import FLOATS, Module, modules_with_matrices
 from .models import skeleton
@@ -143,7 +143,7 @@ def quantize_checkpoint(
     files are copied. Interrupted, call it again with the same arguments to go on.
 
     Args:
-        mode, scale_mode, hadamard: as for MXFP4Linear.
+        mode, scale_mode, hadamard: as for MXFP4Linear, but without FP-Quant's rules.
         offset: whether each layer subtracts its inputs' mean, which takes a calibration.
         keep_high: layers that compute in W4A16, by the last part of their names, the whole name in the files, or `re:` and a
             regex.
@@ -159,7 +159,7 @@ def quantize_checkpoint(
     check_mode(mode)
     if offset and calibration is None:
         raise ValueError("offset is the mean of a layer's inputs: it takes a calibration")
-    scheme = Scheme(mode, scale_mode, hadamard=hadamard, input_offset=offset)
+    scheme = Scheme(mode, get_scale_mode(scale_mode, "quantize_checkpoint"), hadamard=hadamard, input_offset=offset)
     schemes = schemes_of(plan.quantized, scheme, keep_high)
     _check_hadamard(plan, hadamard)
     out = Path(out)

@@ -6,10 +6,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import auto_round, compressed_tensors, gpt_oss, quark, schemas
+from . import auto_round, compressed_tensors, fp_quant, gpt_oss, quark, schemas
 from .description import Checkpoint, Layer
 from .errors import CheckpointError, printable
-from .keys import refusal
 from .tensor_files import TensorFiles
 from .transforms import InputTransforms
 from .untrusted import check_type, read_json
@@ -30,8 +29,9 @@ _TYPES = {
     quark.METHOD: schemas.check_quark,
     gpt_oss.METHOD: schemas.check_gpt_oss,
     auto_round.METHOD: schemas.check_auto_round,
+    fp_quant.METHOD: schemas.check_fp_quant,
 }
-_FORMATS: dict[str, _Format] = {format.METHOD: format for format in (compressed_tensors, quark, gpt_oss, auto_round)}
+_FORMATS: dict[str, _Format] = {format.METHOD: format for format in (compressed_tensors, quark, gpt_oss, auto_round, fp_quant)}
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
@@ -56,8 +56,6 @@ def check_keys(config: dict[str, Any], where: str) -> list[str]:
     Raises CheckpointError for a key that changes what a layer computes in a way that is not done here.
     """
     method = config.get("quant_method")
-    if method == "fp_quant":
-        raise refusal(f"{where}.quant_method 'fp_quant'", "rotates the inputs of layers before they are quantized")
     if not isinstance(method, str) or method not in _FORMATS:
         return []
     _TYPES[method](config, where)

@@ -95,6 +95,18 @@ class AutoRound(msgspec.Struct):
     extra_config: dict[str, dict[str, Any]] | None = None
 
 
+class FpQuant(msgspec.Struct):
+    """A quantization_config of FP-Quant."""
+
+    forward_dtype: str | None = None
+    forward_method: str | None = None
+    hadamard_group_size: int | None = None
+    transform_init: str | None = None
+    pseudoquantization: bool | None = None
+    store_master_weights: bool | None = None
+    modules_to_not_convert: list[str] | None = None
+
+
 class GptOss(msgspec.Struct):
     """A quantization_config of gpt-oss."""
 
@@ -134,6 +146,10 @@ def check_quark(config: dict[str, Any], where: str) -> None:
 
 def check_auto_round(config: dict[str, Any], where: str) -> None:
     check_type(config, AutoRound, where)
+
+
+def check_fp_quant(config: dict[str, Any], where: str) -> None:
+    check_type(config, FpQuant, where)
 
 
 def check_gpt_oss(config: dict[str, Any], where: str) -> None:

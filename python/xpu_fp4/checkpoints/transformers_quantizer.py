@@ -54,10 +54,10 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
             warnings.warn(printable(f"{self.checkpoint.folder}: the model has no place for {shorten(left_out)}"), stacklevel=2)
         others = without_conversion(model, self.checkpoint.other_tensors())
         find_tensors(model, self.checkpoint.files, others)  # for its errors
-        matrices = [re.escape(layer.matrix) for layer in self.checkpoint.layers.values() if layer.matrix is not None]
+        constants = [re.escape(name) for layer in self.checkpoint.layers.values() for name in layer.constants]
         known = cast(Any, model)._keys_to_ignore_on_load_unexpected
         known = [] if known is None else known  # a list or a set, by Transformers' version
-        cast(Any, model)._keys_to_ignore_on_load_unexpected = type(known)([*known, *matrices])
+        cast(Any, model)._keys_to_ignore_on_load_unexpected = type(known)([*known, *constants])
         for name in {place.module for place in places.values() if place.expert is not None}:
             cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..calibration import CheckpointCalibration, calibration_windows, read_chats
 from ..checkpoints import Plan, plan_quantization, quantize_checkpoint
+from ..checkpoints.description import SCALE_MODES
 from ..checkpoints.models import load_tokenizer
 from ..functional import Hadamard, Mode, ScaleMode
 from .common import DIRECTORY, SCHEME, errors_as_messages, plain
@@ -33,7 +34,7 @@ _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
 )
 @click.option(
     "--scale-mode",
-    type=click.Choice(get_args(ScaleMode)),
+    type=click.Choice(SCALE_MODES),
     default="even",
     show_default=True,
     help="How scales of MXFP4 are chosen. Other readers than xpu_fp4 know even only, for the inputs of w4a4.",

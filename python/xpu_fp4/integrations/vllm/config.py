@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.model_executor.kernels.linear import init_mxfp4_linear_kernel
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
@@ -36,6 +36,7 @@ from ...checkpoints.patterns import PREFIX
 from ...checkpoints.transforms import InputTransforms
 from ...functional import Hadamard
 from .kernel import XpuFp4LinearKernel, key_of
+from .loading import load_the_same
 
 _ORDINARY = names_of(Scheme("w4a4"))
 _GROUP = "xpu_fp4_group"
@@ -77,7 +78,7 @@ class CompressedTensorsMxfp4(CompressedTensorsW4A4Mxfp4):
         bias = torch.empty(sum(output_partition_sizes), dtype=params_dtype)
         layer.register_parameter(names.bias, ChannelQuantScaleParameter(data=bias, output_dim=0, weight_loader=weight_loader))
         offset = torch.full((input_size_per_partition,), torch.nan, dtype=torch.float32)
-        loader = _load_the_same(weight_loader, getattr(layer, "prefix", type(layer).__name__))
+        loader = load_the_same(weight_loader, getattr(layer, "prefix", type(layer).__name__), "input offsets")
         layer.register_parameter(names.input_offset, RowvLLMParameter(data=offset, input_dim=0, weight_loader=loader))
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -87,20 +88,6 @@ class CompressedTensorsMxfp4(CompressedTensorsW4A4Mxfp4):
                 # A bias of the model itself is in it.
                 layer._parameters[name] = nn.Parameter(layer._parameters.pop(before).data, requires_grad=False)
         super().process_weights_after_loading(layer)
-
-
-def _load_the_same(weight_loader: Callable[..., None], layer: str) -> Callable[..., None]:
-    """For a parameter, all NaN to begin with, that the parts of a fused layer have each in the files, but all the same."""
-
-    def load(param: Any, loaded: Tensor, *shard: Any, **more: Any) -> None:
-        before = param.data.clone()
-        weight_loader(param, loaded, *shard, **more)
-        if not before.isnan().all() and not torch.equal(before, param.data):
-            raise ValueError(
-                f"{layer}: its parts have different input offsets, expected one for all that vLLM makes one layer of"
-            )
-
-    return load
 
 
 class ActivationsAwareConfig(CompressedTensorsConfig):

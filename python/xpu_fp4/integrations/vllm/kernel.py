@@ -43,7 +43,7 @@ _TENSORS = ("weight", "weight_scale", "xpu_fp4_expanded")
 
 def key_of(scheme: Scheme) -> QuantKey | None:
     """What vLLM calls the activations of a scheme."""
-    plain = replace(scheme, hadamard=0).arguments()
+    plain = replace(scheme, scale_mode="even", hadamard=0, weight_global_scale=1.0).arguments()
     return next(key for key, known in _SCHEMES.items() if known.arguments() == plain)
 
 
@@ -110,13 +110,14 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
 
     @classmethod
     def of(cls, scheme: Scheme) -> "XpuFp4LinearKernel":
-        """The kernel for activations that are transformed, which vLLM cannot ask for. ValueError if it cannot run here."""
+        """The kernel for a scheme that vLLM cannot ask for: transforms, FP-Quant's. ValueError if it cannot run here."""
         config = MxFp4LinearLayerConfig(key_of(scheme))
         for can, reason in (cls.is_supported(), cls.can_implement(config)):
             if not can:
-                raise ValueError(f"{cls.__name__}, which alone transforms the inputs of layers: {reason}")
+                raise ValueError(f"{cls.__name__}, which alone computes {scheme}: {reason}")
         kernel = cls(config)
-        kernel._scheme = replace(kernel._scheme, hadamard=scheme.hadamard)
+        asked_for = requested_scheme()
+        kernel._scheme = scheme if asked_for is None else replace(scheme, mode=asked_for.mode, group=asked_for.group)
         return kernel
 
     @classmethod

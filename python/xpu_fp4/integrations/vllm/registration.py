@@ -8,9 +8,10 @@ import os
 import vllm.model_executor.kernels.linear as linear_kernels
 from vllm.model_executor.kernels.linear import MxFp4LinearLayerConfig, register_linear_kernel
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.platforms import PlatformEnum
+from vllm.platforms import PlatformEnum, current_platform
 
 from .config import ActivationsAwareConfig
+from .fp_quant import XpuFp4FPQuantConfig
 from .kernel import REQUEST, XpuFp4LinearKernel
 
 
@@ -32,3 +33,8 @@ def register_kernel_and_config() -> None:
             kernels.insert(0, kernels.pop())
     if runs_here:
         register_quantization_config("compressed-tensors")(ActivationsAwareConfig)
+        register_quantization_config("fp_quant")(XpuFp4FPQuantConfig)
+        # vLLM does this itself for methods that are new to it. An empty list, as on CPU, stands for all.
+        supported = current_platform.supported_quantization
+        if supported and "fp_quant" not in supported:
+            supported.append("fp_quant")
