@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..checkpoints.description import Scheme
 from ..checkpoints.errors import printable
 from ..checkpoints.models import map_original
+from ..checkpoints.output import write_tensors
 from ..checkpoints.quantized import QuantizedLinear
-from ..checkpoints.quantizer import Plan, write_tensors
+from ..checkpoints.quantizer import Plan
 from .model import FinishedBlock, Progress, calibrate_blocks, not_calibrated
 
 _BATCH_TOKENS = 2048
