@@ -13,23 +13,18 @@ from typing import get_args
 import pytest
 import torch
 import xpu_fp4
-from checkpoint_files import IDS, LINEARS, VOCABULARY, llama, save_llama
+from checkpoint_files import IDS, LINEARS, VOCABULARY, WORDS, llama, save_llama, save_tokenizer
 from click.testing import CliRunner, Result
 from rich.filesize import decimal
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 from xpu_fp4 import Mode, MXFP4Linear
 from xpu_fp4.checkpoints import open_checkpoint
 from xpu_fp4.checkpoints.evaluation import language_scores, layer_noise, perplexity
 from xpu_fp4.checkpoints.questions import is_right, read_questions
 from xpu_fp4.checkpoints.statistics import scale_statistics
 from xpu_fp4.cli import main
-
-WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
 
 
 def run(*arguments: object) -> Result:
@@ -47,13 +42,6 @@ def fail(message: str, *arguments: object) -> None:
     assert result.exit_code != 0
     assert message in " ".join(result.output.split()), result.output
     assert isinstance(result.exception, SystemExit), "a traceback"
-
-
-def save_tokenizer(folder: Path) -> None:
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +356,6 @@ def test_generate_needs_a_language_model(encoder: Path) -> None:
 
 
 def test_every_command_has_help() -> None:
-    commands: dict[str, Callable[..., object]] = dict.fromkeys(("quantize", "inspect", "eval", "generate"), succeed)
+    commands: dict[str, Callable[..., object]] = dict.fromkeys(("quantize", "convert", "inspect", "eval", "generate"), succeed)
     for name in commands:
         assert succeed(name, "--help").startswith(f"Usage: main {name}")

@@ -7,13 +7,17 @@ what an interrupted one has finished.
 
 import fcntl
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +29,7 @@ from .untrusted import read_json
 PARTIAL = ".partial"
 _JOB = "job.json"
 _LOCK = "job.lock"
+_DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16"}  # as safetensors has them
 
 
 @contextmanager
@@ -88,9 +93,59 @@ def write_tensors(tensors: dict[str, Tensor], target: Path, metadata: dict[str, 
         save_file(tensors, temporary, metadata=metadata)
     except SafetensorError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{target} cannot be written: {error}. What is finished is kept: make room and run it again") from error
+        raise _no_room(target, error) from error
     temporary.chmod(mode)
     publish(temporary, target)
+
+
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor that is made in pieces, which follow each other in memory: uint8 or bfloat16."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_streamed(tensors: Sequence[StreamedTensor], target: Path, progress: Callable[[int], None]) -> None:
+    """A safetensors file that is there when it is whole, with one piece of a tensor in memory; progress gets bytes of data."""
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # so that each is aligned
+    temporary = target.with_name(target.name + ".tmp")
+    written = 0
+    try:
+        with temporary.open("wb") as file:
+            file.write(_header(tensors))
+            for tensor in tensors:
+                begin = written
+                for piece in tensor.pieces():
+                    written += file.write(piece.contiguous().view(torch.uint8).numpy().data)
+                    progress(written)
+                assert written - begin == tensor.nbytes, tensor.name
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _no_room(target, error) from error
+    publish(temporary, target)
+
+
+def _header(tensors: Sequence[StreamedTensor]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for tensor in tensors:
+        end = begin + tensor.nbytes
+        header[tensor.name] = {"dtype": _DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
+        begin = end
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    return struct.pack("<Q", len(content)) + content
+
+
+def _no_room(target: Path, error: Exception) -> OSError:
+    return OSError(f"{target} cannot be written: {error}. What is finished is kept: make room and run it again")
 
 
 def write_index(partial: Path, shards: Sequence[Path]) -> None:

@@ -24,7 +24,7 @@ from ..checkpoints.models import load_original, load_tokenizer, require_transfor
 from ..checkpoints.questions import Question, answer_all, is_right, read_questions
 from ..checkpoints.reader import read_checkpoint
 from ..functional import Mode
-from .common import DIRECTORY, errors_as_messages, plain, run_in_scheme, wide_console
+from .common import DIRECTORY, FILE, errors_as_messages, plain, run_in_scheme, wide_console
 
 NOISE_TOKENS = 256
 NOISE_SENTENCES = 16
@@ -67,13 +67,13 @@ class Models:
 @click.option(
     "--text",
     required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="UTF-8. A language model's perplexity is taken over its beginning; for other models, each line is a sentence.",
 )
 @click.option("--original", type=DIRECTORY, help="The unquantized model, to compare with.")
 @click.option(
     "--questions",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="For a language model to answer: in each line a JSON object with a question, and expected, a list of words of which "
     "one is in a right answer.",
 )

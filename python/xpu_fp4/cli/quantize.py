@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """`xpu-fp4 quantize`: a model directory into an MXFP4 model directory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import click
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ..calibration import CheckpointCalibration, calibration_windows, read_chats
 from ..checkpoints import Plan, plan_quantization, quantize_checkpoint
 from ..checkpoints.models import load_tokenizer
 from ..functional import Hadamard, Mode, ScaleMode
-from .common import DIRECTORY, SCHEME, errors_as_messages, plain
-
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+from .common import DIRECTORY, FILE, SCHEME, errors_as_messages, plain, progress_bars, progress_task
 
 
 @click.command("quantize")
@@ -117,10 +113,11 @@ def command(
     console = Console()
     plan = plan_quantization(source, ignore, include)
     calibration = None
-    with Progress(*_COLUMNS, console=console) as progress:
+    with progress_bars(console) as progress:
         if texts or chats:
             windows = _windows(source, texts, chats, samples=samples, length=length, seed=seed, template=template)
-            calibration = CheckpointCalibration(windows, _task(progress, f"Calibrating on {windows.numel()} tokens, blocks"))
+            title = f"Calibrating on {windows.numel()} tokens, blocks"
+            calibration = CheckpointCalibration(windows, progress_task(progress, title))
         quantize_checkpoint(
             plan,
             out,
@@ -130,15 +127,9 @@ def command(
             offset=offset,
             keep_high=[name.strip() for name in keep_high.split(",") if name.strip()],
             calibration=calibration,
-            progress=_task(progress, f"Writing MXFP4 ({scheme}), bytes"),
+            progress=progress_task(progress, f"Writing MXFP4 ({scheme}), bytes"),
         )
     _report(console, plan, out)
-
-
-def _task(progress: Progress, title: str) -> Callable[[int, int], None]:
-    """A line of progress, which is there from its first step on."""
-    task = progress.add_task(title, total=None, visible=False)
-    return lambda done, total: progress.update(task, completed=done, total=total, visible=True)
 
 
 def _windows(source: Path, texts: Sequence[Path], chats: Sequence[Path], **options: Any) -> Tensor:
