@@ -41,14 +41,18 @@ def _tokenizer_of(folder: Path) -> Any:
 
 def _tokenizer(source: Path) -> Any:
     """The one in the file, as far as Transformers can read it."""
-    with GgufFile(source):  # its errors, and limits: Transformers reads the file without any
-        pass
+    with GgufFile(source) as file:  # its errors, and limits: Transformers reads the file without any
+        metadata = file.metadata
     transformers = require_transformers()
     try:
         # AutoTokenizer would go by the model's configuration, which Transformers does not read of every file.
-        return transformers.PreTrainedTokenizerFast.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(source.parent, gguf_file=source.name)
+        for kind in ("bos", "eos"):  # Transformers 5.8 mixes them up
+            if (token := metadata.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
+                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token))
     except Exception as error:
         raise ValueError(
             f"{source}: transformers cannot read its tokenizer ({type(error).__name__}: {error}): give --tokenizer DIR, the "
             "model's directory with tokenizer.json"
         ) from error
+    return tokenizer
