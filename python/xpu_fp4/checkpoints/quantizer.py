@@ -108,6 +108,10 @@ def plan_quantization(
 class Calibration(Protocol):
     """Rounds layers of a plan on data. It may take long, so it keeps what it has in a folder, and goes on from there."""
 
+    def check(self, schemes: Mapping[str, Scheme]) -> None:
+        """Raises ValueError, before anything is written, for a scheme that it cannot do."""
+        ...
+
     def job(self) -> dict[str, Any]:
         """JSON that tells it from others: with the same, what is in the folder is the same."""
         ...
@@ -139,11 +143,11 @@ def quantize_checkpoint(
         offset: whether each layer subtracts its inputs' mean, which takes a calibration.
         keep_high: layers that compute in W4A16, by the last part of their names, the whole name in the files, or `re:` and a
             regex.
-        calibration: what `xpu_fp4.calibration.CheckpointCalibration` makes of token ids.
+        calibration: what `xpu_fp4.calibration.CheckpointCalibration`, or LlmCompressorCalibration, makes of token ids.
 
     Raises:
         ValueError: there is no such mode, an entry of keep_high names no layer, an offset without a calibration, a layer whose
-            K is no multiple of hadamard.
+            K is no multiple of hadamard, a scheme that the calibration cannot do.
         FileExistsError: `out` is there and not empty.
         CheckpointError: a weight holds NaN or Inf.
         BlockingIOError: another process is writing the same output.
@@ -154,6 +158,8 @@ def quantize_checkpoint(
     scheme = Scheme(mode, scale_mode, hadamard=hadamard, input_offset=offset)
     schemes = schemes_of(plan.quantized, scheme, keep_high)
     _check_hadamard(plan, hadamard)
+    if calibration is not None:
+        calibration.check(schemes)
     out = Path(out)
     job = _job(plan, mode, scale_mode) | {"hadamard": hadamard, "offset": offset, "keep_high": list(keep_high)}
     job |= {} if calibration is None else {"calibration": calibration.job()}

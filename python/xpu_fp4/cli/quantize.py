@@ -8,11 +8,13 @@ from typing import Any, cast, get_args
 import click
 from rich.console import Console
 from rich.filesize import decimal
+from rich.progress import Progress
 from torch import Tensor
 
-from ..calibration import CheckpointCalibration, calibration_windows, read_chats
+from ..calibration import CheckpointCalibration, LlmCompressorCalibration, calibration_windows, read_chats
 from ..checkpoints import Plan, plan_quantization, quantize_checkpoint
 from ..checkpoints.models import load_tokenizer
+from ..checkpoints.quantizer import Calibration
 from ..functional import Hadamard, Mode, ScaleMode
 from .common import DIRECTORY, FILE, SCHEME, errors_as_messages, plain, progress_bars, progress_task
 
@@ -73,6 +75,14 @@ from .common import DIRECTORY, FILE, SCHEME, errors_as_messages, plain, progress
     help='Conversations to calibrate on, in the model\'s chat template: {"messages": [{"role": ..., "content": ...}, ...]} in '
     "each line, or a JSON array of them. Can be repeated.",
 )
+@click.option(
+    "--with",
+    "library",
+    type=click.Choice(["xpu_fp4", "llm-compressor"]),
+    default="xpu_fp4",
+    show_default=True,
+    help="What calibrates. llm-compressor, where it is installed, knows w4a4 and w4a16, and no offset.",
+)
 @click.option("--offset", is_flag=True, help="Have each layer subtract the mean of its inputs first. Only xpu_fp4 reads that.")
 @click.option("--samples", default=32, show_default=True, type=click.IntRange(min=1), help="Windows to calibrate on.")
 @click.option("--length", default=256, show_default=True, type=click.IntRange(min=8), help="Tokens in each.")
@@ -95,6 +105,7 @@ def command(
     keep_high: str,
     texts: tuple[Path, ...],
     chats: tuple[Path, ...],
+    library: str,
     offset: bool,
     samples: int,
     length: int,
@@ -113,11 +124,12 @@ def command(
     console = Console()
     plan = plan_quantization(source, ignore, include)
     calibration = None
+    if library != "xpu_fp4" and not (texts or chats):
+        raise click.UsageError(f"--with {library} needs --calibrate or --chat")
     with progress_bars(console) as progress:
         if texts or chats:
             windows = _windows(source, texts, chats, samples=samples, length=length, seed=seed, template=template)
-            title = f"Calibrating on {windows.numel()} tokens, blocks"
-            calibration = CheckpointCalibration(windows, progress_task(progress, title))
+            calibration = _calibration(library, windows, progress)
         quantize_checkpoint(
             plan,
             out,
@@ -130,6 +142,12 @@ def command(
             progress=progress_task(progress, f"Writing MXFP4 ({scheme}), bytes"),
         )
     _report(console, plan, out)
+
+
+def _calibration(library: str, windows: Tensor, progress: Progress) -> Calibration:
+    if library == "llm-compressor":
+        return LlmCompressorCalibration(windows)
+    return CheckpointCalibration(windows, progress_task(progress, f"Calibrating on {windows.numel()} tokens, blocks"))
 
 
 def _windows(source: Path, texts: Sequence[Path], chats: Sequence[Path], **options: Any) -> Tensor:
