@@ -433,12 +433,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "no GGUF": (b"PK\3\4" + PAD, "is no GGUF file"),
     "version 1": (header(version=1), "has the GGUF version 0x1"),
     "big-endian": (struct.pack(">I", 0x47475546) + struct.pack(">IQQ", 3, 0, 0), "has the GGUF version 0x3000000"),
-    "keys without end": (header(counts=(0, 2**63)) + PAD, "has more than"),
-    "tensors without end": (header(counts=(2**63, 0)) + PAD, "has more than"),
-    "more keys than bytes": (header(counts=(0, 1 << 20)) + PAD, "is damaged"),
+    "keys without end": (header(counts=(0, 2**63)) + PAD, "keys, expected at most 65536"),
+    "tensors without end": (header(counts=(2**63, 0)) + PAD, "tensors and 0 keys, expected at most"),
+    "more keys than bytes": (header([key(b"a", 0, b"1")], counts=(0, 9)), "is damaged"),
     "a long name": (header([string(b"a", 2**63)]) + PAD, "is damaged"),
     "a long string": (header([key(b"a", 8, string(b"", 2**40))]) + PAD, "is damaged"),
-    "an array without end": (header([key(b"a", 9, array(0, 2**62))]) + PAD, "has more than"),
+    "an array without end": (header([key(b"a", 9, array(0, 2**62))]) + PAD, "has arrays of more than"),
     "an array longer than the file": (header([key(b"a", 9, array(8, 1 << 20))]) + PAD, "is damaged"),
     "an array of arrays": (header([key(b"a", 9, array(9, 4))]) + PAD, "a is an array of arrays"),
     "an unknown type": (header([key(b"a", 77, b"")]) + PAD, "a has the type 77"),
@@ -475,8 +475,12 @@ def test_headers_and_their_entries_are_limited(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(file, "MOST_HEADER", 1000)
     refuse(tmp_path / "model.gguf", "a header that goes on to")
     monkeypatch.undo()
-    monkeypatch.setattr(file, "MOST_ENTRIES", 20)
-    refuse(tmp_path / "model.gguf", "has more than 20 keys, tensors and entries of arrays")
+    monkeypatch.setattr(file, "MOST_NAMES", 15)
+    refuse(tmp_path / "model.gguf", "has 21 tensors and 14 keys, expected at most 15 of each")
+    monkeypatch.undo()
+    monkeypatch.setattr(file, "MOST_ENTRIES", 3)
+    altered(tmp_path / "model.gguf", lambda tensors: None, **{"attention.head_count": [2, 2], "novelty": [1, 1]})
+    refuse(tmp_path / "model.gguf", "has arrays of more than 3 entries together")
 
 
 @pytest.mark.filterwarnings("ignore:.*left aside")

@@ -23,7 +23,9 @@ from ..checkpoints.untrusted import open_file
 MOST_HEADER = 256 << 20
 """Bytes before the data."""
 MOST_ENTRIES = 4 << 20
-"""Keys, tensors, and entries of arrays, all together: tokens and merges of a large vocabulary are a million."""
+"""Of all arrays together: tokens and merges of a large vocabulary are a million."""
+MOST_NAMES = 1 << 16
+"""Keys, and tensors."""
 _SHORT = 1024  # numbers of an array that is kept
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -105,7 +107,9 @@ class GgufFile(Mapping[str, GgufTensor]):
         version = header.scalar("I")
         if version not in _VERSIONS:
             raise CheckpointError(f"{self.path} has the GGUF version {version:#x}, expected 2 or 3, little-endian")
-        tensors, keys = header.count("Q"), header.count("Q")
+        tensors, keys = header.scalar("Q"), header.scalar("Q")
+        if max(tensors, keys) > MOST_NAMES:
+            raise CheckpointError(f"{self.path} has {tensors} tensors and {keys} keys, expected at most {MOST_NAMES} of each")
         self.metadata: dict[str, Any] = {}
         for _ in range(keys):
             key = header.string()
@@ -165,12 +169,12 @@ class _Header:
     def scalar(self, format: str) -> Any:
         return struct.unpack(f"<{format}", self.take(struct.calcsize(f"<{format}")))[0]
 
-    def count(self, format: str) -> int:
-        """A number of entries that follow, each of at least a byte."""
-        count: int = self.scalar(format)
+    def count(self) -> int:
+        """The number of an array's entries, each of at least a byte."""
+        count: int = self.scalar("Q")
         self._left -= count
         if self._left < 0:
-            raise CheckpointError(f"{self._owner.path} has more than {MOST_ENTRIES} keys, tensors and entries of arrays")
+            raise CheckpointError(f"{self._owner.path} has arrays of more than {MOST_ENTRIES} entries together")
         self._check(count)
         return count
 
@@ -187,7 +191,7 @@ class _Header:
             return self.scalar(_SCALARS[kind])
         if kind != _ARRAY:
             raise CheckpointError(f"{self._owner.path}: {key} has the type {kind}, which GGUF has none of")
-        kind, count = self.scalar("I"), self.count("Q")
+        kind, count = self.scalar("I"), self.count()
         if kind == _ARRAY:
             raise CheckpointError(f"{self._owner.path}: {key} is an array of arrays")
         if kind == _STRING:
