@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CPP_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo models test test-vllm test-transformers test-sycl-2025 bench build pytest pytest-variants ctest isa format lint clean sanitize fuzz soak
+.PHONY: demo models test test-vllm test-transformers test-llmcompressor test-sycl-2025 bench build pytest pytest-variants ctest isa format lint clean sanitize fuzz soak
 
 demo: build $(VENV)/.demo  ## a real language model in MXFP4: W4A16, W4A8, W4A4
 	python examples/smollm2.py
@@ -33,6 +33,9 @@ test-transformers: $(addsuffix /.installed,$(TRANSFORMERS))  ## the checkpoint t
 	  $$layer/bin/pip list 2> /dev/null | grep -E '^(transformers|compressed-tensors) '; \
 	  $$layer/bin/python -m pytest -m "not large" tests/test_checkpoints_*.py tests/test_cli_models.py; \
 	done
+
+test-llmcompressor: build build/llmcompressor/.installed  ## files of llm-compressor and AutoRound, and calibration by llm-compressor
+	build/llmcompressor/bin/python -m pytest tests/llm_compressor
 
 # All suites, tables and plots; BENCH=docs/performance/NAME and PAGE=docs/PERFORMANCE.md publish them.
 BENCH ?= build/bench
@@ -141,12 +144,12 @@ $(VENV)/.build $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.venv pyproject.
 	mkdir -p build
 	touch $@
 
-build/transformers-%/.installed: $(VENV)/.test | build
+build/%/.installed: $(VENV)/.test | build
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --upgrade "pip>=25.1"
 	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$site")')" > $$($(@D)/bin/python -c "$$site")/venv.pth
-	$(@D)/bin/pip install --quiet --group transformers-$*
+	$(@D)/bin/pip install --quiet --group $*
 	touch $@
 
 # ggml from source: compiled for this machine, as llama.cpp's users compile it.

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from helpers import assert_same_bits, random_codes, random_scales, seeded
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from xpu_fp4 import MXFP4Linear
 from xpu_fp4.checkpoints.tensor_files import TensorFiles
 
@@ -28,6 +31,8 @@ LINEARS = {
     }.items()
 }
 """The linear layers of the small Llama that are quantized, with [N, K]."""
+
+WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
 
 IDS = torch.arange(1, 25)[None]
 
@@ -58,6 +63,14 @@ def save_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, *, tied: bool 
     """An unquantized model directory, in several shards unless told otherwise."""
     llama(dtype, tied=tied).save_pretrained(folder, max_shard_size="40KB" if shards else "1GB")
     return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A word of WORDS is a token."""
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

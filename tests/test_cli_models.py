@@ -13,23 +13,18 @@ from typing import get_args
 import pytest
 import torch
 import xpu_fp4
-from checkpoint_files import IDS, LINEARS, VOCABULARY, llama, save_llama
+from checkpoint_files import IDS, LINEARS, VOCABULARY, WORDS, llama, save_llama, save_tokenizer
 from click.testing import CliRunner, Result
 from rich.filesize import decimal
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 from xpu_fp4 import Mode, MXFP4Linear
 from xpu_fp4.checkpoints import open_checkpoint
 from xpu_fp4.checkpoints.evaluation import language_scores, layer_noise, perplexity
 from xpu_fp4.checkpoints.questions import is_right, read_questions
 from xpu_fp4.checkpoints.statistics import scale_statistics
 from xpu_fp4.cli import main
-
-WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
 
 
 def run(*arguments: object) -> Result:
@@ -47,13 +42,6 @@ def fail(message: str, *arguments: object) -> None:
     assert result.exit_code != 0
     assert message in " ".join(result.output.split()), result.output
     assert isinstance(result.exception, SystemExit), "a traceback"
-
-
-def save_tokenizer(folder: Path) -> None:
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +265,28 @@ def test_eval_runs_the_same_weights_in_another_scheme(language_model: Path, text
     assert abs(w4a8 - w4a16) < abs(w4a4 - w4a16)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_eval_runs_every_model_in_the_dtype_that_is_asked_for(language_model: Path, text: Path, dtype: str) -> None:
+    source = language_model.with_name("llama")
+    arguments = ("eval", language_model, "--text", text, "--window", 32, "--windows", 1, "--original", source)
+    output = succeed(*arguments, "--dtype", dtype)
+    found = {
+        line[0]: line[1:] for line in ([c.strip() for c in row.split("│")[1:4]] for row in output.splitlines() if "│" in row)
+    }
+    assert found["dtype"] == [dtype, dtype]
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    ids = tokenizer(text.read_text(), return_tensors="pt").input_ids[:, :32]
+    with torch.inference_mode():
+        models = (
+            xpu_fp4.load_model(language_model, dtype=dtype),
+            AutoModelForCausalLM.from_pretrained(source, dtype=dtype),
+        )
+        expected = [f"{perplexity(model, ids):.2f}" for model in models]
+    assert found["perplexity"] == expected
+    if dtype == "bfloat16":  # the models' own
+        assert succeed(*arguments) == output
+
+
 def test_eval_compares_sentence_embeddings(encoder: Path, language_model: Path, text: Path, tmp_path: Path) -> None:
     output = succeed("eval", encoder, "--text", text, "--original", encoder.with_name("bert"))
     figures = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in output.splitlines() if "│" in line}
@@ -291,6 +301,7 @@ def test_eval_says_what_is_missing(language_model: Path, encoder: Path, text: Pa
     fail("expected at least one window of 1024", "eval", language_model, "--text", text)
     fail("give --original to compare sentence embeddings", "eval", encoder, "--text", text)
     fail("--report needs a name that ends in", "eval", encoder, "--text", text, "--report", tmp_path / "x.pdf")
+    fail("'int8' is not one of", "eval", language_model, "--text", text, "--dtype", "int8")
     fail("has no quantization_config", "eval", language_model.with_name("llama"), "--text", text)
     bert = encoder.with_name("bert")
     fail("--original is a BertModel, expected a LlamaForCausalLM", "eval", language_model, "--text", text, "--original", bert)
@@ -345,6 +356,6 @@ def test_generate_needs_a_language_model(encoder: Path) -> None:
 
 
 def test_every_command_has_help() -> None:
-    commands: dict[str, Callable[..., object]] = dict.fromkeys(("quantize", "inspect", "eval", "generate"), succeed)
+    commands: dict[str, Callable[..., object]] = dict.fromkeys(("quantize", "convert", "inspect", "eval", "generate"), succeed)
     for name in commands:
         assert succeed(name, "--help").startswith(f"Usage: main {name}")

@@ -3,6 +3,14 @@
 
 from .checkpoint import CheckpointCalibration
 from .data import Conversation, calibration_windows, read_chats
+from .llm_compressor import LlmCompressorCalibration
 from .model import calibrate_
 
-__all__ = ["CheckpointCalibration", "Conversation", "calibrate_", "calibration_windows", "read_chats"]
+__all__ = [
+    "CheckpointCalibration",
+    "Conversation",
+    "LlmCompressorCalibration",
+    "calibrate_",
+    "calibration_windows",
+    "read_chats",
+]

@@ -4,7 +4,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..checkpoints.description import Scheme
 from ..checkpoints.errors import printable
 from ..checkpoints.models import map_original
+from ..checkpoints.output import write_tensors
 from ..checkpoints.quantized import QuantizedLinear
-from ..checkpoints.quantizer import Plan, write_tensors
+from ..checkpoints.quantizer import Plan
 from .model import FinishedBlock, Progress, calibrate_blocks, not_calibrated
 
 _BATCH_TOKENS = 2048
@@ -35,32 +36,45 @@ class CheckpointCalibration:
     windows: Tensor
     progress: Progress = lambda done, total: None
 
+    def check(self, schemes: Mapping[str, Scheme]) -> None:
+        """There is no scheme that it cannot do."""
+
     def job(self) -> dict[str, Any]:
-        windows = self.windows.contiguous()
-        return {"windows": list(windows.shape), "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+        return digest(self.windows)
 
     def run(self, plan: Plan, schemes: Mapping[str, Scheme], folder: Path) -> Mapping[str, QuantizedLinear]:
         model = map_original(plan.source)
         linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
         in_files = {plan.in_model[name]: name for name in schemes if plan.in_model[name] in linears}
         in_model = {name: schemes[name_in_files] for name, name_in_files in in_files.items()}
-        store = _Folder(folder, in_model)
-        rounded = calibrate_blocks(model, self._batches(model), in_model, self.progress, store)
+        store = FinishedLayers(folder, in_model)
+        rounded = calibrate_blocks(model, batches_of(model, self.windows), in_model, self.progress, store)
         calibrated = store.layers()
-        outside = schemes.keys() - {in_files[name] for name in calibrated}
-        if rounded or outside:
-            warnings.warn(printable(f"{plan.source}: {not_calibrated(rounded, outside)}"), stacklevel=3)
+        warn_of_rest(plan, rounded, schemes.keys() - {in_files[name] for name in calibrated})
         return {in_files[name]: layer for name, layer in calibrated.items()}
 
-    def _batches(self, model: Any) -> list[dict[str, Tensor]]:
-        # A decoder behind an encoder goes on with the same text.
-        inputs = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
-        rows = max(1, _BATCH_TOKENS // self.windows.shape[1])
-        return [dict.fromkeys(inputs, ids) for ids in self.windows.split(rows)]
+
+def digest(windows: Tensor) -> dict[str, Any]:
+    """What tells windows from others, as JSON."""
+    content = windows.contiguous().numpy().tobytes()
+    return {"windows": list(windows.shape), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-class _Folder:
-    """A file for each finished block."""
+def batches_of(model: Any, windows: Tensor) -> list[dict[str, Tensor]]:
+    """What a Transformers model is called with, for all windows."""
+    # A decoder behind an encoder goes on with the same text.
+    inputs = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
+    rows = max(1, _BATCH_TOKENS // windows.shape[1])
+    return [dict.fromkeys(inputs, ids) for ids in windows.split(rows)]
+
+
+def warn_of_rest(plan: Plan, rounded: Collection[str], outside: Collection[str]) -> None:
+    if rounded or outside:
+        warnings.warn(printable(f"{plan.source}: {not_calibrated(rounded, outside)}"), stacklevel=4)
+
+
+class FinishedLayers:
+    """A folder with a file for each finished block."""
 
     def __init__(self, folder: Path, schemes: Mapping[str, Scheme]) -> None:
         self._folder = folder

@@ -128,10 +128,13 @@ def _of_directory(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder / CONFIG}: transformers refuses it: {type(error).__name__}: {error}") from error
 
 
-def load_original(folder: Path) -> Any:
-    """The unquantized Transformers model in a directory. Raises CheckpointError if it has no safetensors or leads out of it."""
+def load_original(folder: Path, dtype: str = "auto") -> Any:
+    """The unquantized Transformers model in a directory, by default in the dtype of its own.
+
+    Raises CheckpointError if it has no safetensors or leads out of it.
+    """
     TensorFiles(folder)
-    return model_class(folder).from_pretrained(folder, **_NO_CODE, **_NO_PICKLE)
+    return model_class(folder).from_pretrained(folder, dtype=dtype, **_NO_CODE, **_NO_PICKLE)
 
 
 def map_original(folder: Path) -> Any:

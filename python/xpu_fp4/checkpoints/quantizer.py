@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizes a model directory into compressed-tensors' MXFP4 format, shard by shard.
 
-Memory: one shard of the input, mapped, and the shard that it becomes. The output directory appears whole, by a rename, when all
-is done; until then the work is in `OUT.partial`, which has no config.json, so nothing loads it. A run that was interrupted goes
-on where it stopped, after the last shard that was finished.
+Memory: one shard of the input, mapped, and the shard that it becomes. A run that was interrupted goes on where it stopped,
+after the last shard that was finished.
 """
 
-import fcntl
 import json
-import os
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .._library import BLOCK
@@ -31,15 +25,13 @@ from .description import Scheme, get_scale_mode
 from .errors import CheckpointError, printable
 from .matrices import FLOATS, Module, modules_with_matrices
 from .models import skeleton
+from .output import new_directory, write_index, write_tensors, write_text
 from .patterns import PREFIX, NameSet, Patterns
 from .quantized import QuantizedLinear, round_to_nearest, schemes_of
 from .reader import CONFIG, quantization_config, read_config
-from .tensor_files import INDEX, TensorFiles
-from .untrusted import check_type, model_files, open_file, read_json, read_json_list
+from .tensor_files import TensorFiles
+from .untrusted import check_type, model_files, open_file, read_json_list
 
-PARTIAL = ".partial"
-_JOB = "job.json"
-_LOCK = "job.lock"
 _CALIBRATED = ".calibrated"  # hidden, since no hidden folder of a source is copied
 _WEIGHT_FILES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot"),
@@ -116,6 +108,10 @@ def plan_quantization(
 class Calibration(Protocol):
     """Rounds layers of a plan on data. It may take long, so it keeps what it has in a folder, and goes on from there."""
 
+    def check(self, schemes: Mapping[str, Scheme]) -> None:
+        """Raises ValueError, before anything is written, for a scheme that it cannot do."""
+        ...
+
     def job(self) -> dict[str, Any]:
         """JSON that tells it from others: with the same, what is in the folder is the same."""
         ...
@@ -147,11 +143,11 @@ def quantize_checkpoint(
         offset: whether each layer subtracts its inputs' mean, which takes a calibration.
         keep_high: layers that compute in W4A16, by the last part of their names, the whole name in the files, or `re:` and a
             regex.
-        calibration: what `xpu_fp4.calibration.CheckpointCalibration` makes of token ids.
+        calibration: what `xpu_fp4.calibration.CheckpointCalibration`, or LlmCompressorCalibration, makes of token ids.
 
     Raises:
         ValueError: there is no such mode, an entry of keep_high names no layer, an offset without a calibration, a layer whose
-            K is no multiple of hadamard.
+            K is no multiple of hadamard, a scheme that the calibration cannot do.
         FileExistsError: `out` is there and not empty.
         CheckpointError: a weight holds NaN or Inf.
         BlockingIOError: another process is writing the same output.
@@ -162,14 +158,12 @@ def quantize_checkpoint(
     scheme = Scheme(mode, get_scale_mode(scale_mode, "quantize_checkpoint"), hadamard=hadamard, input_offset=offset)
     schemes = schemes_of(plan.quantized, scheme, keep_high)
     _check_hadamard(plan, hadamard)
+    if calibration is not None:
+        calibration.check(schemes)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already: give a new directory")
-    partial = out.with_name(out.name + PARTIAL)
-    with _only_writer(partial):
-        job = _job(plan, mode, scale_mode) | {"hadamard": hadamard, "offset": offset, "keep_high": list(keep_high)}
-        job |= {} if calibration is None else {"calibration": calibration.job()}
-        _begin_or_resume(partial, job, {file.name for file in plan.files.files})
+    job = _job(plan, mode, scale_mode) | {"hadamard": hadamard, "offset": offset, "keep_high": list(keep_high)}
+    job |= {} if calibration is None else {"calibration": calibration.job()}
+    with new_directory(out, job, {_CALIBRATED, *(file.name for file in plan.files.files)}) as partial:
         calibrated: Mapping[str, QuantizedLinear] = {}
         if calibration is not None:
             (partial / _CALIBRATED).mkdir(exist_ok=True)
@@ -183,18 +177,13 @@ def quantize_checkpoint(
             done += file.stat().st_size
             progress(done, total)
         _copy_small_files(plan.source, partial)
-        _write_index(partial, [partial / file.name for file in plan.files.files])
+        write_index(partial, [partial / file.name for file in plan.files.files])
         schemes = {name: _scheme_written(name, schemes, calibrated) for name in schemes}
         exceptions = {n: s for name, s in schemes.items() if s != scheme for n in (name, plan.in_model[name])}
         config = read_config(plan.source)
         config["quantization_config"] = compressed_tensors.write_config(scheme, plan.ignore, exceptions)
-        _write_atomically(partial / CONFIG, json.dumps(config, indent=2))
-        for name in (_JOB, _LOCK):
-            (partial / name).unlink()
+        write_text(partial / CONFIG, json.dumps(config, indent=2))
         shutil.rmtree(partial / _CALIBRATED, ignore_errors=True)
-        _sync_folder(partial)
-        partial.rename(out)
-        _sync_folder(out.parent)
     return out
 
 
@@ -267,34 +256,6 @@ def _job(plan: Plan, mode: Mode, scale_mode: ScaleMode) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _only_writer(partial: Path) -> Iterator[None]:
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is writing {partial}") from None
-        yield
-
-
-def _begin_or_resume(partial: Path, job: dict[str, Any], shards: set[str]) -> None:
-    """Keeps the finished shards of the same job; throws away those of another, and what an interrupted write has left."""
-    path = partial / _JOB
-    resumed = path.exists() and read_json(path) == job
-    kept = {_LOCK, _JOB, _CALIBRATED, *shards} if resumed else {_LOCK}
-    # The configuration goes first: whatever is left beside it would load.
-    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name != CONFIG):
-        if entry.name in kept:
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    if not resumed:
-        _write_atomically(path, json.dumps(job))
-
-
 def _write_shard(
     plan: Plan, file: Path, target: Path, schemes: Mapping[str, Scheme], calibrated: Mapping[str, QuantizedLinear]
 ) -> None:
@@ -309,20 +270,6 @@ def _write_shard(
         elif not (module in calibrated and kind == "bias" and calibrated[module].bias is not None):
             tensors[name] = tensor
     write_tensors(tensors, target, {"format": "pt"})
-
-
-def write_tensors(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file that is there when it is whole."""
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # safetensors' files are for their owner only
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-    except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{target} cannot be written: {error}. What is finished is kept: make room and run it again") from error
-    temporary.chmod(mode)
-    _publish(temporary, target)
 
 
 def _tensors_of(module: str, layer: QuantizedLinear) -> dict[str, Tensor]:
@@ -357,37 +304,3 @@ def _parts(source: Path) -> set[str]:
     modules = read_json_list(path) if path.exists() else []
     check_type(modules, list[schemas.Part], f"{path}: modules")
     return {module["path"] for module in modules if module.get("path")}
-
-
-def _write_index(partial: Path, shards: list[Path]) -> None:
-    if len(shards) == 1 and shards[0].name == "model.safetensors":
-        return
-    from safetensors import safe_open
-
-    weight_map: dict[str, str] = {}
-    for shard in shards:
-        with safe_open(shard, framework="pt") as opened:
-            weight_map |= dict.fromkeys(opened.keys(), shard.name)
-    index = {"metadata": {"total_size": sum(shard.stat().st_size for shard in shards)}, "weight_map": weight_map}
-    _write_atomically(partial / INDEX, json.dumps(index, indent=2))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _publish(temporary, path)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Gives a written file its name once its content is on disk."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ from typing import ParamSpec, TypeVar, get_args
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from ..checkpoints.errors import printable
@@ -17,6 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 SCHEME = click.Choice(get_args(Mode))
 
 run_in_scheme = click.option(
@@ -29,6 +31,17 @@ def wide_console() -> Console:
     """Tables with a line for each layer keep their lines where no terminal limits them."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
+
+
+def progress_bars(console: Console) -> Progress:
+    """A context, in which progress_task draws."""
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+
+
+def progress_task(progress: Progress, title: str) -> Callable[[int, int], None]:
+    """A line of progress, which is there from its first step on; to be called with what is done, and all."""
+    task = progress.add_task(title, total=None, visible=False)
+    return lambda done, total: progress.update(task, completed=done, total=total, visible=True)
 
 
 def plain(text: str) -> Text:

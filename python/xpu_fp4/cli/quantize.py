@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """`xpu-fp4 quantize`: a model directory into an MXFP4 model directory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import click
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 
-from ..calibration import CheckpointCalibration, calibration_windows, read_chats
+from ..calibration import CheckpointCalibration, LlmCompressorCalibration, calibration_windows, read_chats
 from ..checkpoints import Plan, plan_quantization, quantize_checkpoint
 from ..checkpoints.description import SCALE_MODES
 from ..checkpoints.models import load_tokenizer
+from ..checkpoints.quantizer import Calibration
 from ..functional import Hadamard, Mode, ScaleMode
-from .common import DIRECTORY, SCHEME, errors_as_messages, plain
-
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+from .common import DIRECTORY, FILE, SCHEME, errors_as_messages, plain, progress_bars, progress_task
 
 
 @click.command("quantize")
@@ -78,6 +76,14 @@ _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
     help='Conversations to calibrate on, in the model\'s chat template: {"messages": [{"role": ..., "content": ...}, ...]} in '
     "each line, or a JSON array of them. Can be repeated.",
 )
+@click.option(
+    "--with",
+    "library",
+    type=click.Choice(["xpu_fp4", "llm-compressor"]),
+    default="xpu_fp4",
+    show_default=True,
+    help="What calibrates. llm-compressor, where it is installed, knows w4a4 and w4a16, and no offset.",
+)
 @click.option("--offset", is_flag=True, help="Have each layer subtract the mean of its inputs first. Only xpu_fp4 reads that.")
 @click.option("--samples", default=32, show_default=True, type=click.IntRange(min=1), help="Windows to calibrate on.")
 @click.option("--length", default=256, show_default=True, type=click.IntRange(min=8), help="Tokens in each.")
@@ -100,6 +106,7 @@ def command(
     keep_high: str,
     texts: tuple[Path, ...],
     chats: tuple[Path, ...],
+    library: str,
     offset: bool,
     samples: int,
     length: int,
@@ -118,10 +125,12 @@ def command(
     console = Console()
     plan = plan_quantization(source, ignore, include)
     calibration = None
-    with Progress(*_COLUMNS, console=console) as progress:
+    if library != "xpu_fp4" and not (texts or chats):
+        raise click.UsageError(f"--with {library} needs --calibrate or --chat")
+    with progress_bars(console) as progress:
         if texts or chats:
             windows = _windows(source, texts, chats, samples=samples, length=length, seed=seed, template=template)
-            calibration = CheckpointCalibration(windows, _task(progress, f"Calibrating on {windows.numel()} tokens, blocks"))
+            calibration = _calibration(library, windows, progress)
         quantize_checkpoint(
             plan,
             out,
@@ -131,15 +140,15 @@ def command(
             offset=offset,
             keep_high=[name.strip() for name in keep_high.split(",") if name.strip()],
             calibration=calibration,
-            progress=_task(progress, f"Writing MXFP4 ({scheme}), bytes"),
+            progress=progress_task(progress, f"Writing MXFP4 ({scheme}), bytes"),
         )
     _report(console, plan, out)
 
 
-def _task(progress: Progress, title: str) -> Callable[[int, int], None]:
-    """A line of progress, which is there from its first step on."""
-    task = progress.add_task(title, total=None, visible=False)
-    return lambda done, total: progress.update(task, completed=done, total=total, visible=True)
+def _calibration(library: str, windows: Tensor, progress: Progress) -> Calibration:
+    if library == "llm-compressor":
+        return LlmCompressorCalibration(windows)
+    return CheckpointCalibration(windows, progress_task(progress, f"Calibrating on {windows.numel()} tokens, blocks"))
 
 
 def _windows(source: Path, texts: Sequence[Path], chats: Sequence[Path], **options: Any) -> Tensor:
