@@ -34,10 +34,12 @@ class CheckpointCalibration:
 
     windows: Tensor
     progress: Progress = lambda done, total: None
+    correct: bool = False
 
     def job(self) -> dict[str, Any]:
         windows = self.windows.contiguous()
-        return {"windows": list(windows.shape), "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        return {"windows": list(windows.shape), "sha256": digest, "correct": self.correct}
 
     def run(self, plan: Plan, schemes: Mapping[str, Scheme], folder: Path) -> Mapping[str, QuantizedLinear]:
         model = map_original(plan.source)
@@ -45,7 +47,7 @@ class CheckpointCalibration:
         in_files = {plan.in_model[name]: name for name in schemes if plan.in_model[name] in linears}
         in_model = {name: schemes[name_in_files] for name, name_in_files in in_files.items()}
         store = _Folder(folder, in_model)
-        rounded = calibrate_blocks(model, self._batches(model), in_model, self.progress, store)
+        rounded = calibrate_blocks(model, self._batches(model), in_model, self.progress, store, correct=self.correct)
         calibrated = store.layers()
         outside = schemes.keys() - {in_files[name] for name in calibrated}
         if rounded or outside:
