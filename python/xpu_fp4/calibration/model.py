@@ -53,8 +53,8 @@ def calibrate_(
         mode, scale_mode, group, hadamard: as for MXFP4Linear.
         offset: whether each layer subtracts the mean of its inputs first; what that takes from the output is put into the bias.
         keep_high: linears that compute in W4A16, by the last part of their names, the whole name, or `re:` and a regex.
-        correct: whether each layer makes up for a part of what those before it have lost, besides its own rounding. It takes
-            1.6 times the time, since the original is computed too.
+        correct: whether each layer makes up for a part of what those before it have lost, besides its own rounding. The
+            original is computed alongside, in 1.6 times the arithmetic.
         filter_fn: called with (module, its dotted name) for every nn.Linear; those for which it is false stay.
         progress: called with the number of blocks that are done, and of all.
 

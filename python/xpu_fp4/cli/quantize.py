@@ -82,7 +82,7 @@ _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
     "--correct",
     is_flag=True,
     help="Have each layer make up for a part of what those before it have lost, too: nearer to the original, in 1.6 times the "
-    "time of a calibration.",
+    "arithmetic.",
 )
 @click.option("--samples", default=32, show_default=True, type=click.IntRange(min=1), help="Windows to calibrate on.")
 @click.option("--length", default=256, show_default=True, type=click.IntRange(min=8), help="Tokens in each.")
@@ -119,7 +119,7 @@ def command(
     shard of SOURCE, and what becomes of it; to calibrate, one block of the model and what all blocks give on the windows.
 
     Weights are rounded to nearest or, with --calibrate or --chat, such that outputs on the windows change little. For a
-    language model: --scheme w4a8 --hadamard 32 --calibrate TEXT --chat CONVERSATIONS.
+    language model: --scheme w4a8 --hadamard 32 --calibrate TEXT --chat CONVERSATIONS --correct.
     """
     console = Console()
     if correct and not (texts or chats):
