@@ -3,6 +3,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,19 @@ from transformers import (
 )
 from xpu_fp4 import Mode, MXFP4Linear, reference
 from xpu_fp4.calibration import CheckpointCalibration, Conversation, calibrate_, calibration_windows, read_chats
+from xpu_fp4.calibration import model as calibration_model
 from xpu_fp4.calibration.blocks import Call, block_lists, stages, walk
-from xpu_fp4.calibration.gptq import DAMP, round_weight
-from xpu_fp4.calibration.layers import multiplied_input
+from xpu_fp4.calibration.gptq import CORRECTION, DAMP, corrected, round_weight
+from xpu_fp4.calibration.layers import multiplied_input, quantize_block
 from xpu_fp4.checkpoints import CheckpointError, Scheme, plan_quantization, quantize_checkpoint
+from xpu_fp4.checkpoints.questions import Question, read_questions
 from xpu_fp4.cli import main
 
 LENGTH = 24
 WINDOWS = torch.randint(3, VOCABULARY, (12, LENGTH), generator=seeded(1))
 BATCHES = list(WINDOWS.split(4))
 OTHERS = torch.randint(3, VOCABULARY, (8, LENGTH), generator=seeded(2))
+MANY = list(torch.randint(3, VOCABULARY, (64, LENGTH), generator=seeded(3)).split(16))
 
 
 # ---- GPTQ ----
@@ -112,6 +116,15 @@ def test_a_hessian_of_too_few_tokens_is_damped_until_it_is_definite() -> None:
     _, scale = reference.quantize(weight)
     codes = round_weight(weight, scale, x.T @ x, damp=0)
     assert torch.isfinite(reference.values(codes, scale)).all()
+
+
+def test_a_correction_is_a_share_of_least_squares() -> None:
+    x, d, weight = correlated(400, 64), normal(400, 64, seed=3), normal(8, 64, seed=10)
+    ridge = (DAMP * (x.T @ x).diagonal().mean()).sqrt() * torch.eye(64)
+    # What is to be added has the outputs weight d on x, and is kept small by further rows.
+    inputs, outputs = torch.cat([x, ridge]).double(), torch.cat([d @ weight.T, torch.zeros(64, 8)]).double()
+    expected = weight + CORRECTION * torch.linalg.lstsq(inputs, outputs).solution.T
+    torch.testing.assert_close(corrected(weight, x.T @ x, d.T @ x).double(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("offset", [False, True])
@@ -268,6 +281,52 @@ def test_a_calibrated_model_is_nearer_to_the_original(name: str, mode: Mode) -> 
     assert errors[0] < 0.9 * errors[1]
 
 
+@pytest.mark.parametrize("layer", ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
+def test_each_linear_is_calibrated_on_what_those_before_it_give_once_quantized(layer: str) -> None:
+    options: dict[str, Any] = {"mode": "w4a4", "hadamard": 32}
+    whole = calibrate_(llama(torch.float32), BATCHES, **options)
+    before, original = llama(torch.float32), llama(torch.float32)
+    names = linears_of(before)
+    for name in names[: names.index(layer)]:
+        owner, _, attribute = name.rpartition(".")
+        setattr(before.get_submodule(owner), attribute, whole.get_submodule(name))
+    for model, is_equal in ((before, True), (original, False)):
+        alone = calibrate_(model, BATCHES, filter_fn=lambda module, name: name == layer, **options).get_submodule(layer)
+        assert torch.equal(alone.weight_packed, whole.get_submodule(layer).weight_packed) == is_equal
+
+
+@torch.no_grad()
+def test_a_correction_is_towards_what_the_original_gives_each_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected: dict[str, list[Tensor]] = {}
+    original = llama(torch.float32)
+    for name in linears_of(original):
+        original.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: expected.setdefault(name, []).append(args[0].flatten(0, -2))
+        )
+    for batch in BATCHES:
+        original(batch)
+    given: dict[str, list[Tensor]] = {}
+
+    def spy(block: nn.Module, calls: Any, schemes: Any, where: str, originals: dict[str, list[Tensor]]) -> Any:
+        given.update({f"{where}.{name}": inputs for name, inputs in originals.items()})
+        assert len(calls) == len(BATCHES)
+        return quantize_block(block, calls, schemes, where, originals)
+
+    monkeypatch.setattr(calibration_model, "quantize_block", spy)
+    calibrate_(llama(torch.float32), BATCHES, mode="w4a4", hadamard=32, correct=True)
+    assert given.keys() == expected.keys()
+    for name, inputs in expected.items():
+        torch.testing.assert_close(given[name], inputs)
+
+
+@pytest.mark.parametrize("options", [{"mode": "w4a8"}, {"mode": "w4a4", "offset": True, "keep_high": ["q_proj"]}])
+def test_a_corrected_model_is_nearer_to_the_original_on_other_data(options: dict[str, Any]) -> None:
+    original = llama(torch.float32)
+    plain, made = (calibrate_(llama(torch.float32), MANY, hadamard=32, correct=c, **options) for c in (False, True))
+    errors = [float((last_of(m, OTHERS) - last_of(original, OTHERS)).square().mean()) for m in (made, plain)]
+    assert errors[0] < 0.9 * errors[1]
+
+
 @pytest.mark.parametrize("mode", ["w4a4", "w4a8"])
 def test_an_offset_leaves_the_mean_of_outputs_as_it_was(mode: Mode) -> None:
     model = bert(layers=1)
@@ -398,10 +457,11 @@ def assert_same_directory(folder: Path, expected: Path) -> None:
         assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_checkpoint_holds_what_calibrate_makes_in_memory(source: Path, tmp_path: Path) -> None:
-    calibration = CheckpointCalibration(WINDOWS)
+@pytest.mark.parametrize("correct", [False, True])
+def test_a_checkpoint_holds_what_calibrate_makes_in_memory(correct: bool, source: Path, tmp_path: Path) -> None:
+    calibration = CheckpointCalibration(WINDOWS, correct=correct)
     out = quantize_checkpoint(plan_quantization(source), tmp_path / "out", calibration=calibration, **OPTIONS)
-    expected = calibrate_(llama(), [WINDOWS], **OPTIONS)
+    expected = calibrate_(llama(), [WINDOWS], correct=correct, **OPTIONS)
     model = xpu_fp4.load_model(out)
     for name, module in expected.named_modules():
         if isinstance(module, MXFP4Linear):
@@ -412,22 +472,25 @@ def test_a_checkpoint_holds_what_calibrate_makes_in_memory(source: Path, tmp_pat
     assert_same_bits(model(IDS).logits, expected(IDS).logits)
 
 
-def test_an_interrupted_calibration_goes_on_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("correct", [False, True])
+def test_an_interrupted_calibration_goes_on_to_the_same_bytes(correct: bool, source: Path, tmp_path: Path) -> None:
     plan = plan_quantization(source)
-    expected = quantize_checkpoint(plan, tmp_path / "expected", calibration=CheckpointCalibration(WINDOWS), **OPTIONS)
+    calibration = CheckpointCalibration(WINDOWS, correct=correct)
+    expected = quantize_checkpoint(plan, tmp_path / "expected", calibration=calibration, **OPTIONS)
 
     def stop_after_one(done: int, total: int) -> None:
         if done == 1:
             raise KeyboardInterrupt
 
+    calibration = CheckpointCalibration(WINDOWS, stop_after_one, correct)
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(plan, tmp_path / "out", calibration=CheckpointCalibration(WINDOWS, stop_after_one), **OPTIONS)
+        quantize_checkpoint(plan, tmp_path / "out", calibration=calibration, **OPTIONS)
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial" / ".calibrated").iterdir()}
     assert {path.name for path in finished} == {"model.layers.0.safetensors"}
     (tmp_path / "out.partial" / ".calibrated" / "model.layers.1.safetensors.tmp").write_text("half of a block")
     kept: list[dict[Path, int]] = []
     calibration = CheckpointCalibration(
-        WINDOWS, lambda *step: kept.append({path: path.stat().st_mtime_ns for path in finished})
+        WINDOWS, lambda *step: kept.append({path: path.stat().st_mtime_ns for path in finished}), correct
     )
     out = quantize_checkpoint(plan, tmp_path / "out", calibration=calibration, **OPTIONS)
     assert kept == [finished] * 3
@@ -442,9 +505,14 @@ def test_blocks_of_other_windows_or_settings_are_not_kept(source: Path, tmp_path
         if done == 1:
             raise KeyboardInterrupt
 
-    for windows, options in ((OTHERS, OPTIONS), (WINDOWS, OPTIONS | {"hadamard": 0}), (WINDOWS, OPTIONS | {"keep_high": []})):
+    for calibration, options in (
+        (CheckpointCalibration(OTHERS, stop), OPTIONS),
+        (CheckpointCalibration(WINDOWS, stop, correct=True), OPTIONS),
+        (CheckpointCalibration(WINDOWS, stop), OPTIONS | {"hadamard": 0}),
+        (CheckpointCalibration(WINDOWS, stop), OPTIONS | {"keep_high": []}),
+    ):
         with pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(plan, tmp_path / "out", calibration=CheckpointCalibration(windows, stop), **options)
+            quantize_checkpoint(plan, tmp_path / "out", calibration=calibration, **options)
         assert list((tmp_path / "out.partial" / ".calibrated").iterdir())
     out = quantize_checkpoint(plan, tmp_path / "out", calibration=CheckpointCalibration(WINDOWS), **OPTIONS)
     assert_same_directory(out, expected)
@@ -582,14 +650,20 @@ def test_the_command_calibrates(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT)
     (tmp_path / "chats").write_text(json.dumps(CHATS))
     data = [f"--calibrate={tmp_path / 'text'}", f"--chat={tmp_path / 'chats'}", "--samples=8", "--length=40", "--seed=3"]
-    options = ["--scheme=w4a8", "--hadamard=32", "--offset", "--keep-high=q_proj, k_proj,re:.*v_proj"]
+    options = ["--scheme=w4a8", "--hadamard=32", "--offset", "--correct", "--keep-high=q_proj, k_proj,re:.*v_proj"]
     result = CliRunner().invoke(main, ["quantize", str(folder), str(tmp_path / "out"), *options, *data])
     assert result.exit_code == 0, result.output
     windows = calibration_windows(tokenizer(), [TEXT], CHATS, samples=8, length=40, seed=3)
     high = ["q_proj", "k_proj", "v_proj"]
-    expected = calibrate_(llama(), [windows], mode="w4a8", hadamard=32, offset=True, keep_high=high)
+    expected = calibrate_(llama(), [windows], mode="w4a8", hadamard=32, offset=True, keep_high=high, correct=True)
     assert_same_bits(xpu_fp4.load_model(tmp_path / "out")(IDS).logits, expected(IDS).logits)
     assert "14 linear layers are MXFP4" in result.output
+
+
+def test_the_command_corrects_nothing_without_data(source: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["quantize", str(source), str(tmp_path / "out"), "--correct"])
+    assert result.exit_code == 1
+    assert "--correct is a way to calibrate: it takes --calibrate or --chat" in result.output
 
 
 def test_the_command_names_what_is_no_text(tmp_path: Path) -> None:
@@ -599,3 +673,33 @@ def test_the_command_names_what_is_no_text(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["quantize", str(folder), str(tmp_path / "out"), f"--calibrate={tmp_path / 'text'}"])
     assert result.exit_code == 1
     assert "text is no UTF-8 text" in result.output
+
+
+# ---- the example's data ----
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ASIDE = """a an the is are was were do does did what which who how many much in on of to at we you i it and said have has call
+called known there their its s for from by with that this one be can my me us your people need"""
+
+
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"[\w+]+", text.lower()))
+
+
+def is_about(question: Question, exchange: str) -> bool:
+    """Whether an exchange has all that the question names, or half of it and its answer."""
+    subject, words = words_of(question.question) - words_of(ASIDE), words_of(exchange)
+    answers = any(words_of(answer) <= words for answer in question.expected if not answer.isdigit())
+    return subject <= words or (answers and 2 * len(subject & words) >= len(subject))
+
+
+def test_nothing_that_is_asked_is_calibrated_on() -> None:
+    questions, chats = read_questions(EXAMPLES / "questions.jsonl"), read_chats(EXAMPLES / "chats.jsonl")
+    france = questions[0]
+    assert is_about(france, "France's capital? It is Lyon.")
+    assert is_about(france, "Which city in France is the largest? Paris.")
+    assert not is_about(france, "What is the capital of Norway? The capital of Norway is Oslo.")
+    for messages in chats:
+        for i in range(0, len(messages) - 1, 2):
+            exchange = f"{messages[i]['content']} {messages[i + 1]['content']}"
+            assert not [question.question for question in questions if is_about(question, exchange)], exchange

@@ -249,7 +249,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "NaN limit": ({"activation": "swiglu_oai", "limit": float("nan")}, "limit is nan"),
     "group": ({"group": 64}, "group is 64"),
     "scale_mode": ({"scale_mode": "up"}, 'scale_mode is "up"'),
-    "FP-Quant's scale_mode": ({"scale_mode": "quest"}, "scale_mode is \"quest\", one of FP-Quant's"),
+    "FP-Quant's scale_mode": ({"scale_mode": "quest"}, 'scale_mode is "quest", one of FP-Quant\'s'),
     "hadamard": ({"hadamard": 16}, "hadamard is 16"),
     "hadamard of h": ({"hadamard": 64}, "expected a multiple of hadamard"),
     "map": ({"expert_map": torch.zeros(3)}, "expert_map must be int32"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 _EXPERT = re.compile(r"(.*experts)\.\d+\.(.*)")
 
@@ -182,3 +183,26 @@ def feed_inputs(block: nn.Module, calls: Sequence[Call], receivers: Mapping[str,
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def record(block: nn.Module, calls: Sequence[Call], linears: Collection[str]) -> tuple[dict[str, list[Tensor]], list[Any]]:
+    """What the block gives on every call, and the inputs [T, K] of each of the named linears on the way, in order.
+
+    Linears multiply in float32: of bfloat16, torch multiplies an element at a time on processors without instructions for it.
+    """
+    inputs: dict[str, list[Tensor]] = {name: [] for name in linears}
+
+    def recording(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            inputs[name].append(x.detach().flatten(0, -2))
+            bias = None if linear.bias is None else linear.bias.float()
+            return functional.linear(x.float(), linear.weight.float(), bias).to(x.dtype)
+
+        return forward
+
+    with ExitStack() as patches:
+        for name in linears:
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            patches.enter_context(_forward_of(linear, recording(name, linear)))
+        return inputs, [call.run(block) for call in calls]

@@ -35,12 +35,13 @@ class CheckpointCalibration:
 
     windows: Tensor
     progress: Progress = lambda done, total: None
+    correct: bool = False
 
     def check(self, schemes: Mapping[str, Scheme]) -> None:
         """There is no scheme that it cannot do."""
 
     def job(self) -> dict[str, Any]:
-        return digest(self.windows)
+        return {**digest(self.windows), "correct": self.correct}
 
     def run(self, plan: Plan, schemes: Mapping[str, Scheme], folder: Path) -> Mapping[str, QuantizedLinear]:
         model = map_original(plan.source)
@@ -48,7 +49,8 @@ class CheckpointCalibration:
         in_files = {plan.in_model[name]: name for name in schemes if plan.in_model[name] in linears}
         in_model = {name: schemes[name_in_files] for name, name_in_files in in_files.items()}
         store = FinishedLayers(folder, in_model)
-        rounded = calibrate_blocks(model, batches_of(model, self.windows), in_model, self.progress, store)
+        batches = batches_of(model, self.windows)
+        rounded = calibrate_blocks(model, batches, in_model, self.progress, store, correct=self.correct)
         calibrated = store.layers()
         warn_of_rest(plan, rounded, schemes.keys() - {in_files[name] for name in calibrated})
         return {in_files[name]: layer for name, layer in calibrated.items()}

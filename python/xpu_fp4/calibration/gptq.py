@@ -12,34 +12,47 @@ from torch import Tensor
 from .._library import BLOCK
 from ..reference import pack
 
-DAMP = 0.01
+DAMP = 0.1
 """Added to the Hessian's diagonal, as a share of its mean."""
+CORRECTION = 0.5
+"""Share of what least squares would have a weight make up for. All of it fits the calibration data, not other text."""
 _STEP = 32  # channels whose errors reach the rest of the weight together
 _CODE_OF_DOUBLE = torch.tensor([0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7], dtype=torch.uint8)  # of twice a magnitude
 
 
-class Hessian:
-    """Sums over the inputs [T, K] that a layer multiplies: of x^T x in float32, of x in float64, and T."""
+class Products:
+    """Sums over rows a, b [T, K]: of a^T b in float32, of a, of b in float64, and T. A Hessian is one of inputs alone."""
 
     def __init__(self, k: int) -> None:
-        self.k = k
-        self.squares = torch.zeros(k, k)
-        self.sum = torch.zeros(k, dtype=torch.float64)
+        self.sum = torch.zeros(k, k)
+        self._sums = torch.zeros(2, k, dtype=torch.float64)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """x: float32 [T, K]."""
-        self.squares.addmm_(x.T, x)
-        self.sum += x.sum(0, dtype=torch.float64)
-        self.tokens += len(x)
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """a, b: float32 [T, K]."""
+        self.sum.addmm_(a.T, b)
+        self._sums += torch.stack([a.sum(0, dtype=torch.float64), b.sum(0, dtype=torch.float64)])
+        self.tokens += len(a)
 
     def mean(self) -> Tensor:
-        """The mean input, float64 [K]."""
-        return self.sum / self.tokens
+        """The mean b, float64 [K]."""
+        return self._sums[1] / self.tokens
 
     def centered(self) -> Tensor:
-        """The squares around the mean: what rounding may change where a bias makes up for the mean error."""
-        return (self.squares.double() - self.sum.outer(self.sum) / self.tokens).float()
+        """The products around the means: what rounding may change where a bias makes up for the mean error."""
+        return (self.sum.double() - self._sums[0].outer(self._sums[1]) / self.tokens).float()
+
+
+def corrected(weight: Tensor, hessian: Tensor, lag: Tensor, damp: float = DAMP) -> Tensor:
+    """The weight [N, K] under which outputs on the inputs x are nearer to what it makes of x + d, the original's inputs.
+
+    Args:
+        hessian: float32 [K, K], x^T x.
+        lag: float32 [K, K], d^T x. Least squares adds weight lag hessian^-1; the result has CORRECTION of that.
+        damp: as for round_weight.
+    """
+    factor = _inverse_factor(hessian.clone(), damp)
+    return weight + CORRECTION * (weight @ lag @ factor.T) @ factor
 
 
 def round_weight(weight: Tensor, scale: Tensor, hessian: Tensor, damp: float = DAMP) -> Tensor:

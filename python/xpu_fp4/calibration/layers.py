@@ -12,7 +12,7 @@ from ..checkpoints.description import Scheme
 from ..checkpoints.quantized import QuantizedLinear, round_to_nearest
 from ..reference import transform
 from .blocks import Call, feed_inputs, stages
-from .gptq import Hessian, round_weight
+from .gptq import Products, corrected, round_weight
 
 TOO_FEW = 4
 """A layer with K inputs takes K / TOO_FEW tokens to be calibrated: of fewer, errors would go where no input was seen."""
@@ -31,7 +31,11 @@ def put(model: nn.Module, name: str, result: QuantizedLinear) -> None:
 
 
 def quantize_block(
-    block: nn.Module, calls: Sequence[Call], schemes: Mapping[str, Scheme], where: str
+    block: nn.Module,
+    calls: Sequence[Call],
+    schemes: Mapping[str, Scheme],
+    where: str,
+    originals: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> tuple[dict[str, QuantizedLinear], list[str]]:
     """Quantizes the linears of a block, in place, each on what it gets from those before it, which are quantized by then.
 
@@ -39,16 +43,19 @@ def quantize_block(
         calls: what the block is called with on the calibration data.
         schemes: of the linears to quantize, by their names in the block.
         where: the block's name, for errors.
+        originals: the inputs [T, K] that the original model gives each linear, call by call. If given, weights make up for a
+            part of what the inputs have lost on the way, but for those of experts, which get other tokens than the original's.
 
     Returns what became of each, and the names of those that saw too few tokens, or none, and were rounded to nearest.
     """
     results: dict[str, QuantizedLinear] = {}
     rounded: list[str] = []
     for stage in stages(block, schemes, calls[0]):
-        groups = [group for names in stage for group in _groups(block, names, schemes)]
+        known = originals if len(stage) == 1 else None
+        groups = [group for names in stage for group in _groups(block, names, schemes, known)]
         _gather(block, calls, groups)
         for group in groups:
-            if group.hessian.tokens * TOO_FEW < group.hessian.k:
+            if group.hessian.tokens * TOO_FEW < group.k:
                 rounded += group.names
                 continue
             for name, result in _quantize_group(block, group, where).items():
@@ -83,28 +90,47 @@ class _Group:
     If their bias makes up for the mean error, rounding only has to keep the error around it small.
     """
 
-    def __init__(self, names: list[str], k: int, scheme: Scheme, *, has_bias: bool) -> None:
+    def __init__(self, names: list[str], k: int, scheme: Scheme, originals: Sequence[Tensor] | None, *, has_bias: bool) -> None:
         self.names = names
+        self.k = k
         self.scheme = scheme
         self.corrects_mean = has_bias or scheme.input_offset
         self.given = _Mean(k)
-        self.hessian = Hessian(k)
+        self.hessian = Products(k)
+        self.lag = None if originals is None else Products(k)
         self.offset: Tensor | None = None
+        self._originals = iter(originals or ())
 
     def add(self, x: Tensor) -> None:
         """x [T, K], as the linears get it."""
         if not self.scheme.input_offset:
             self.given.add(x)
-        self.hessian.add(multiplied_input(x, self.scheme, self.offset))
+        multiplied = multiplied_input(x, self.scheme, self.offset)
+        self.hessian.add(multiplied, multiplied)
+        if self.lag is not None:
+            wanted = transform(next(self._originals), self.scheme.hadamard, self.offset)
+            self.lag.add(wanted - multiplied, multiplied)
+
+    def value(self, products: Products) -> Tensor:
+        """As rounding has to see them."""
+        return products.centered() if self.corrects_mean else products.sum
 
 
-def _groups(block: nn.Module, names: list[str], schemes: Mapping[str, Scheme]) -> list[_Group]:
+def _groups(
+    block: nn.Module,
+    names: list[str],
+    schemes: Mapping[str, Scheme],
+    originals: Mapping[str, Sequence[Tensor]] | None,
+) -> list[_Group]:
     """Of linears that share an input, those of one scheme each."""
     alike: defaultdict[tuple[Scheme, bool], list[str]] = defaultdict(list)
     for name in names:
         alike[schemes[name], linear_of(block, name).bias is not None].append(name)
     k = linear_of(block, names[0]).in_features
-    return [_Group(members, k, scheme, has_bias=has_bias) for (scheme, has_bias), members in alike.items()]
+    return [
+        _Group(members, k, scheme, originals[members[0]] if originals else None, has_bias=has_bias)
+        for (scheme, has_bias), members in alike.items()
+    ]
 
 
 def _gather(block: nn.Module, calls: Sequence[Call], groups: Sequence[_Group]) -> None:
@@ -135,13 +161,16 @@ def multiplied_input(x: Tensor, scheme: Scheme, offset: Tensor | None) -> Tensor
 
 def _quantize_group(block: nn.Module, group: _Group, where: str) -> dict[str, QuantizedLinear]:
     where = f"{where}.{group.names[0]}"
-    hessian = group.hessian.centered() if group.corrects_mean else group.hessian.squares
+    hessian = group.value(group.hessian)
     if not hessian.isfinite().all():
         raise ValueError(f"the inputs of {where} hold NaN or Inf on the calibration data")
     linears = [linear_of(block, name) for name in group.names]
     weight = torch.cat([linear.weight.detach().float() for linear in linears])
     turned = transform(weight, group.scheme.hadamard)
     scale = round_to_nearest(weight, group.scheme, f"the weight of {where}").scale
+    if group.lag is not None:
+        turned = corrected(turned, hessian, group.value(group.lag))
+        scale = functional.quantize(turned, group.scheme.scale_mode)[1].view(torch.uint8)
     codes = round_weight(turned, scale, hessian)
     missing = None
     if group.corrects_mean:

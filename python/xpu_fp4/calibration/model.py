@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._text import shorten
 from ..checkpoints.description import Scheme, get_scale_mode
 from ..checkpoints.quantized import QuantizedLinear, round_to_nearest, schemes_of
 from ..convert import Filter, all_but_lm_head, linears_to_replace
 from ..functional import Group, Hadamard, Mode, ScaleMode, check_mode
-from .blocks import Batch, Call, block_lists, walk
+from .blocks import Batch, Call, block_lists, record, walk
 from .layers import linear_of, put, quantize_block
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,6 +33,7 @@ def calibrate_(
     hadamard: Hadamard = 0,
     offset: bool = False,
     keep_high: Sequence[str] = (),
+    correct: bool = False,
     filter_fn: Filter = all_but_lm_head,
     progress: Progress = lambda done, total: None,
 ) -> Model:
@@ -44,6 +45,7 @@ def calibrate_(
 
     Memory, beside the model: what its blocks give on all batches; the calls of one block; what one batch takes in a block; for
     one linear, or those with the same input, its Hessian (float32 [K, K]) three times and its weight in float32 three times.
+    With `correct`: what blocks give, and their calls, twice; the inputs of one block's linears; one more [K, K].
 
     Args:
         model: a decoder or encoder on the CPU, in eval mode.
@@ -51,6 +53,8 @@ def calibrate_(
         mode, scale_mode, group, hadamard: as for MXFP4Linear, but without FP-Quant's rules.
         offset: whether each layer subtracts the mean of its inputs first; what that takes from the output is put into the bias.
         keep_high: linears that compute in W4A16, by the last part of their names, the whole name, or `re:` and a regex.
+        correct: whether each layer makes up for a part of what those before it have lost, besides its own rounding. The
+            original is computed alongside, in 1.6 times the arithmetic.
         filter_fn: called with (module, its dotted name) for every nn.Linear; those for which it is false stay.
         progress: called with the number of blocks that are done, and of all.
 
@@ -70,7 +74,7 @@ def calibrate_(
     schemes = schemes_of(
         list(first.values()), Scheme(mode, get_scale_mode(scale_mode, "calibrate_"), group, hadamard, offset), keep_high
     )
-    rounded = calibrate_blocks(model, batches, schemes, progress)
+    rounded = calibrate_blocks(model, batches, schemes, progress, correct=correct)
     outside = [name for name in schemes if isinstance(model.get_submodule(name), nn.Linear)]
     for name in outside:
         put(model, name, round_to_nearest(linear_of(model, name).weight, schemes[name], f"the weight of {name}"))
@@ -112,12 +116,15 @@ def calibrate_blocks(
     schemes: Mapping[str, Scheme],
     progress: Progress,
     store: Store | None = None,
+    *,
+    correct: bool = False,
 ) -> list[str]:
     """Quantizes linears of a model's blocks, in place; returns the names of those that were rounded to nearest.
 
     Args:
         schemes: of the linears, by their names. Those that are in no block stay as they are.
         store: it gets what becomes of each block, which leaves the model after that; a block that it has is not made again.
+        correct: as for calibrate_.
     """
     lists = block_lists(model, schemes)
     total = sum(map(len, lists))
@@ -126,9 +133,12 @@ def calibrate_blocks(
 
     def process(name: str, block: nn.Module, calls: list[Call]) -> list[Any]:
         nonlocal done
+        of_block = {layer.removeprefix(f"{name}."): s for layer, s in schemes.items() if layer.startswith(f"{name}.")}
+        calls, in_original = calls[: len(batches)], calls[len(batches) :]
+        inputs, original_outputs = record(block, in_original, of_block)  # while the block is still the original
         finished = store.load(name) if store else None
         if finished is None:
-            finished = _quantize(name, block, calls, schemes)
+            finished = _quantize(name, block, calls, of_block, inputs if correct else None)
             if store:
                 store.save(name, finished)
         else:
@@ -141,17 +151,23 @@ def calibrate_blocks(
         rounded.extend(finished.rounded)
         done += 1
         progress(done, total)
-        return outputs
+        return outputs + original_outputs
 
     progress(0, total)
     with _without_cache(model):
-        walk(model, batches, lists, process)
+        # The second time, batches go through blocks as they were.
+        walk(model, [*batches, *batches] if correct else batches, lists, process)
     return rounded
 
 
-def _quantize(name: str, block: nn.Module, calls: list[Call], schemes: Mapping[str, Scheme]) -> FinishedBlock:
-    of_block = {layer.removeprefix(f"{name}."): s for layer, s in schemes.items() if layer.startswith(f"{name}.")}
-    layers, rounded = quantize_block(block, calls, of_block, name)
+def _quantize(
+    name: str,
+    block: nn.Module,
+    calls: list[Call],
+    schemes: Mapping[str, Scheme],
+    originals: Mapping[str, Sequence[Tensor]] | None,
+) -> FinishedBlock:
+    layers, rounded = quantize_block(block, calls, schemes, name, originals)
     return FinishedBlock({f"{name}.{n}": layer for n, layer in layers.items()}, [f"{name}.{n}" for n in rounded])
 
 

@@ -85,6 +85,12 @@ from .common import DIRECTORY, FILE, SCHEME, errors_as_messages, plain, progress
     help="What calibrates. llm-compressor, where it is installed, knows w4a4 and w4a16, and no offset.",
 )
 @click.option("--offset", is_flag=True, help="Have each layer subtract the mean of its inputs first. Only xpu_fp4 reads that.")
+@click.option(
+    "--correct",
+    is_flag=True,
+    help="Have each layer make up for a part of what those before it have lost, too: nearer to the original, in 1.6 times the "
+    "arithmetic.",
+)
 @click.option("--samples", default=32, show_default=True, type=click.IntRange(min=1), help="Windows to calibrate on.")
 @click.option("--length", default=256, show_default=True, type=click.IntRange(min=8), help="Tokens in each.")
 @click.option("--seed", default=0, show_default=True, help="Which windows: another seed, others.")
@@ -108,6 +114,7 @@ def command(
     chats: tuple[Path, ...],
     library: str,
     offset: bool,
+    correct: bool,
     samples: int,
     length: int,
     seed: int,
@@ -120,17 +127,21 @@ def command(
     shard of SOURCE, and what becomes of it; to calibrate, one block of the model and what all blocks give on the windows.
 
     Weights are rounded to nearest or, with --calibrate or --chat, such that outputs on the windows change little. For a
-    language model: --scheme w4a8 --hadamard 32 --calibrate TEXT --chat CONVERSATIONS.
+    language model: --scheme w4a8 --hadamard 32 --calibrate TEXT --chat CONVERSATIONS --correct.
     """
     console = Console()
+    if correct and not (texts or chats):
+        raise ValueError("--correct is a way to calibrate: it takes --calibrate or --chat")
     plan = plan_quantization(source, ignore, include)
     calibration = None
+    if library != "xpu_fp4" and correct:
+        raise click.UsageError(f"--correct is xpu_fp4's own: {library} does not know it")
     if library != "xpu_fp4" and not (texts or chats):
         raise click.UsageError(f"--with {library} needs --calibrate or --chat")
     with progress_bars(console) as progress:
         if texts or chats:
             windows = _windows(source, texts, chats, samples=samples, length=length, seed=seed, template=template)
-            calibration = _calibration(library, windows, progress)
+            calibration = _calibration(library, windows, progress, correct)
         quantize_checkpoint(
             plan,
             out,
@@ -145,10 +156,10 @@ def command(
     _report(console, plan, out)
 
 
-def _calibration(library: str, windows: Tensor, progress: Progress) -> Calibration:
+def _calibration(library: str, windows: Tensor, progress: Progress, correct: bool) -> Calibration:
     if library == "llm-compressor":
         return LlmCompressorCalibration(windows)
-    return CheckpointCalibration(windows, progress_task(progress, f"Calibrating on {windows.numel()} tokens, blocks"))
+    return CheckpointCalibration(windows, progress_task(progress, f"Calibrating on {windows.numel()} tokens, blocks"), correct)
 
 
 def _windows(source: Path, texts: Sequence[Path], chats: Sequence[Path], **options: Any) -> Tensor:
