@@ -15,6 +15,7 @@
 #include "avx512_output.h"
 #include "avx512_quantize.h"
 #include "avx512_w4a16.h"
+#include "combine.h"
 #include "generic_group_quant.h"
 
 namespace xpu_fp4::cpu {
@@ -43,7 +44,7 @@ const ProductKernels& product(Format activations, int64_t m) {
 
 }  // namespace
 
-const KernelTable kAmx = {"amx", supported, transform_and_quantize<quantize>, group_quantize, dequantize, product};
+const KernelTable kAmx = {"amx", supported, transform_and_quantize<quantize>, group_quantize, dequantize, combine, product};
 
 }  // namespace xpu_fp4::cpu
 #endif
