@@ -13,13 +13,16 @@
 
 namespace xpu_fp4 {
 
-/// What happens to a row of floats first: x -> (x - offset) x H, in float32 (format/hadamard.h). `hadamard` is the size of H's
-/// blocks, of which k is a multiple, or 0 where there is no H. offset [k] is null where there is none.
+/// What happens to a row of floats first. A gate makes the row of k out of one of 2k, rounded to the row's dtype
+/// (format/gate.h). Then x -> (x - offset) x H, in float32 (format/hadamard.h): `hadamard` is the size of H's blocks, of which
+/// k is a multiple, or 0 where there is no H. offset [k] is null where there is none.
 struct Transform {
   int hadamard = 0;
   const float* offset = nullptr;
+  Gate gate = {};
 
-  constexpr bool is_none() const { return hadamard == 0 && offset == nullptr; }
+  constexpr bool turns() const { return hadamard != 0 || offset != nullptr; }
+  constexpr bool is_none() const { return !turns() && gate.is_none(); }
 };
 
 /// How floats become codes and scales of a format: MXFP4 with a rule for its scales (format/e8m0.h, format/fp_quant.h), or
@@ -41,7 +44,8 @@ struct Quantizer {
 
 /// A [m, k], k % 32 == 0. Either codes of the format `to.format`, [m, code_bytes(k)], with scale bytes [m, k/32]; or floats of
 /// `dtype`, which are quantized by `to` on the way or, where to.format is none, multiplied as they are or, transformed, rounded
-/// to `dtype`.
+/// to `dtype`. With a gate, a row has 2k floats. Row i of A is row rows[i] of the data, times factors[i] and rounded to `dtype`
+/// before all else.
 struct Activations {
   bool are_codes;
   const void* data;
@@ -49,6 +53,8 @@ struct Activations {
   DType dtype;           // of floats
   Quantizer to;
   int64_t m, k;
+  const int32_t* rows = nullptr;   // [m]; null: row i is the data's row i
+  const float* factors = nullptr;  // [m], of floats without a gate; null: none
 
   static constexpr Activations codes(Format format, const uint8_t* data, const uint8_t* scale, int64_t m, int64_t k) {
     return {true, data, scale, DType::f32, {format}, m, k};
@@ -120,7 +126,8 @@ struct Experts {
   void* y;  // [tokens, w2.n]
 };
 
-/// x [rows, k] of dtype -> codes [rows, code_bytes(k)] of the quantizer's format and scale bytes [rows, k/32]. k % 32 == 0.
+/// x [rows, k] of dtype, or [rows, 2k] with a gate -> codes [rows, code_bytes(k)] of the quantizer's format and scale bytes
+/// [rows, k/32]. k % 32 == 0.
 struct Quantize {
   const void* x;
   DType dtype;

@@ -7,15 +7,16 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "../format/block.h"
+#include "../format/integer.h"
 #include "experts.h"
 #include "float_environment.h"
-#include "panels.h"
+#include "grouped.h"
 #include "prepack.h"
 
 namespace xpu_fp4::cpu {
@@ -26,24 +27,8 @@ constexpr int64_t kBlocksPerTask = 512;
 // Rows whose activations are expanded at a time, which bounds the memory of a call: for each 1024 of K, 1.7 KiB a row for W4A4
 // and W4A8, 4 KiB for W4A16.
 constexpr int64_t kChunkRows = 1024;
-// Multiplications that are worth a thread, and blocks of A.
-constexpr int64_t kTaskWork = int64_t{1} << 18, kExpandBlocks = 2048;
 // Records and rows of a weight that are worth a thread where its form changes.
 constexpr int64_t kRecordsPerTask = 16, kRowsPerTask = 64;
-
-// Uninitialised memory on a cache line's boundary.
-class AlignedBuffer {
- public:
-  explicit AlignedBuffer(size_t bytes) : data_(static_cast<std::byte*>(::operator new(bytes, kAlignment))) {}
-  ~AlignedBuffer() { ::operator delete(data_, kAlignment); }
-  AlignedBuffer(const AlignedBuffer&) = delete;
-  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
-  std::byte* data() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  std::byte* data_;
-};
 
 class NativeBackend final : public Backend {
  public:
@@ -60,27 +45,19 @@ class NativeBackend final : public Backend {
   }
 
   void multiply(const Product& product) const override {
-    const Activations& a = product.activations;
-    const ProductKernels& kernels = kernels_.product(a.to.format, a.m);
-    const int64_t quads = strips::quads(a.k), groups = ceil_div(std::min(a.m, kChunkRows), kernels.group_rows);
-    const size_t group_bytes = static_cast<size_t>(quads) * kernels.group_quad_bytes;
-    const AlignedBuffer expanded(static_cast<size_t>(groups) * group_bytes);
-    for (int64_t first = 0; first < a.m; first += kChunkRows) {
-      const int64_t rows = std::min(kChunkRows, a.m - first);
-      parallel_for_(ceil_div(rows, kernels.group_rows), ceil_div(kExpandBlocks, kernels.group_rows * (a.k / kBlock) + 1),
-                    [&](int64_t begin, int64_t end) {
-        const DefaultFloatEnvironment environment;
-        for (int64_t group = begin; group < end; ++group) {
-          const int64_t row = group * kernels.group_rows;
-          kernels.expand(a, first + row, static_cast<int>(std::min<int64_t>(kernels.group_rows, rows - row)),
-                         expanded.data() + static_cast<size_t>(group) * group_bytes);
-        }
-      });
-      multiply_rows(kernels, product, expanded.data(), first, rows);
+    const int64_t m = product.activations.m;
+    if (m == 0 || product.weight.n == 0) return;
+    const ProductKernels& kernels = kernels_.product(product.activations.to.format, m);
+    std::optional<AlignedBuffer> expanded;  // of the first chunk, the largest
+    for (int64_t first = 0; first < m; first += kChunkRows) {
+      Grouped chunk;
+      chunk.add(kernels, product, first, std::min(kChunkRows, m - first));
+      if (!expanded) expanded.emplace(chunk.bytes());
+      chunk.run(expanded->data(), parallel_for_);
     }
   }
 
-  void experts(const Experts& args) const override { run_experts(*this, args); }
+  void experts(const Experts& args) const override { run_experts(kernels_, parallel_for_, args); }
 
   PreparedShape prepared_shape(WeightForm, int64_t n, int64_t k) const override {
     return {strips::count(n), strips::strip_bytes(k)};
@@ -102,19 +79,6 @@ class NativeBackend final : public Backend {
   }
 
  private:
-  static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-  // One chunk of rows with every panel of columns.
-  void multiply_rows(const ProductKernels& kernels, const Product& product, const void* activations, int64_t first_row,
-                     int64_t rows) const {
-    Rectangles rectangles(rows, ceil_div(product.weight.n, kernels.panel_columns), kernels);
-    const int64_t work = rectangles.rows_each() * kernels.panel_columns * (product.weight.k + 1);
-    parallel_for_(rectangles.count(), ceil_div(kTaskWork, work), [&](int64_t, int64_t) {
-      const DefaultFloatEnvironment environment;
-      kernels.multiply(product, activations, first_row, rectangles);
-    });
-  }
-
   // All blocks; no group of neighbours in a row is cut.
   template <class Args>
   void over_blocks(const Args& args, int group, void (*kernel)(const Args&, Range)) const {

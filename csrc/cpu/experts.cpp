@@ -2,19 +2,19 @@
 // Slots are sorted by expert, so that each expert multiplies all its rows at once; then each token gathers its slots again.
 #include "experts.h"
 
-#include <cstring>
+#include <algorithm>
 #include <vector>
 
+#include "../format/integer.h"
 #include "../format/strips.h"
 #include "float_environment.h"
+#include "grouped.h"
 
 namespace xpu_fp4::cpu {
 namespace {
 
-float load(DType type, const void* data, int64_t i) {
-  if (type == DType::f32) return xpu_fp4::load<DType::f32>(data, i);
-  return type == DType::f16 ? xpu_fp4::load<DType::f16>(data, i) : xpu_fp4::load<DType::bf16>(data, i);
-}
+// Multiplications of the last sum that are worth a thread.
+constexpr int64_t kCombineWork = int64_t{1} << 18;
 
 // The expert here that a slot asks for, or -1.
 int64_t expert_of(const Experts& args, int64_t slot) {
@@ -33,112 +33,117 @@ Weight of_expert(Weight w, int64_t expert) {
   return w;
 }
 
-Output output_of(void* y, DType dtype, const float* bias, const Weight& w, int64_t expert) {
-  return {y, dtype, bias == nullptr ? Bias{nullptr, 0, 0} : Bias{bias + expert * w.n, 0, 1}};
-}
-
-struct Slot {
-  int64_t row;  // of the sorted rows, or -1
-  float weight;
-};
-
-class Layer {
+// The slots of some tokens, the first of which is token 0 of args.
+class Chunk {
  public:
-  Layer(const Backend& backend, const Experts& args) : backend_(backend), args_(args), slots_(args.tokens * args.top_k) {
-    std::vector<int64_t> next(static_cast<size_t>(args.experts) + 1, 0);
-    for (int64_t slot = 0; slot < slots(); ++slot) {
-      const int64_t expert = expert_of(args, slot);
-      if (expert >= 0) ++next[static_cast<size_t>(expert) + 1];
-    }
-    for (size_t e = 1; e < next.size(); ++e) next[e] += next[e - 1];
-    first_ = next;
-    tokens_.resize(static_cast<size_t>(first_.back()));
-    for (int64_t slot = 0; slot < slots(); ++slot) {
-      const int64_t expert = expert_of(args, slot);
-      slots_[static_cast<size_t>(slot)] = {-1, args.weights[slot]};
-      if (expert < 0) continue;
-      const int64_t row = next[static_cast<size_t>(expert)]++;
-      slots_[static_cast<size_t>(slot)].row = row;
-      tokens_[static_cast<size_t>(row)] = {slot / args.top_k, args.weights[slot]};
-    }
+  Chunk(const KernelTable& kernels, const Experts& args)
+      : kernels_(kernels), args_(args), first_(static_cast<size_t>(args.experts) + 1), row_of_slot_(to_size(slots()), -1) {
+    sort();
   }
 
-  void run() {
-    const int64_t rows = first_.back(), hidden = args_.w13.k, inner = args_.w2.k, size = size_of(args_.dtype);
-    std::vector<uint8_t> x(static_cast<size_t>(rows * hidden * size)), u(static_cast<size_t>(rows * 2 * inner * size));
-    std::vector<uint8_t> h(static_cast<size_t>(rows * inner * size));
-    std::vector<float> v(static_cast<size_t>(rows * args_.w2.n));
-    gather(x.data());
-    multiply(args_.w13, args_.w13_bias, x.data(), u.data(), args_.dtype);
-    {
-      const DefaultFloatEnvironment environment;
-      for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t i = 0; i < inner; ++i) {
-          const float g = load(args_.dtype, u.data(), row * 2 * inner + args_.gate.gate_at(i));
-          const float up = load(args_.dtype, u.data(), row * 2 * inner + args_.gate.up_at(i, inner));
-          store(args_.dtype, h.data(), row * inner + i, gate::apply(args_.gate, g, up));
-        }
-      }
+  void run(const ParallelFor& parallel_for) const {
+    const int64_t rows = first_.back(), u_bytes = args_.w13.n * size_of(args_.dtype),
+                  v_bytes = args_.w2.n * size_of(DType::f32);
+    // v may lie where u does: it is written when all of u has been expanded.
+    const AlignedBuffer results(to_size(rows * std::max(u_bytes, v_bytes)));
+    Grouped up, down;
+    for (int64_t expert = 0; expert < args_.experts; ++expert) {
+      add(up, expert, args_.w13, args_.w13_bias, x_of(expert), {results.data(), args_.dtype, {}});
+      add(down, expert, args_.w2, args_.w2_bias, u_of(expert, results.data()), {results.data(), DType::f32, {}});
     }
-    multiply(args_.w2, args_.w2_bias, h.data(), v.data(), DType::f32);
-    combine(v.data());
+    const AlignedBuffer expanded(std::max(up.bytes(), down.bytes()));
+    up.run(expanded.data(), parallel_for);
+    down.run(expanded.data(), parallel_for);
+    combine(results.data(), parallel_for);
   }
 
  private:
+  static size_t to_size(int64_t count) { return static_cast<size_t>(count); }
   int64_t slots() const { return args_.tokens * args_.top_k; }
+  int64_t first_row(int64_t expert) const { return first_[to_size(expert)]; }
+  int64_t rows(int64_t expert) const { return first_row(expert + 1) - first_row(expert); }
 
-  void gather(uint8_t* x) const {
-    const DefaultFloatEnvironment environment;
-    const int64_t k = args_.w13.k, row_bytes = k * size_of(args_.dtype);
-    for (size_t row = 0; row < tokens_.size(); ++row, x += row_bytes) {
-      const auto [token, weight] = tokens_[row];
-      if (!args_.router_on_input) {
-        std::memcpy(x, static_cast<const uint8_t*>(args_.x) + token * row_bytes, static_cast<size_t>(row_bytes));
-        continue;
-      }
-      for (int64_t i = 0; i < k; ++i) store(args_.dtype, x, i, weight * load(args_.dtype, args_.x, token * k + i));
+  // A counting sort: each slot's row, and the token and factor of each row. An expert's rows are in the order of their slots.
+  void sort() {
+    std::vector<int64_t> next(first_.size());
+    for (int64_t slot = 0; slot < slots(); ++slot) ++next[to_size(expert_of(args_, slot) + 1)];
+    next[0] = 0;  // slots of no expert
+    for (size_t e = 1; e < next.size(); ++e) first_[e] = next[e] += next[e - 1];
+    token_of_row_.resize(to_size(first_.back()));
+    if (args_.router_on_input) factors_.resize(token_of_row_.size());
+    next = first_;
+    for (int64_t slot = 0; slot < slots(); ++slot) {
+      const int64_t expert = expert_of(args_, slot);
+      if (expert < 0) continue;
+      const size_t row = to_size(next[to_size(expert)]++);
+      row_of_slot_[to_size(slot)] = static_cast<int32_t>(row);
+      token_of_row_[row] = static_cast<int32_t>(slot / args_.top_k);
+      if (args_.router_on_input) factors_[row] = args_.weights[slot];
     }
   }
 
-  void multiply(const Weight& w, const float* bias, const uint8_t* a, void* y, DType dtype) const {
-    for (int64_t expert = 0; expert < args_.experts; ++expert) {
-      const int64_t first = first_[static_cast<size_t>(expert)], rows = first_[static_cast<size_t>(expert) + 1] - first;
-      if (rows == 0 || w.n == 0) continue;
-      void* out = static_cast<uint8_t*>(y) + first * w.n * size_of(dtype);
-      backend_.multiply({Activations::floats(a + first * w.k * size_of(args_.dtype), args_.dtype, args_.to, rows, w.k),
-                         of_expert(w, expert), output_of(out, dtype, bias, w, expert)});
-    }
+  Activations x_of(int64_t expert) const {
+    Activations x = Activations::floats(args_.x, args_.dtype, args_.to, rows(expert), args_.w13.k);
+    x.rows = token_of_row_.data() + first_row(expert);
+    if (args_.router_on_input) x.factors = factors_.data() + first_row(expert);
+    return x;
   }
 
-  void combine(const float* v) const {
-    const DefaultFloatEnvironment environment;
-    const int64_t n = args_.w2.n;
-    for (int64_t token = 0; token < args_.tokens; ++token) {
-      for (int64_t i = 0; i < n; ++i) {
-        float acc = 0.0f;
-        for (int64_t j = 0; j < args_.top_k; ++j) {
-          const Slot& slot = slots_[static_cast<size_t>(token * args_.top_k + j)];
-          if (slot.row >= 0) acc = __builtin_fmaf(args_.router_on_input ? 1.0f : slot.weight, v[slot.row * n + i], acc);
-        }
-        store(args_.dtype, args_.y, token * n + i, acc);
-      }
-    }
+  Activations u_of(int64_t expert, const std::byte* u) const {
+    Quantizer to = args_.to;
+    to.transform.gate = args_.gate;
+    const std::byte* data = u + first_row(expert) * args_.w13.n * size_of(args_.dtype);
+    return Activations::floats(data, args_.dtype, to, rows(expert), args_.w2.k);
   }
 
-  struct Source {
-    int64_t token;
-    float weight;
-  };
+  // An expert's rows of a product; y and bias are of the first expert.
+  void add(Grouped& grouped, int64_t expert, const Weight& w, const float* bias, const Activations& a, Output out) const {
+    if (a.m == 0 || w.n == 0) return;
+    out.y = static_cast<std::byte*>(out.y) + first_row(expert) * w.n * size_of(out.dtype);
+    if (bias != nullptr) out.bias = {bias + expert * w.n, 0, 1};
+    grouped.add(kernels_.product(a.to.format, a.m), {a, of_expert(w, expert), out}, 0, a.m);
+  }
 
-  const Backend& backend_;
+  void combine(const std::byte* v, const ParallelFor& parallel_for) const {
+    const Combine args = {reinterpret_cast<const float*>(v),
+                          row_of_slot_.data(),
+                          args_.router_on_input ? nullptr : args_.weights,
+                          args_.top_k,
+                          args_.w2.n,
+                          args_.y,
+                          args_.dtype};
+    parallel_for(args_.tokens, ceil_div(kCombineWork, args.top_k * args.n + 1), [&](int64_t begin, int64_t end) {
+      const DefaultFloatEnvironment environment;
+      kernels_.combine(args, {begin, end});
+    });
+  }
+
+  const KernelTable& kernels_;
   const Experts& args_;
-  std::vector<Slot> slots_;
-  std::vector<int64_t> first_;  // sorted row of each expert, and their number
-  std::vector<Source> tokens_;  // of each sorted row
+  std::vector<int64_t> first_;        // row of each expert, and their number
+  std::vector<int32_t> row_of_slot_;  // or -1
+  std::vector<int32_t> token_of_row_;
+  std::vector<float> factors_;  // of rows, where the router is on the input
 };
+
+Experts tokens_from(Experts args, int64_t first, int64_t count) {
+  const int64_t size = size_of(args.dtype);
+  args.x = static_cast<const std::byte*>(args.x) + first * args.w13.k * size;
+  args.y = static_cast<std::byte*>(args.y) + first * args.w2.n * size;
+  args.ids += first * args.top_k;
+  args.weights += first * args.top_k;
+  args.tokens = count;
+  return args;
+}
 
 }  // namespace
 
-void run_experts(const Backend& backend, const Experts& args) { Layer(backend, args).run(); }
+void run_experts(const KernelTable& kernels, const ParallelFor& parallel_for, const Experts& args) {
+  const int64_t most = std::max<int64_t>(kMostSlots / std::max<int64_t>(args.top_k, 1), 1);
+  for (int64_t first = 0; first < args.tokens; first += most) {
+    const Experts chunk = tokens_from(args, first, std::min(most, args.tokens - first));
+    Chunk(kernels, chunk).run(parallel_for);
+  }
+}
 
 }  // namespace xpu_fp4::cpu

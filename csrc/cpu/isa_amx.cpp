@@ -44,7 +44,9 @@ const KernelTable kAmx = {"amx", supported, [](const Quantize& args, Range block
   kAvx512Vbmi.quantize(args, blocks);
 }, [](const GroupQuantize& args, Range blocks) {
   kAvx512Vbmi.group_quantize(args, blocks);
-}, [](const Dequantize& args, Range blocks) { kAvx512Vbmi.dequantize(args, blocks); }, product};
+}, [](const Dequantize& args, Range blocks) { kAvx512Vbmi.dequantize(args, blocks); }, [](const Combine& args, Range tokens) {
+  kAvx512Vbmi.combine(args, tokens);
+}, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

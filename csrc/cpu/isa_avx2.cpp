@@ -7,6 +7,7 @@
 #define XPU_FP4_FLOAT_LANES 8
 #include "avx2_gemm.h"
 #include "avx2_w4a16.h"
+#include "combine.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -18,7 +19,8 @@ const ProductKernels& product(Format activations, int64_t) {
 }
 }  // namespace
 
-const KernelTable kAvx2 = {"avx2", supported, transform_and_quantize<quantize>, group_quantize, dequantize_scalars, product};
+const KernelTable kAvx2 = {"avx2",  supported, transform_and_quantize<quantize>, group_quantize, dequantize_scalars,
+                           combine, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

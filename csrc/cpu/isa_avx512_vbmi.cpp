@@ -25,7 +25,9 @@ const KernelTable kAvx512Vbmi = {"avx512_vbmi", supported, [](const Quantize& ar
   kAvx512Vnni.quantize(args, blocks);
 }, [](const GroupQuantize& args, Range blocks) {
   kAvx512Vnni.group_quantize(args, blocks);
-}, [](const Dequantize& args, Range blocks) { kAvx512Vnni.dequantize(args, blocks); }, product};
+}, [](const Dequantize& args, Range blocks) { kAvx512Vnni.dequantize(args, blocks); }, [](const Combine& args, Range tokens) {
+  kAvx512Vnni.combine(args, tokens);
+}, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

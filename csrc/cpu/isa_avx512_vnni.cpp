@@ -9,6 +9,7 @@
 #include "avx512_gemm.h"
 #include "avx512_quantize.h"
 #include "avx512_w4a16.h"
+#include "combine.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -22,8 +23,8 @@ const ProductKernels& product(Format activations, int64_t) {
 }
 }  // namespace
 
-const KernelTable kAvx512Vnni = {"avx512_vnni",  supported,  transform_and_quantize<quantize>,
-                                 group_quantize, dequantize, product};
+const KernelTable kAvx512Vnni = {"avx512_vnni", supported, transform_and_quantize<quantize>, group_quantize, dequantize,
+                                 combine,       product};
 
 }  // namespace xpu_fp4::cpu
 #endif

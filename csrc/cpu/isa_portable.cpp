@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "combine.h"
 #include "generic_gemm.h"
 #include "generic_w4a16.h"
 
@@ -12,6 +13,7 @@ const ProductKernels& product(Format activations, int64_t) {
 }  // namespace
 
 const KernelTable kPortable = {"portable",     [] { return true; }, transform_and_quantize<quantize_scalars>,
-                               group_quantize, dequantize_scalars,  product};
+                               group_quantize, dequantize_scalars,  combine,
+                               product};
 
 }  // namespace xpu_fp4::cpu

@@ -4,6 +4,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "../backend.h"
@@ -21,6 +23,31 @@ constexpr int group_blocks(const Quantizer& to) { return to.format == Format::mx
 
 class Rectangles;
 
+/// A thread's memory for one product after the other: it grows to what the largest of them needs.
+class Scratch {
+ public:
+  Scratch() = default;
+  ~Scratch() { ::operator delete(data_, kAlignment); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  /// So many bytes on a cache line's boundary, uninitialised; what was taken before is gone.
+  std::byte* take(size_t bytes) {
+    if (bytes > size_) {
+      ::operator delete(std::exchange(data_, nullptr), kAlignment);
+      size_ = 0;
+      data_ = static_cast<std::byte*>(::operator new(bytes, kAlignment));
+      size_ = bytes;
+    }
+    return data_;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
 /// A product in two steps: groups of rows of A are expanded, then multiplied with panels of columns.
 struct ProductKernels {
   int group_rows;
@@ -33,7 +60,18 @@ struct ProductKernels {
   void (*expand)(const Activations&, int64_t first_row, int rows, void* out);
   /// One rectangle of Y after the other, until none is left. Their rows count from the first expanded row, which is first_row
   /// of A and Y.
-  void (*multiply)(const Product&, const void* activations, int64_t first_row, Rectangles&);
+  void (*multiply)(const Product&, const void* activations, int64_t first_row, Rectangles&, Scratch&);
+};
+
+/// The end of a layer of experts: y_t = the sum of weights[t, j] * v[rows[t, j]], an fma each, by ascending j from +0, rounded
+/// once to dtype. Slots whose row is -1 add nothing.
+struct Combine {
+  const float* v;        // [rows, n], n % 32 == 0
+  const int32_t* rows;   // [tokens, top_k]
+  const float* weights;  // [tokens, top_k], null: all are 1
+  int64_t top_k, n;
+  void* y;  // [tokens, n] of dtype
+  DType dtype;
 };
 
 struct KernelTable {
@@ -43,6 +81,7 @@ struct KernelTable {
   void (*quantize)(const Quantize&, Range blocks);
   void (*group_quantize)(const GroupQuantize&, Range blocks);
   void (*dequantize)(const Dequantize&, Range blocks);
+  void (*combine)(const Combine&, Range tokens);
   /// The kernels for an A of m rows that is multiplied in this format.
   const ProductKernels& (*product)(Format activations, int64_t m);
 };

@@ -25,27 +25,14 @@
 namespace xpu_fp4::cpu {
 namespace {
 
-void free_aligned(void* memory) { std::free(memory); }
-
-template <class T>
-using Buffer = std::unique_ptr<T[], void (*)(void*)>;
-
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  void* memory = std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64);
-  if (memory == nullptr) throw std::bad_alloc();
-  return {static_cast<T*>(memory), free_aligned};
-}
-
 template <class Isa>
 void expand_group(const Activations& source, int64_t first_row, int rows, void* activations) {
   auto* out = static_cast<typename Isa::GroupQuad*>(activations);
   for (int64_t quad = 0; quad < strips::quads(source.k); ++quad, ++out) {
     const int blocks = static_cast<int>(std::min<int64_t>(kQuad, source.k / kBlock - quad * kQuad));
     for (int row = 0; row < rows; ++row) {
-      const int64_t block = (first_row + row) * (source.k / kBlock) + quad * kQuad;
-      with_transformed(source, block, quad * kQuadElements, blocks,
-                       [&](const Activations& plain, int64_t first) { Isa::expand(plain, first, blocks, *out, row); });
+      with_transformed(source, first_row + row, quad, blocks,
+                       [&](const Activations& plain, int64_t block) { Isa::expand(plain, block, blocks, *out, row); });
     }
     Isa::pad(*out, rows);
   }
@@ -56,13 +43,19 @@ class Multiplier {
  public:
   using Finish = void (*)(const Product&, int64_t row, int64_t column, int columns, const float* acc);
 
-  Multiplier(const Product& product, const void* activations, int64_t first_row, Finish finish, int64_t rows)
+  Multiplier(const Product& product, const void* activations, int64_t first_row, Finish finish, int64_t rows, Scratch& scratch)
       : acc_size_((rows + kGroupRows - 1) / kGroupRows * kGroupRows * kPanelColumns),
         product_(product),
         activations_(static_cast<const typename Isa::GroupQuad*>(activations)),
         first_row_(first_row),
         quads_(strips::quads(product.weight.k)),
-        finish_(finish) {}
+        finish_(finish) {
+    constexpr size_t kPanelBytes = sizeof(typename Isa::StripQuad) * Isa::kPanelQuads * Isa::kPanelStrips;
+    static_assert(kPanelBytes % 64 == 0);
+    std::byte* memory = scratch.take(kPanelBytes + static_cast<size_t>(acc_size_ * Rectangles::kPanels) * sizeof(float));
+    panel_ = reinterpret_cast<typename Isa::StripQuad*>(memory);
+    acc_ = reinterpret_cast<float*>(memory + kPanelBytes);
+  }
 
   void multiply(Range rows, Range panels) {
     if (rows.end - rows.begin <= Isa::kDirectRows) {
@@ -77,10 +70,10 @@ class Multiplier {
   static constexpr int kGroupRows = Isa::kGroupRows, kPanelColumns = Isa::kPanelStrips * strips::kColumns;
 
   void multiply_panels(Range rows, Range panels) {
-    std::fill_n(acc_.get(), (panels.end - panels.begin) * acc_size_, 0.0f);
+    std::fill_n(acc_, (panels.end - panels.begin) * acc_size_, 0.0f);
     for (int64_t quad = 0; quad < quads_; quad += Isa::kPanelQuads) {
       const Range depth = {quad, std::min(quad + Isa::kPanelQuads, quads_)};
-      float* acc = acc_.get();
+      float* acc = acc_;
       for (int64_t panel = panels.begin; panel < panels.end; ++panel, acc += acc_size_) {
         fill(panel, depth);
         multiply_panel(rows, strips_of(panel), depth, acc);
@@ -92,7 +85,7 @@ class Multiplier {
   void multiply_directly(Range rows, Range panels) {
     if constexpr (Isa::kDirectRows > 0) {
       const int count = static_cast<int>(rows.end - rows.begin);
-      float* acc = acc_.get();
+      float* acc = acc_;
       for (int64_t panel = panels.begin; panel < panels.end; ++panel, acc += acc_size_) {
         std::fill_n(acc, count * kPanelColumns, 0.0f);
         for (int s = 0; s < strips_of(panel); ++s) {
@@ -106,7 +99,7 @@ class Multiplier {
   // Row by row: a row of Y is many pages away from the next.
   void finish_rows(Range rows, Range panels) const {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const float* acc = acc_.get() + (row - rows.begin) * kPanelColumns;
+      const float* acc = acc_ + (row - rows.begin) * kPanelColumns;
       for (int64_t panel = panels.begin; panel < panels.end; ++panel, acc += acc_size_) {
         const int64_t column = panel * kPanelColumns;
         finish_(product_, first_row_ + row, column,
@@ -135,7 +128,7 @@ class Multiplier {
     const auto* group = activations_ + rows.begin / kGroupRows * quads_;
     for (int64_t row = rows.begin; row < rows.end; row += kGroupRows, group += quads_, acc += kGroupRows * kPanelColumns) {
       const int group_rows = static_cast<int>(std::min<int64_t>(kGroupRows, rows.end - row));
-      Isa::add_quads(group + depth.begin, quads_, group_rows, panel_.get(), panel_strips, levels_,
+      Isa::add_quads(group + depth.begin, quads_, group_rows, panel_, panel_strips, levels_,
                      static_cast<int>(depth.end - depth.begin), acc);
     }
   }
@@ -146,16 +139,16 @@ class Multiplier {
   int64_t first_row_, quads_;
   Finish finish_;
   Level levels_[Isa::kPanelQuads];
-  Buffer<typename Isa::StripQuad> panel_ = allocate<typename Isa::StripQuad>(Isa::kPanelQuads * Isa::kPanelStrips);
-  Buffer<float> acc_ = allocate<float>(acc_size_ * Rectangles::kPanels);
+  typename Isa::StripQuad* panel_;
+  float* acc_;
 };
 
 template <class Isa, typename Multiplier<Isa>::Finish finish>
-void multiply(const Product& product, const void* activations, int64_t first_row, Rectangles& rectangles) {
+void multiply(const Product& product, const void* activations, int64_t first_row, Rectangles& rectangles, Scratch& scratch) {
   Range rows{}, panels{};
   if (!rectangles.take(rows, panels)) return;
   [[maybe_unused]] const typename Isa::Session session;
-  Multiplier<Isa> multiplier(product, activations, first_row, finish, rectangles.rows_each());
+  Multiplier<Isa> multiplier(product, activations, first_row, finish, rectangles.rows_each(), scratch);
   do multiplier.multiply(rows, panels);
   while (rectangles.take(rows, panels));
 }

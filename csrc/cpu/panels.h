@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "../backend.h"
+#include "../format/integer.h"
 #include "../format/strips.h"
 #include "kernels.h"
 
@@ -163,6 +164,14 @@ class Rectangles {
     count_ = ceil_div(rows, rows_each_) * panels;
   }
 
+  /// With all of them left.
+  Rectangles(const Rectangles& other)
+      : rows_(other.rows_), panels_(other.panels_), rows_each_(other.rows_each_), count_(other.count_), later_(other.later_) {}
+  Rectangles& operator=(const Rectangles&) = delete;
+
+  /// So many rectangles of other products are taken after these.
+  void precede(int64_t later) { later_ = later; }
+
   /// Of one row of panels.
   int64_t rows_each() const { return std::min(rows_, rows_each_); }
   /// All panels, counted once for each of their rectangles.
@@ -173,7 +182,7 @@ class Rectangles {
     do {
       if (begin >= count_) return false;
       // Small ones towards the end, so that all threads end together.
-      taken = std::min(std::clamp<int64_t>((count_ - begin) / 32, 1, kPanels), panels_ - begin % panels_);
+      taken = std::min(std::clamp<int64_t>((count_ - begin + later_) / 32, 1, kPanels), panels_ - begin % panels_);
     } while (!taken_.compare_exchange_weak(begin, begin + taken, std::memory_order_relaxed));
     const int64_t row = begin / panels_ * rows_each_, panel = begin % panels_;
     rows = {row, std::min(row + rows_each_, rows_)};
@@ -182,9 +191,7 @@ class Rectangles {
   }
 
  private:
-  static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-  int64_t rows_, panels_, rows_each_ = 0, count_ = 0;
+  int64_t rows_, panels_, rows_each_ = 0, count_ = 0, later_ = 0;
   std::atomic<int64_t> taken_{0};
 };
 

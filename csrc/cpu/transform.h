@@ -1,36 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The transform that comes before a quantizer: an offset is subtracted, then blocks of a row are multiplied by a Hadamard
-// matrix. Its results go through a buffer in the first-level cache, so that no kernel behind it knows of it.
+// What comes before a quantizer: a gate makes one row of two, or a factor scales a row; an offset is subtracted, then blocks of
+// the row are multiplied by a Hadamard matrix. Results go through a buffer in the first-level cache, so that no kernel behind
+// it knows of them.
 #pragma once
-#include "with_dtype.h"
+#include "gate.h"
 
 namespace xpu_fp4::cpu {
 namespace {
-
-// The floats of a vector. A file for one instruction set defines it: g++ 12 evaluates conditions on __AVX2__ before it sees a
-// target pragma.
-#ifndef XPU_FP4_FLOAT_LANES
-#define XPU_FP4_FLOAT_LANES 4
-#endif
-constexpr int kFloatLanes = XPU_FP4_FLOAT_LANES;
-typedef float Lanes __attribute__((vector_size(4 * kFloatLanes)));
-
-#if XPU_FP4_FLOAT_LANES == 16
-Lanes load_halves(const void* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(x))); }
-#elif XPU_FP4_FLOAT_LANES == 8
-Lanes load_halves(const void* x) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(x))); }
-#endif
-
-// Neighbouring elements from `first` on, exact.
-template <DType T>
-[[gnu::always_inline]] inline Lanes load_lanes(const void* x, int64_t first) {
-#if XPU_FP4_FLOAT_LANES > 4
-  if constexpr (T == DType::f16) return load_halves(static_cast<const uint16_t*>(x) + first);
-#endif
-  Lanes out;
-  for (int i = 0; i < kFloatLanes; ++i) out[i] = load<T>(x, first + i);
-  return out;
-}
 
 // x * signs + y, rounded once: the product with 1 or -1 is exact.
 [[gnu::always_inline]] inline Lanes add_signed(Lanes y, Lanes x, Lanes signs) {
@@ -114,10 +90,10 @@ void turn_blocks(const void* x, int64_t first, const float* offset, int count, f
   for (int i = 0; i < count; i += size) turn<T, size>(x, first + i, offset == nullptr ? nullptr : offset + i, out + i);
 }
 
-// Elements [first, first + count) of x, whose first is in this column of its row, to out. Both are multiples of the transform's
-// blocks.
-void transform_elements(const Transform& transform, const void* x, DType dtype, int64_t first, int64_t column, int count,
-                        float* out) {
+// Elements [first, first + count) of x, whose first is in this column of its row, to out, where x may lie itself. Both are
+// multiples of the transform's blocks.
+void turn_elements(const Transform& transform, const void* x, DType dtype, int64_t first, int64_t column, int count,
+                   float* out) {
   const float* offset = transform.offset == nullptr ? nullptr : transform.offset + column;
   with_dtype(dtype, [&](auto type) {
     switch (transform.hadamard) {
@@ -127,6 +103,33 @@ void transform_elements(const Transform& transform, const void* x, DType dtype, 
     }
     for (int i = 0; i < count; ++i) out[i] = load<type>(x, first + i) - offset[i];
   });
+}
+
+// Elements [first, first + count) of x times a factor, rounded to x's dtype.
+void scale_elements(float factor, const void* x, DType dtype, int64_t first, int count, float* out) {
+  with_dtype(dtype, [&](auto type) {
+    for (int i = 0; i < count; i += kFloatLanes) {
+      const Lanes scaled = rounded<type>(load_lanes<type>(x, first + i) * factor);
+      std::memcpy(out + i, &scaled, sizeof(scaled));
+    }
+  });
+}
+
+void round_elements(DType dtype, int count, float* x) {
+  with_dtype(dtype, [&](auto type) {
+    for (int i = 0; i < count; i += kFloatLanes) {
+      const Lanes value = rounded<type>(load_lanes<DType::f32>(x, i));
+      std::memcpy(x + i, &value, sizeof(value));
+    }
+  });
+}
+
+// Elements [column, column + count) of a row of x [rows, k], or [rows, 2k] with a gate; all are multiples of 32.
+void transform_elements(const Transform& transform, const void* x, DType dtype, int64_t row, int64_t k, int64_t column,
+                        int count, float* out) {
+  if (transform.gate.is_none()) return turn_elements(transform, x, dtype, row * k + column, column, count, out);
+  gate_elements(transform.gate, x, dtype, row, k, column, count, out);
+  if (transform.turns()) turn_elements(transform, out, DType::f32, 0, column, count, out);
 }
 
 // A quantizer that transforms first where it is to.
@@ -139,9 +142,9 @@ void transform_and_quantize(const Quantize& args, Range blocks) {
   Quantizer to = args.to;
   to.transform = {};
   for (int64_t block = blocks.begin; block < blocks.end;) {
-    const int64_t column = block % row_blocks;
+    const int64_t row = block / row_blocks, column = block % row_blocks;
     const int64_t count = std::min<int64_t>({kMostBlocks, row_blocks - column, blocks.end - block});
-    transform_elements(args.to.transform, args.x, args.dtype, block * kBlock, column * kBlock, static_cast<int>(count * kBlock),
+    transform_elements(args.to.transform, args.x, args.dtype, row, args.k, column * kBlock, static_cast<int>(count * kBlock),
                        floats);
     quantize(
         {floats, DType::f32, to, 1, count * kBlock, args.codes + code_bytes(to.format, block * kBlock), args.scale + block},
@@ -150,23 +153,24 @@ void transform_and_quantize(const Quantize& args, Range blocks) {
   }
 }
 
-// Calls function(activations, block) for a quad of A's row: that begins at this block of A and in this column, and has so many
-// blocks. What function gets has no transform left; where there is nothing to quantize to, its elements are of A's dtype.
+// Calls function(activations, block) for a quad of a row of A, which has so many blocks: it begins at that block of the
+// activations, whose transform and factors have been applied. Where there is nothing to quantize to, elements are of A's dtype.
 template <class Function>
-void with_transformed(const Activations& source, int64_t block, int64_t column, int blocks, const Function& function) {
-  if (source.are_codes || source.to.transform.is_none()) return function(source, block);
+void with_transformed(const Activations& source, int64_t row, int64_t quad, int blocks, const Function& function) {
+  const Transform& transform = source.to.transform;
+  const int64_t column = quad * kQuadElements, at = source.rows == nullptr ? row : source.rows[row];
+  if (source.are_codes || (transform.is_none() && source.factors == nullptr)) {
+    return function(source, (at * source.k + column) / kBlock);
+  }
   alignas(64) float floats[kQuadElements];
   const int count = blocks * kBlock;
-  transform_elements(source.to.transform, source.data, source.dtype, block * kBlock, column, count, floats);
-  if (source.to.format == Format::none) {
-    with_dtype(source.dtype, [&](auto type) {
-      uint8_t rounded[sizeof(float)];
-      for (int i = 0; i < count; ++i) {
-        store<type>(rounded, 0, floats[i]);
-        floats[i] = load<type>(rounded, 0);
-      }
-    });
+  if (source.factors == nullptr) {
+    transform_elements(transform, source.data, source.dtype, at, source.k, column, count, floats);
+  } else {
+    scale_elements(source.factors[row], source.data, source.dtype, at * source.k + column, count, floats);
+    if (transform.turns()) turn_elements(transform, floats, DType::f32, 0, column, count, floats);
   }
+  if (source.to.format == Format::none && transform.turns()) round_elements(source.dtype, count, floats);
   Activations plain = source;
   plain.data = floats;
   plain.dtype = DType::f32;

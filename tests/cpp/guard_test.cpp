@@ -7,7 +7,7 @@
 
 #include <memory>
 
-#include "definition.h"
+#include "layer.h"
 
 using namespace xpu_fp4;
 
@@ -80,10 +80,7 @@ constexpr int64_t kRows[] = {1, 2, 5, 17};
 constexpr int64_t kColumns[] = {1, 15, 16, 33};
 
 std::vector<uint8_t> elements(DType dtype, int64_t count, unsigned seed) {
-  const std::vector<float> floats = random_floats(count, seed, 4.0f);
-  std::vector<uint8_t> out(floats.size() * static_cast<size_t>(size_of(dtype)));
-  for (int64_t i = 0; i < count; ++i) store(dtype, out.data(), i, floats[static_cast<size_t>(i)]);
-  return out;
+  return elements_of(dtype, random_floats(count, seed, 4.0f));
 }
 
 std::vector<Transform> transforms(int64_t k, const float* offset) {
@@ -180,6 +177,65 @@ TEST_P(Guards, ProductsOfFloatsStayInside) {
         for (const Transform& transform : transforms(k, memory.copy(offset))) {
           all[i].transform = transform;
           multiply_inside(*backend(), memory, in, Activations::floats(x, dtype, all[i], m, k), dtype);
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Guards, LayersOfExpertsStayInside) {
+  const Gate gates[] = {{GateKind::silu_mul, false}, {GateKind::swiglu_oai, true, 1.702f, 7.0f}};
+  unsigned seed = 60;
+  for (const auto& [tokens, hidden, inner] : {std::array<int64_t, 3>{1, 288, 96}, {17, 160, 32}, {5, 32, 416}}) {
+    for (const Quantizer& to : {Quantizer::mxfp4(ScaleMode::even), Quantizer::mxint8(128), Quantizer{Format::none}}) {
+      for (const Gate& gate : gates) {
+        Memory memory = this->memory();
+        const bool router_on_input = ++seed % 2 == 0;
+        const LayerOperands in(4, tokens, 3, hidden, inner, kDTypes[seed % 3], seed);
+        Experts args = in.arguments(to, gate, router_on_input, memory.fresh<uint8_t>(in.y_bytes()));
+        args.x = memory.copy(in.x);
+        args.ids = memory.copy(in.ids);
+        args.weights = memory.copy(in.weights);
+        args.w13_bias = memory.copy(in.w13_bias);
+        args.w2_bias = memory.copy(in.w2_bias);
+        args.w13.codes = memory.copy(in.w13.w);
+        args.w13.scale = memory.copy(in.w13.w_scale);
+        args.w2.codes = memory.copy(in.w2.w);
+        args.w2.scale = memory.copy(in.w2.w_scale);
+        backend()->experts(args);
+        const std::vector<uint8_t> expected = compose(*backend(), in, to, gate, router_on_input);
+        ASSERT_EQ(std::memcmp(args.y, expected.data(), expected.size()), 0) << seed;
+
+        for (Weight* weight : {&args.w13, &args.w2}) {
+          const PreparedShape shape = backend()->prepared_shape(WeightForm::strips, weight->n, weight->k);
+          const int64_t bytes = shape.rows * shape.row_bytes;
+          auto* strips = memory.fresh<uint8_t>(static_cast<size_t>(in.experts * bytes));
+          for (int64_t e = 0; e < in.experts; ++e) {
+            Weight stored = *weight;
+            stored.codes += e * stored.n * stored.k / 2;
+            stored.scale += e * stored.n * stored.k / 32;
+            backend()->prepare(stored, WeightForm::strips, strips + e * bytes);
+          }
+          *weight = {WeightForm::strips, weight->n, weight->k, nullptr, nullptr, 0, 0, strips};
+        }
+        args.y = memory.fresh<uint8_t>(in.y_bytes());
+        backend()->experts(args);
+        ASSERT_EQ(std::memcmp(args.y, expected.data(), expected.size()), 0) << "strips, seed " << seed;
+      }
+    }
+  }
+}
+
+TEST_P(Guards, GatedQuantizersStayInside) {
+  for (const DType dtype : kDTypes) {
+    for (const int64_t k : kDepths) {
+      for (const bool interleaved : {false, true}) {
+        Memory memory = this->memory();
+        const uint8_t* x = memory.copy(elements(dtype, 3 * 2 * k, 1));
+        for (Quantizer to : quantizers()) {
+          to.transform.gate = {GateKind::silu_mul, interleaved};
+          auto* q = memory.fresh<uint8_t>(static_cast<size_t>(3 * code_bytes(to.format, k)));
+          backend()->quantize({x, dtype, to, 3, k, q, memory.fresh<uint8_t>(static_cast<size_t>(3 * k / 32))});
         }
       }
     }
