@@ -66,7 +66,13 @@ class SyclBackend final : public Backend {
     if (verbose()) print(choice, product, name, label);
   }
 
-  void experts(const Experts&) const override { throw std::runtime_error("xpu_fp4: the SYCL kernels have no experts"); }
+  void experts(const Experts& args) const override {
+    const std::string steps = launch::experts(*queue_, {}, args);
+    if (!verbose()) return;
+    print_verbose("sycl " + name_of(args.to.format) + " experts, " + std::to_string(args.tokens) + " tokens of " +
+                  std::to_string(args.top_k) + " of " + std::to_string(args.experts) + ", " + std::to_string(args.w13.k) + "x" +
+                  std::to_string(args.w2.k) + " on " + queue_->device_name() + ": " + steps);
+  }
 
   PreparedShape prepared_shape(WeightForm, int64_t n, int64_t k) const override {
     // Group-major arrays: the size of a group tells its lanes, so that no device takes another's form.

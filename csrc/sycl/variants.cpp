@@ -29,6 +29,19 @@ Macros with(Macros macros, const char* name, int value) {
   return macros;
 }
 
+// A product whose output has another type than its floats.
+Macros with_output(Macros macros, DType of, DType out) {
+  return of == out ? macros : with(std::move(macros), "Y_DTYPE", static_cast<int>(out));
+}
+
+// Of a product whose tiles of rows have weights of their own.
+Variant of_experts(bool grouped, Variant variant) {
+  if (!grouped) return variant;
+  variant.macros.emplace_back("GROUPED", 1);
+  variant.label += ", experts";
+  return variant;
+}
+
 Macros tile_macros(Tile tile, DType type, int registers) {
   return {{"DTYPE", static_cast<int>(type)},
           {"ROW_UNITS", tile.row_units},
@@ -59,18 +72,25 @@ Variant dequantize_variant(Target target, DType to) {
           {"dequantize", "dequantize_mxint8"}};
 }
 
-Variant gemm_variant(Target target, Format of, int alignment) {
-  return {"gemm.cpp",
-          with(target_macros(target, alignment), "FORMAT", static_cast<int>(of)),
-          std::string("no matrix unit") + suffix(of),
-          {"gemm"}};
+Variant gemm_variant(Target target, Format of, int alignment, bool grouped) {
+  return of_experts(grouped, {"gemm.cpp",
+                              with(target_macros(target, alignment), "FORMAT", static_cast<int>(of)),
+                              std::string("no matrix unit") + suffix(of),
+                              {"gemm"}});
 }
 
-Variant gemm_w4a16_variant(Target target, DType of, int alignment) {
-  return {"gemm_w4a16.cpp",
-          with(target_macros(target, alignment), "DTYPE", static_cast<int>(of)),
-          "no matrix unit",
-          {"gemm_w4a16"}};
+Variant gemm_w4a16_variant(Target target, DType of, DType out, int alignment, bool grouped) {
+  return of_experts(grouped, {"gemm_w4a16.cpp",
+                              with_output(with(target_macros(target, alignment), "DTYPE", static_cast<int>(of)), of, out),
+                              "no matrix unit",
+                              {"gemm_w4a16"}});
+}
+
+Variant experts_variant(Target target, DType of) {
+  return {"experts.cpp",
+          with(target_macros(target, 16), "DTYPE", static_cast<int>(of)),
+          name_of(of),
+          {"sort_slots", "gather_rows", "gate_rows", "combine_slots"}};
 }
 
 Variant expand_weight_variant(Gpu gpu, int alignment) {
@@ -200,7 +220,7 @@ void add_portable(const Architecture& architecture, std::vector<Counted>& all) {
   if (!stands_for_others(architecture)) return;
   const Target target = {architecture.sub_group, false};
   for (const Format of : kFormats) all.push_back({gemm_variant(target, of, 16)});
-  all.push_back({gemm_w4a16_variant(target, DType::bf16, 16)});
+  all.push_back({gemm_w4a16_variant(target, DType::bf16, DType::bf16, 16)});
 }
 
 std::string quoted(const std::string& text) { return '"' + text + '"'; }

@@ -42,8 +42,12 @@ Variant quantize_variant(Target target, DType of, int alignment);
 /// For floats that are transformed first, and then quantized or rounded.
 Variant transform_variant(Target target, DType of, int alignment);
 Variant dequantize_variant(Target target, DType to);
-Variant gemm_variant(Target target, Format of, int alignment);
-Variant gemm_w4a16_variant(Target target, DType of, int alignment);
+// `grouped`: of experts.
+Variant gemm_variant(Target target, Format of, int alignment, bool grouped = false);
+/// `out`: of another type than X only where it is grouped.
+Variant gemm_w4a16_variant(Target target, DType of, DType out, int alignment, bool grouped = false);
+/// What a layer of experts does beside its products.
+Variant experts_variant(Target target, DType of);
 Variant expand_weight_variant(Gpu gpu, int alignment);
 /// Activations that are quantized on the way.
 struct Floats {

@@ -7,7 +7,14 @@
 #pragma once
 #include <cstdint>
 
+#include "format/gate.h"
+
 namespace xpu_fp4 {
+
+/// A tile of sorted rows: the expert whose rows they are, or -1, and the row where they end.
+struct ExpertTile {
+  int32_t expert, end;
+};
 
 /// Codes and scale bytes as checkpoints store them, of an operand's rows: packed codes lie densely.
 struct StoredOperand {
@@ -38,20 +45,28 @@ struct ExpandedOperand {
 #define XPU_FP4_EXPANDED_PARAMETERS(x) uint8_t *x##_codes, uint32_t *x##_exponents, uint32_t *x##_levels
 #define XPU_FP4_EXPANDED(x) {x##_codes, x##_exponents, x##_levels}
 
-/// Y [m, n] and what is added to it: float32, null where there is none.
+/// Y [m, n] and what is added to it: float32, null where there is none. Only of a grouped product (XPU_FP4_GROUPED), whose
+/// weights and biases follow one another: `tiles`, an entry for every tile of rows.
 struct OutputArguments {
   const float* bias;
   int64_t bias_row_stride, bias_column_stride;
   void* y;
   int64_t m, n;
+  const ExpertTile* tiles = nullptr;
 
   template <class Visit>
   void each(const Visit& visit) const {
     visit(bias), visit(bias_row_stride), visit(bias_column_stride), visit(y), visit(m), visit(n);
+    if (tiles != nullptr) visit(tiles);
   }
 };
+#ifdef XPU_FP4_GROUPED
+#define XPU_FP4_OUTPUT_PARAMETERS \
+  const float *bias, int64_t bias_row_stride, int64_t bias_column_stride, void *y, int64_t m, int64_t n, const ExpertTile *tiles
+#else
 #define XPU_FP4_OUTPUT_PARAMETERS \
   const float *bias, int64_t bias_row_stride, int64_t bias_column_stride, void *y, int64_t m, int64_t n
+#endif
 #define XPU_FP4_OUTPUT {bias, bias_row_stride, bias_column_stride, y, m, n}
 
 /// product.h's Transform: float32 per element of a row, null where there is none; and H's size, 0 where there is none.
@@ -66,6 +81,123 @@ struct TransformArguments {
 };
 #define XPU_FP4_TRANSFORM_PARAMETERS const float *offset, int hadamard
 #define XPU_FP4_TRANSFORM_OF_PARAMETERS {offset, hadamard}
+
+// ---- a layer of experts: experts.cpp ----
+
+/// Lanes of the work-group that sorts.
+constexpr int kSortLanes = 256;
+
+/// product.h's Experts: where slots go.
+struct RoutingArguments {
+  const int32_t* ids;
+  const int32_t* map;  // null where there is none
+  int64_t map_size, experts;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    visit(ids), visit(map), visit(map_size), visit(experts);
+  }
+};
+#define XPU_FP4_ROUTING_PARAMETERS const int32_t *ids, const int32_t *map, int64_t map_size, int64_t experts
+#define XPU_FP4_ROUTING {ids, map, map_size, experts}
+
+/// Rows sorted by expert. Tile t has up to `height` rows from t * stride on, of one expert.
+struct GroupedRows {
+  ExpertTile* tile;      // [tiles]
+  int32_t* slot_of_row;  // [tiles * stride]: -1 for rows of no slot
+  int32_t* row_of_slot;  // -1 for slots of no expert here
+  int64_t tiles;         // as many as there can be
+  int32_t height, stride;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    visit(tile), visit(slot_of_row), visit(row_of_slot), visit(tiles), visit(height), visit(stride);
+  }
+};
+#define XPU_FP4_GROUPED_ROWS_PARAMETERS \
+  ExpertTile *tile, int32_t *slot_of_row, int32_t *row_of_slot, int64_t tiles, int32_t height, int32_t stride
+#define XPU_FP4_GROUPED_ROWS {tile, slot_of_row, row_of_slot, tiles, height, stride}
+
+/// counts [kSortLanes, experts] and first_tiles [experts] are scratch memory.
+struct SortArguments {
+  RoutingArguments routing;
+  GroupedRows rows;
+  int64_t slots;
+  int32_t* counts;
+  int32_t* first_tiles;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    routing.each(visit), rows.each(visit), visit(slots), visit(counts), visit(first_tiles);
+  }
+};
+
+/// The tokens' rows. weights [slots]: what a row is multiplied by, null where it is not.
+struct TokensArguments {
+  const void* x;
+  const float* weights;
+  int64_t top_k;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    visit(x), visit(weights), visit(top_k);
+  }
+};
+#define XPU_FP4_TOKENS_PARAMETERS const void *x, const float *weights, int64_t top_k
+#define XPU_FP4_TOKENS {x, weights, top_k}
+
+struct GatherArguments {
+  TokensArguments tokens;
+  const int32_t* slot_of_row;
+  void* out;
+  int64_t k;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    tokens.each(visit), visit(slot_of_row), visit(out), visit(k);
+  }
+};
+
+/// format/gate.h's Gate.
+struct GateFields {
+  int kind, interleaved;
+  float alpha, limit;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    visit(kind), visit(interleaved), visit(alpha), visit(limit);
+  }
+};
+#define XPU_FP4_GATE_PARAMETERS int gate_kind, int interleaved, float alpha, float limit
+#define XPU_FP4_GATE {static_cast<GateKind>(gate_kind), interleaved != 0, alpha, limit}
+
+struct GateArguments {
+  const void* u;
+  GateFields gate;
+  const int32_t* slot_of_row;
+  void* out;
+  int64_t k;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    visit(u), gate.each(visit), visit(slot_of_row), visit(out), visit(k);
+  }
+};
+
+/// weights: null where slots count as they are.
+struct CombineArguments {
+  const float* v;
+  const int32_t* row_of_slot;
+  const float* weights;
+  int64_t top_k;
+  void* y;
+  int64_t n;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    visit(v), visit(row_of_slot), visit(weights), visit(top_k), visit(y), visit(n);
+  }
+};
 
 /// quantize.cpp. `vectors`: loads of 16 bytes.
 struct QuantizeArguments {

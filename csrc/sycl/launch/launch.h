@@ -3,6 +3,8 @@
 #pragma once
 #include <initializer_list>
 #include <memory>
+#include <optional>
+#include <string>
 
 #include "../../product.h"
 #include "../kernels/arguments.hpp"
@@ -36,9 +38,24 @@ struct Expanded {
 ExpandedLayout weight_layout(const Architecture& architecture, int64_t n, int64_t k);
 void expand_weight(const Queue& queue, Gpu gpu, const Weight& w, const Expanded& out);
 
+// ---- experts ----
+/// Tiles of rows with weights of their own, in a product whose m is theirs all and whose weight is the first expert's.
+struct Grouped {
+  const ExpertTile* tiles;
+  int64_t count;
+};
+
+/// How a layer of experts runs: on the portable kernels where there is no GPU. `rows`: of a tile.
+struct ExpertsPlan {
+  std::optional<Gpu> gpu;
+  GemmPlan product;
+};
+/// The kernels that ran, in their order.
+std::string experts(const Queue& queue, const ExpertsPlan& plan, const Experts& args);
+
 // ---- products on devices without a matrix unit: activations as codes, or as floats ----
-std::string gemm(const Queue& queue, const Product& product);
-std::string gemm_w4a16(const Queue& queue, const Product& product);
+std::string gemm(const Queue& queue, const Product& product, const Grouped* grouped = nullptr);
+std::string gemm_w4a16(const Queue& queue, const Product& product, const Grouped* grouped = nullptr);
 
 // ---- products on a matrix unit. Each returns the label of the variant that it took ----
 std::string gemm_small(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product);

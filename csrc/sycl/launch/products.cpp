@@ -12,9 +12,10 @@ namespace {
 StoredOperand stored(const Weight& w) { return {w.codes, w.scale, w.scale_row_stride, w.scale_block_stride}; }
 StoredOperand stored(const Activations& a) { return {static_cast<const uint8_t*>(a.data), a.scale, a.k / kBlock, 1}; }
 
-OutputArguments output_of(const Product& product) {
-  const Output& out = product.output;
-  return {out.bias.data, out.bias.row_stride, out.bias.column_stride, out.y, product.activations.m, product.weight.n};
+OutputArguments output_of(const Product& product, const Grouped* grouped = nullptr) {
+  const auto& [bias, row_stride, column_stride] = product.output.bias;
+  const ExpertTile* tiles = grouped == nullptr ? nullptr : grouped->tiles;
+  return {bias, row_stride, column_stride, product.output.y, product.activations.m, product.weight.n, tiles};
 }
 
 Weights weights_of(const Weight& w) {
@@ -70,19 +71,19 @@ Range tiles(const Product& product, Tile tile, int64_t lanes, int64_t group_colu
 
 }  // namespace
 
-std::string gemm(const Queue& queue, const Product& product) {
+std::string gemm(const Queue& queue, const Product& product, const Grouped* grouped) {
   const auto& [a, w, out] = product;
   const Target target = queue.target();
-  const Variant variant = gemm_variant(target, a.to.format, alignment_of({w.codes}));
+  const Variant variant = gemm_variant(target, a.to.format, alignment_of({w.codes}), grouped != nullptr);
   queue.launch(variant, "gemm", grid(ceil_div(a.m, target.sub_group), w.n),
-               GemmArguments{stored(a), stored(w), output_of(product), w.k, static_cast<int>(out.dtype)});
+               GemmArguments{stored(a), stored(w), output_of(product, grouped), w.k, static_cast<int>(out.dtype)});
   return variant.label;
 }
 
-std::string gemm_w4a16(const Queue& queue, const Product& product) {
+std::string gemm_w4a16(const Queue& queue, const Product& product, const Grouped* grouped) {
   const auto& [a, w, out] = product;
-  const Variant variant = gemm_w4a16_variant(queue.target(), a.dtype, alignment_of({w.codes}));
-  queue.launch(variant, "gemm_w4a16", grid(a.m, w.n), GemmW4a16Arguments{a.data, stored(w), output_of(product), w.k});
+  const Variant variant = gemm_w4a16_variant(queue.target(), a.dtype, out.dtype, alignment_of({w.codes}), grouped != nullptr);
+  queue.launch(variant, "gemm_w4a16", grid(a.m, w.n), GemmW4a16Arguments{a.data, stored(w), output_of(product, grouped), w.k});
   return variant.label;
 }
 
