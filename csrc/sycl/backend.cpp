@@ -67,7 +67,7 @@ class SyclBackend final : public Backend {
   }
 
   void experts(const Experts& args) const override {
-    const std::string steps = launch::experts(*queue_, {}, args);
+    const std::string steps = launch::experts(*queue_, plan_experts(args), args);
     if (!verbose()) return;
     print_verbose("sycl " + name_of(args.to.format) + " experts, " + std::to_string(args.tokens) + " tokens of " +
                   std::to_string(args.top_k) + " of " + std::to_string(args.experts) + ", " + std::to_string(args.w13.k) + "x" +
@@ -90,6 +90,20 @@ class SyclBackend final : public Backend {
 
  private:
   Gpu gpu(const Architecture& architecture) const { return {&architecture, queue_->is_gpu()}; }
+
+  launch::ExpertsPlan plan_experts(const Experts& args) const {
+    const Override forced = variant_override();
+    const Architecture* architecture = matrix_architecture(forced);
+    const bool floats = args.to.format == Format::none;
+    const int64_t slots = args.tokens * args.top_k;
+    if (architecture == nullptr || slots == 0 || args.experts == 0 || args.w13.n == 0 || (floats && args.dtype == DType::f32)) {
+      return {std::nullopt, {Kernel::portable, {}, 1, 1, 0}};
+    }
+    const ExpertsShape shape = {slots, args.tokens, args.experts, args.w13.n, args.w13.k};
+    if (floats) return {gpu(*architecture), plan_w4a16(*architecture, shape.rows(), forced.kernel)};
+    const GemmPlan plan = plan_grouped_gemm(*architecture, queue_->compute_units(), shape, forced.kernel);
+    return {gpu(*architecture), plan, plan.kernel != Kernel::small || !shape.few() || !args.to.transform.is_none()};
+  }
 
   // Null where the portable kernels run.
   const Architecture* matrix_architecture(const Override& forced) const {

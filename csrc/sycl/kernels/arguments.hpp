@@ -171,6 +171,35 @@ struct GateFields {
 #define XPU_FP4_GATE_PARAMETERS int gate_kind, int interleaved, float alpha, float limit
 #define XPU_FP4_GATE {static_cast<GateKind>(gate_kind), interleaved != 0, alpha, limit}
 
+/// gather_quantize_expand of expand.cpp: rows.slot_of_row is null where slots are not sorted.
+struct GatherQuantizeExpandArguments {
+  TokensArguments tokens;
+  RoutingArguments routing;
+  GroupedRows rows;
+  ExpandedOperand out;
+  int64_t k;
+  int mode, group;  // of MXFP4; of MXINT8
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    tokens.each(visit), routing.each(visit), rows.each(visit), out.each(visit), visit(k), visit(mode), visit(group);
+  }
+};
+
+struct GateQuantizeExpandArguments {
+  const void* u;
+  GateFields gate;
+  GroupedRows rows;
+  ExpandedOperand out;
+  int64_t k;
+  int mode, group;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    visit(u), gate.each(visit), rows.each(visit), out.each(visit), visit(k), visit(mode), visit(group);
+  }
+};
+
 struct GateArguments {
   const void* u;
   GateFields gate;
@@ -184,18 +213,28 @@ struct GateArguments {
   }
 };
 
-/// weights: null where slots count as they are.
+/// By which a token's slots are added up; null where they count as they are.
+struct SlotWeights {
+  const float* weights;
+  int64_t top_k;
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    visit(weights), visit(top_k);
+  }
+};
+#define XPU_FP4_SLOT_WEIGHTS_PARAMETERS const float *weights, int64_t top_k
+
 struct CombineArguments {
   const float* v;
   const int32_t* row_of_slot;
-  const float* weights;
-  int64_t top_k;
+  SlotWeights slots;
   void* y;
   int64_t n;
 
   template <class Visit>
   void each(const Visit& visit) const {
-    visit(v), visit(row_of_slot), visit(weights), visit(top_k), visit(y), visit(n);
+    visit(v), visit(row_of_slot), slots.each(visit), visit(y), visit(n);
   }
 };
 
@@ -316,17 +355,20 @@ struct GemmArguments {
   }
 };
 
-/// gemm_small.cpp. `start_bits` is kStartBits of layout.hpp, as in gemm_large.cpp.
+/// gemm_small.cpp. `start_bits` is kStartBits of layout.hpp, as in gemm_large.cpp. `combined` only where slots are added up
+/// (XPU_FP4_COMBINED): then output.m are tokens.
 struct GemmSmallArguments {
   ExpandedOperand a;
   StoredOperand w;
   OutputArguments output;
   int64_t k;
   uint32_t start_bits;
+  const SlotWeights* combined = nullptr;
 
   template <class Visit>
   void each(const Visit& visit) const {
     a.each(visit), w.each(visit), output.each(visit), visit(k), visit(start_bits);
+    if (combined != nullptr) combined->each(visit);
   }
 };
 

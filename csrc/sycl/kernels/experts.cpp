@@ -3,8 +3,6 @@
 // the products, and each token's sum of its slots. XPU_FP4_DTYPE is x's, h's and y's.
 #include "experts.hpp"
 
-#include "convert.hpp"
-
 using namespace xpu_fp4;
 
 // One work-group sorts: every lane counts a run of neighbouring slots, so that slots of an expert keep their order. Each
@@ -90,7 +88,7 @@ gate_rows(const void* u, XPU_FP4_GATE_PARAMETERS, const int32_t* slot_of_row, vo
 
 // v [rows, n] in float32 -> y [tokens, n], slots in ascending order. No weights: the factor is 1.
 XPU_FP4_KERNEL(2)
-combine_slots(const float* v, const int32_t* row_of_slot, const float* weights, int64_t top_k, void* y, int64_t n) {
+combine_slots(const float* v, const int32_t* row_of_slot, XPU_FP4_SLOT_WEIGHTS_PARAMETERS, void* y, int64_t n) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const int64_t token = item.get_global_id(0), column = item.get_global_id(1);
   if (column >= n) return;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device code: which expert a slot goes to, and what a layer of experts reads as elements of its products' inputs.
 #pragma once
-#include "convert.hpp"
 #include "format/gate.h"
+#include "quantizer.hpp"
 
 namespace xpu_fp4 {
 
@@ -22,6 +22,36 @@ struct Tokens : TokensArguments {
     const float value = load_converted<T>(x, slot / top_k * k + i);
     return weights == nullptr ? value : rounded<T>(weights[slot] * value);
   }
+
+  /// Of a row of so many blocks.
+  template <DType T>
+  inline Values<kBlock> block(int64_t slot, int64_t block, int64_t blocks) const {
+    const Values<kBlock> in(static_cast<const uint8_t*>(x) + (slot / top_k * blocks + block) * kBlock * size_of(T));
+    if (weights == nullptr) return in;
+    const float weight = weights[slot];
+    float scaled[kBlock];
+#pragma unroll(kUnroll)
+    for (int i = 0; i < kBlock; ++i) scaled[i] = rounded<T>(weight * in.x[i]);
+    return Values<kBlock>(scaled);
+  }
 };
+
+/// Block `block` of h from u [rows, 2 * blocks]: where gate and up alternate, two neighbouring blocks of u, else one of each
+/// half.
+template <DType T>
+inline Values<kBlock> gated_block(const Gate& gate, const void* u, int64_t row, int64_t block, int64_t blocks) {
+  const auto block_of_u = [&](int64_t b) {
+    return Values<kBlock>(static_cast<const uint8_t*>(u) + (row * 2 * blocks + b) * kBlock * size_of(T));
+  };
+  const Values<kBlock> first = block_of_u(gate.interleaved ? 2 * block : block);
+  const Values<kBlock> second = block_of_u(gate.interleaved ? 2 * block + 1 : blocks + block);
+  float h[kBlock];
+#pragma unroll(kUnroll)
+  for (int i = 0; i < kBlock; ++i) {
+    const float* pair = i < kBlock / 2 ? first.x + 2 * i : second.x + 2 * i - kBlock;  // of those that alternate
+    h[i] = rounded<T>(gate::apply(gate, gate.interleaved ? pair[0] : first.x[i], gate.interleaved ? pair[1] : second.x[i]));
+  }
+  return Values<kBlock>(h);
+}
 
 }  // namespace xpu_fp4
