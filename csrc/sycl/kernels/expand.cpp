@@ -163,8 +163,8 @@ struct QuadQuantizer {
 };
 
 /// A row's quad of which `blocks` exist; block(b) gives the values of one.
-template <class Block>
-inline void quantize_quad(const Block& block, int64_t blocks, QuadQuantizer to, RowQuad& in) {
+template <class Block, class Quad>
+inline void quantize_quad(const Block& block, int64_t blocks, QuadQuantizer to, Quad& in) {
   if constexpr (kFormat == Format::mxfp4) {
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
