@@ -203,6 +203,28 @@ void add_products(const Architecture& architecture, std::vector<Counted>& all) {
   if (architecture.bdpas.row_units > 0) all.push_back({gemm_bdpas_variant(gpu, architecture.bdpas, DType::bf16)});
 }
 
+// Of experts: what their tiles add to the dense kernels, in a few of them.
+void add_experts(const Architecture& architecture, std::vector<Counted>& all) {
+  const Gpu gpu = {&architecture, true};
+  const RowTiles grouped = RowTiles::grouped;
+  const Weights together = Weights::scales_together;
+  all.push_back({gemm_large_variant(gpu, Format::mxfp4, architecture.large, DType::bf16, grouped)});
+  all.push_back({gemm_large_variant(gpu, Format::mxint8, architecture.large, DType::f32, grouped)});
+  for (const Format of : kFormats)
+    all.push_back({gemm_small_variant(gpu, of, 1, together, DType::bf16, 16, RowTiles::combined)});
+  all.push_back({gemm_small_variant(gpu, Format::mxint8, 1, together, DType::bf16, 16, grouped)});
+  for (const int rows : {8, 32})
+    all.push_back({gemm_small_variant(gpu, Format::mxint8, rows, Weights::any, DType::bf16, 16, grouped)});
+  all.push_back({gemm_w4a16_matrix_variant(gpu, architecture.w4a16, 1, DType::bf16, DType::f32, true, 16, grouped)});
+  all.push_back({gemm_w4a16_matrix_variant(gpu, {1, 1}, kSmallSplit, DType::bf16, DType::f32, true, 16, grouped)});
+  for (const Format of : kFormats) {
+    for (const ElementOrder order : {ElementOrder::apart, ElementOrder::packed}) {
+      all.push_back({expand_experts_variant(gpu, of, DType::bf16, order, 16)});
+    }
+  }
+  all.push_back({experts_variant({architecture.sub_group, true}, DType::bf16)});
+}
+
 // Where devices differ little, one with each sub-group stands for the others.
 bool stands_for_others(const Architecture& architecture) {
   const std::string name = architecture.name;
@@ -233,8 +255,10 @@ void add_streams(const Architecture& architecture, std::vector<Counted>& all) {
 void add_portable(const Architecture& architecture, std::vector<Counted>& all) {
   if (!stands_for_others(architecture)) return;
   const Target target = {architecture.sub_group, false};
-  for (const Format of : kFormats) all.push_back({gemm_variant(target, of, 16)});
-  all.push_back({gemm_w4a16_variant(target, DType::bf16, DType::bf16, 16)});
+  for (const RowTiles tiles : {RowTiles::dense, RowTiles::grouped}) {
+    for (const Format of : kFormats) all.push_back({gemm_variant(target, of, 16, tiles)});
+    all.push_back({gemm_w4a16_variant(target, DType::bf16, tiles == RowTiles::dense ? DType::bf16 : DType::f32, 16, tiles)});
+  }
 }
 
 std::string quoted(const std::string& text) { return '"' + text + '"'; }
@@ -258,6 +282,7 @@ std::string json(const Counted& counted) {
 std::string json(const Architecture& architecture) {
   std::vector<Counted> all;
   add_products(architecture, all);
+  add_experts(architecture, all);
   add_streams(architecture, all);
   add_portable(architecture, all);
   const Costs& costs = architecture.costs;
