@@ -160,7 +160,8 @@ XPU_FP4_INLINE Rows rows_from(const ExpandedOperand& a, int64_t first_row, int64
 
 /// acc += the tile's sums, of the sub-group's own rows.
 XPU_FP4_INLINE void add_tile(const Rows& rows, WeightColumn column, uint32_t blocks, uint32_t split, const int8& start,
-                             RoundTerms* terms, uint32_t& buffer, float (&acc)[kOwnRows]) {
+                             uint32_t& buffer, float (&acc)[kOwnRows]) {
+  static syclexp::work_group_static<RoundTerms[2]> terms;
   const uint32_t quads = rows.quads, first_own = split * kOwnRows;
 #pragma nounroll
   for (uint32_t first = 0; first < quads; first += kSplit) {
@@ -202,7 +203,6 @@ XPU_FP4_KERNEL(2)
 gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k,
            uint32_t start_bits, XPU_FP4_SLOT_WEIGHTS_PARAMETERS) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
-  static syclexp::work_group_static<RoundTerms[2]> terms;
   const uint32_t split = uniform(this_sub_group().get_group_linear_id());
   const int64_t token = uniform(static_cast<int64_t>(item.get_global_id(0)));
   const int64_t first_column = static_cast<int64_t>(item.get_global_id(1)) / (kLanes * kSplit) * kLanes;
@@ -221,7 +221,7 @@ gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4
                                w_scale_block_stride};
     float acc[kOwnRows] = {};
     add_tile(rows_from(XPU_FP4_EXPANDED(a), first_row, first_row + 1, quads), WeightColumn(own, k, column, split),
-             static_cast<uint32_t>(k / kBlock), split, start, &terms[0], buffer, acc);
+             static_cast<uint32_t>(k / kBlock), split, start, buffer, acc);
     if (bias != nullptr) acc[0] += bias[expert * n + column];
     sum = sycl::fma(weights == nullptr ? 1.0f : weights[slot], acc[0], sum);
   }
@@ -232,7 +232,6 @@ XPU_FP4_KERNEL(2)
 gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k,
            uint32_t start_bits) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
-  static syclexp::work_group_static<RoundTerms[2]> terms;
   XPU_FP4_TO_EXPERT(item.get_global_id(0))
   const uint32_t split = uniform(this_sub_group().get_group_linear_id());
   const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kTileStride;
@@ -240,10 +239,11 @@ gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4
   const auto quads = static_cast<uint32_t>(ceil_div(k, kQuadElements));
   const Rows rows = rows_from(XPU_FP4_EXPANDED(a), first_row, m, quads);
   const WeightColumn column(XPU_FP4_STORED(w), k, sycl::min(first_column + lane_id(), n - 1), split);
+  const int8 start = start_of_lane(start_bits);
 
   float acc[kOwnRows] = {};
   uint32_t buffer = 0;
-  add_tile(rows, column, static_cast<uint32_t>(k / kBlock), split, start_of_lane(start_bits), &terms[0], buffer, acc);
+  add_tile(rows, column, static_cast<uint32_t>(k / kBlock), split, start, buffer, acc);
   const Output output{XPU_FP4_OUTPUT};
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) {
