@@ -246,7 +246,7 @@ def test_captured_experts_route_anew_at_each_replay(
     mode: Mode,
     tokens: int,
 ) -> None:
-    """No launch depends on where tokens go, and nothing comes back to the host: the queue is held up while the layer is called."""
+    """No launch depends on where tokens go, and nothing comes back to the host: the call returns while its queue is held up."""
     torch.manual_seed(3)
     experts, hidden, inner, top_k = 5, 160, 96, 3
     w13, w13_scale = (part.view(torch.uint8) for part in reference.quantize(torch.randn(experts, 2 * inner, hidden)))
