@@ -151,7 +151,9 @@ GemmPlan plan_grouped_gemm(const Architecture& architecture, int64_t compute_uni
   const ProductShape dense = {shape.rows(), shape.n * std::min(shape.slots, shape.experts), shape.k, false};
   if (forced == Kernel::bdpas) forced = std::nullopt;
   const bool fits = shape.experts * shape.n * shape.k <= kMostExpanded;
-  return plan_gemm(architecture, compute_units, dense, forced || fits ? forced : Kernel::small);
+  GemmPlan plan = plan_gemm(architecture, compute_units, dense, forced || fits ? forced : Kernel::small);
+  if (plan.kernel == Kernel::small && !shape.few()) plan.rows = small_rows(2 * shape.rows());  // routers are not even
+  return plan;
 }
 
 GemmPlan plan_w4a16(const Architecture& architecture, int64_t m, std::optional<Kernel> forced) {
