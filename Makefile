@@ -62,12 +62,12 @@ clean:
 STAND_IN = $(CURDIR)/build/xpu_stand_in
 # The second run is one with XPU tensors: of a build for XPU, on a stand-in for torch's device. It shares object files with the first.
 pytest: build $(VENV)/.test
-	XPU_FP4_REQUIRE_SYCL=1 python -m pytest --ignore $(VARIANTS)
+	XPU_FP4_REQUIRE_SYCL=1 python -m pytest $(addprefix --ignore ,$(VARIANTS))
 	python tests/xpu_stand_in/build.py $(STAND_IN)
 	LD_LIBRARY_PATH=$(STAND_IN)/torch PYTHONPATH=$(STAND_IN)/package python -m pytest tests/xpu_stand_in
 
-# The longest file: the GPUs' kernels are compiled for the CPU device one after the other, so this may run beside the rest.
-VARIANTS = tests/test_sycl_variants.py
+# The longest files: the GPUs' kernels are compiled for the CPU device one after the other, so this may run beside the rest.
+VARIANTS = tests/test_sycl_variants.py tests/test_sycl_experts.py
 pytest-variants: build $(VENV)/.test
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest $(VARIANTS)
 

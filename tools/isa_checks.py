@@ -148,6 +148,8 @@ def check_stream(result: Result, budgets: Mapping[str, Any]) -> None:
         "dequantize_mxint8": 8 + 0.25 + 8 * size,
         "expand": (68 if macros.get("FORMAT", MXFP4) == MXFP4 else 132) + 132,
         "quantize_expand": 128 * size + 132,
+        "gather_quantize_expand": 128 * size + 132,
+        "gate_quantize_expand": 2 * 128 * size + 132,
         "transform": 32 * 2 * size,
         "transform_quantize": 32 * (size + 17 / 32),
         "transform_quantize_mxint8": 32 * (size + 33 / 32),
@@ -169,8 +171,10 @@ MATRIX_CHECKS: dict[str, Check] = {
     "gemm_bdpas": check_bdpas,
 }
 TRANSFORMS = ("transform", "transform_quantize", "transform_quantize_mxint8", "transform_quantize_expand")
+OF_EXPERTS = ("gather_quantize_expand", "gate_quantize_expand")
 STREAM_CHECKS: dict[str, Check] = dict.fromkeys(
-    ("quantize", "quantize_mxint8", "dequantize", "dequantize_mxint8", "expand", "quantize_expand", *TRANSFORMS), check_stream
+    ("quantize", "quantize_mxint8", "dequantize", "dequantize_mxint8", "expand", "quantize_expand", *OF_EXPERTS, *TRANSFORMS),
+    check_stream,
 )
 
 

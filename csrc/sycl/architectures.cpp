@@ -17,6 +17,9 @@ constexpr int kSmallRows = *(std::end(kSmallTiles) - 1);
 // Bytes of an element: of a packed weight with its scale, of an expanded one with its exponents.
 constexpr double kPackedBytes = 0.53, kExpandedBytes = 1.03;
 
+// Elements of a layer's experts that are expanded for a product, scratch memory of as many bytes: 1 GiB.
+constexpr int64_t kMostExpanded = int64_t{1} << 30;
+
 int small_rows(int64_t m) {
   const auto fits = std::find_if(std::begin(kSmallTiles), std::end(kSmallTiles), [&](int rows) { return rows >= m; });
   return fits != std::end(kSmallTiles) ? *fits : kSmallRows;
@@ -155,6 +158,18 @@ GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, cons
                       ? small()
                       : large(clocks.large <= clocks.medium ? architecture.large : architecture.medium);
   plan.clocks = clocks;
+  return plan;
+}
+
+int64_t ExpertsShape::rows() const { return ceil_div(slots, std::min(slots, experts)); }
+
+GemmPlan plan_grouped_gemm(const Architecture& architecture, int64_t compute_units, const ExpertsShape& shape,
+                           std::optional<Kernel> forced) {
+  const ProductShape dense = {shape.rows(), shape.n * std::min(shape.slots, shape.experts), shape.k, false};
+  if (forced == Kernel::bdpas) forced = std::nullopt;
+  const bool fits = shape.experts * shape.n * shape.k <= kMostExpanded;
+  GemmPlan plan = plan_gemm(architecture, compute_units, dense, forced || fits ? forced : Kernel::small);
+  if (plan.kernel == Kernel::small && !shape.few()) plan.rows = small_rows(2 * shape.rows());  // routers are not even
   return plan;
 }
 

@@ -88,7 +88,22 @@ Override variant_override();
 GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, const ProductShape& shape,
                    std::optional<Kernel> forced);
 
-/// The same for W4A16: `tile` also where K is split, then for the rows of a work-group.
+/// The first product of a layer of experts, u [slots, n] = x [slots, k] x each one's w [n, k]^T.
+struct ExpertsShape {
+  int64_t slots, tokens, experts, n, k;
+
+  /// Of an expert, where they are spread evenly.
+  int64_t rows() const;
+  /// So few slots that hardly two have the same expert: sorting them would save fewer bytes of weights than its launches cost.
+  bool few() const { return rows() == 1 && (tokens == 1 || 2 * slots <= experts); }
+};
+
+/// The kernel for both products of a layer: it is chosen as for a dense product of an expert's rows by the columns of all
+/// experts that can have some, which has the same arithmetic and reads the same bytes. Never Kernel::bdpas.
+GemmPlan plan_grouped_gemm(const Architecture& architecture, int64_t compute_units, const ExpertsShape& shape,
+                           std::optional<Kernel> forced);
+
+/// For W4A16: `tile` also where K is split, then for the rows of a work-group.
 GemmPlan plan_w4a16(const Architecture& architecture, int64_t m, std::optional<Kernel> forced);
 
 }  // namespace xpu_fp4::syclrt

@@ -28,6 +28,8 @@ struct Choice {
   std::string passed_over;  // only where it will be printed
 };
 
+const launch::ExpertsPlan kPortableExperts = {std::nullopt, {Kernel::portable, {}, 1, 1, 0}};
+
 std::string rounded(double clocks) { return std::to_string(std::llround(clocks)); }
 
 std::string reason_of(const GemmPlan& plan) {
@@ -64,7 +66,13 @@ class SyclBackend final : public Backend {
     while (!multiply_with(choice, product)) continue;
   }
 
-  void experts(const Experts&) const override { throw std::runtime_error("xpu_fp4: the SYCL kernels have no experts"); }
+  void experts(const Experts& args) const override {
+    const std::string steps = run_experts(args);
+    if (!verbose()) return;
+    print_verbose("sycl " + name_of(args.to.format) + " experts, " + std::to_string(args.tokens) + " tokens of " +
+                  std::to_string(args.top_k) + " of " + std::to_string(args.experts) + ", " + std::to_string(args.w13.k) + "x" +
+                  std::to_string(args.w2.k) + " on " + queue_->device_name() + ": " + steps);
+  }
 
   PreparedShape prepared_shape(WeightForm, int64_t n, int64_t k) const override {
     // Group-major arrays: the size of a group tells its lanes, so that no device takes another's form.
@@ -95,21 +103,34 @@ class SyclBackend final : public Backend {
       if (verbose()) print(choice, product, name, label);
       return true;
     } catch (const CannotBuild& error) {
-      const Override asked = variant_override();
-      if (choice.architecture == nullptr || asked.architecture != nullptr) throw;
-      print_once(std::string(error.what()) + "\nxpu_fp4: other kernels, which are slower, compute what this one would");
+      if (choice.architecture == nullptr || variant_override().architecture != nullptr) throw;
+      say_of_fallback(error);
       choice = choice.plan.kernel == Kernel::small ? portable("others: the device's compiler takes none of them")
                                                    : small(*choice.architecture, product);
       return false;
     }
   }
 
-  // A message for each text, however many threads and calls meet its cause.
-  static void print_once(const std::string& message) {
+  // The kernels that ran: where the device's compiler does not take those of its architecture, the portable ones.
+  std::string run_experts(const Experts& args) const {
+    const launch::ExpertsPlan plan = plan_experts(args);
+    try {
+      return launch::experts(*queue_, plan, args);
+    } catch (const CannotBuild& error) {
+      if (!plan.gpu || variant_override().architecture != nullptr) throw;
+      say_of_fallback(error);
+    }
+    return launch::experts(*queue_, kPortableExperts, args);
+  }
+
+  // Once for each text, however many threads and calls meet its cause.
+  static void say_of_fallback(const CannotBuild& error) {
     static std::mutex& mutex = *new std::mutex;
     static auto& said = *new std::set<std::string>;
     const std::lock_guard lock(mutex);
-    if (said.insert(message).second) std::fprintf(stderr, "%s\n", message.c_str());
+    if (said.insert(error.what()).second) {
+      std::fprintf(stderr, "%s\nxpu_fp4: other kernels, which are slower, compute what this one would\n", error.what());
+    }
   }
 
   static Choice small(const Architecture& architecture, const Product& product) {
@@ -122,6 +143,20 @@ class SyclBackend final : public Backend {
   }
 
   Gpu gpu(const Architecture& architecture) const { return {&architecture, queue_->is_gpu()}; }
+
+  launch::ExpertsPlan plan_experts(const Experts& args) const {
+    const Override forced = variant_override();
+    const Architecture* architecture = matrix_architecture(forced);
+    const bool floats = args.to.format == Format::none;
+    const int64_t slots = args.tokens * args.top_k;
+    if (architecture == nullptr || slots == 0 || args.experts == 0 || args.w13.n == 0 || (floats && args.dtype == DType::f32)) {
+      return kPortableExperts;
+    }
+    const ExpertsShape shape = {slots, args.tokens, args.experts, args.w13.n, args.w13.k};
+    if (floats) return {gpu(*architecture), plan_w4a16(*architecture, shape.rows(), forced.kernel)};
+    const GemmPlan plan = plan_grouped_gemm(*architecture, queue_->compute_units(), shape, forced.kernel);
+    return {gpu(*architecture), plan, plan.kernel != Kernel::small || !shape.few() || !args.to.transform.is_none()};
+  }
 
   // Null where the portable kernels run.
   const Architecture* matrix_architecture(const Override& forced) const {

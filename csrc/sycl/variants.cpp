@@ -29,6 +29,23 @@ Macros with(Macros macros, const char* name, int value) {
   return macros;
 }
 
+// A product whose output has another type than its floats.
+Macros with_output(Macros macros, DType of, DType out) {
+  return of == out ? macros : with(std::move(macros), "Y_DTYPE", static_cast<int>(out));
+}
+
+// With the macros and the label of its tiles of rows.
+Variant of_tiles(RowTiles tiles, Variant variant) {
+  if (tiles == RowTiles::dense) return variant;
+  variant.macros.emplace_back("GROUPED", 1);
+  variant.label += ", experts";
+  if (tiles == RowTiles::combined) {
+    variant.macros.emplace_back("COMBINED", 1);
+    variant.label += " combined";
+  }
+  return variant;
+}
+
 Macros tile_macros(Tile tile, DType type, int registers) {
   return {{"DTYPE", static_cast<int>(type)},
           {"ROW_UNITS", tile.row_units},
@@ -71,18 +88,25 @@ Variant dequantize_variant(Target target, DType to) {
           {"dequantize", "dequantize_mxint8"}};
 }
 
-Variant gemm_variant(Target target, Format of, int alignment) {
-  return {"gemm.cpp",
-          with(target_macros(target, alignment), "FORMAT", static_cast<int>(of)),
-          std::string("no matrix unit") + suffix(of),
-          {"gemm"}};
+Variant gemm_variant(Target target, Format of, int alignment, RowTiles tiles) {
+  return of_tiles(tiles, {"gemm.cpp",
+                          with(target_macros(target, alignment), "FORMAT", static_cast<int>(of)),
+                          std::string("no matrix unit") + suffix(of),
+                          {"gemm"}});
 }
 
-Variant gemm_w4a16_variant(Target target, DType of, int alignment) {
-  return {"gemm_w4a16.cpp",
-          with(target_macros(target, alignment), "DTYPE", static_cast<int>(of)),
-          "no matrix unit",
-          {"gemm_w4a16"}};
+Variant gemm_w4a16_variant(Target target, DType of, DType out, int alignment, RowTiles tiles) {
+  return of_tiles(tiles, {"gemm_w4a16.cpp",
+                          with_output(with(target_macros(target, alignment), "DTYPE", static_cast<int>(of)), of, out),
+                          "no matrix unit",
+                          {"gemm_w4a16"}});
+}
+
+Variant experts_variant(Target target, DType of) {
+  return {"experts.cpp",
+          with(target_macros(target, 16), "DTYPE", static_cast<int>(of)),
+          name_of(of),
+          {"sort_slots", "gather_rows", "gate_rows", "combine_slots"}};
 }
 
 Variant expand_weight_variant(Gpu gpu, int alignment) {
@@ -113,23 +137,31 @@ Variant expand_activations_variant(Gpu gpu, Format of, std::optional<Floats> flo
   return {"expand.cpp", gpu_macros(gpu, alignment, own), label + suffix(of), kernels};
 }
 
-Variant gemm_small_variant(Gpu gpu, Format of, int rows, Weights weights, DType out, int alignment) {
-  const char* known = weights == Weights::any ? ", any K" : weights == Weights::whole_quads ? ", scales apart" : "";
-  return {"gemm_small.cpp",
-          gpu_macros(gpu, alignment,
-                     {{"DTYPE", static_cast<int>(out)},
-                      {"ROWS", rows},
-                      {"WEIGHTS", static_cast<int>(weights)},
-                      {"FORMAT", static_cast<int>(of)}}),
-          std::to_string(rows) + " rows" + known + suffix(of),
-          {"gemm_small"}};
+Variant expand_experts_variant(Gpu gpu, Format of, DType dtype, ElementOrder order, int alignment) {
+  Variant variant = expand_activations_variant(gpu, of, Floats{dtype, false}, order, alignment);
+  variant.macros.emplace_back("EXPERTS", 1);
+  variant.label += ", experts";
+  variant.kernels = {"gather_quantize_expand", "gate_quantize_expand"};
+  return variant;
 }
 
-Variant gemm_large_variant(Gpu gpu, Format of, Tile tile, DType out) {
-  return {"gemm_large.cpp",
-          gpu_macros(gpu, 16, with(tile_macros(tile, out, kLargeRegisters), "FORMAT", static_cast<int>(of))),
-          name_of(tile, gpu.architecture->sub_group) + " " + name_of(out) + suffix(of),
-          {"gemm_large"}};
+Variant gemm_small_variant(Gpu gpu, Format of, int rows, Weights weights, DType out, int alignment, RowTiles tiles) {
+  const char* known = weights == Weights::any ? ", any K" : weights == Weights::whole_quads ? ", scales apart" : "";
+  return of_tiles(tiles, {"gemm_small.cpp",
+                          gpu_macros(gpu, alignment,
+                                     {{"DTYPE", static_cast<int>(out)},
+                                      {"ROWS", rows},
+                                      {"WEIGHTS", static_cast<int>(weights)},
+                                      {"FORMAT", static_cast<int>(of)}}),
+                          std::to_string(rows) + " rows" + known + suffix(of),
+                          {"gemm_small"}});
+}
+
+Variant gemm_large_variant(Gpu gpu, Format of, Tile tile, DType out, RowTiles tiles) {
+  return of_tiles(tiles, {"gemm_large.cpp",
+                          gpu_macros(gpu, 16, with(tile_macros(tile, out, kLargeRegisters), "FORMAT", static_cast<int>(of))),
+                          name_of(tile, gpu.architecture->sub_group) + " " + name_of(out) + suffix(of),
+                          {"gemm_large"}});
 }
 
 Variant gemm_bdpas_variant(Gpu gpu, Tile tile, DType out) {
@@ -139,13 +171,15 @@ Variant gemm_bdpas_variant(Gpu gpu, Tile tile, DType out) {
           {"gemm_bdpas"}};
 }
 
-Variant gemm_w4a16_matrix_variant(Gpu gpu, Tile tile, int split, DType of, bool aligned_rows, int alignment) {
-  Macros own = tile_macros(tile, of, split > 1 ? kSmallRegisters : kLargeRegisters);
+Variant gemm_w4a16_matrix_variant(Gpu gpu, Tile tile, int split, DType of, DType out, bool aligned_rows, int alignment,
+                                  RowTiles tiles) {
+  Macros own = with_output(tile_macros(tile, of, split > 1 ? kSmallRegisters : kLargeRegisters), of, out);
   own.insert(own.end(), {{"SPLIT", split}, {"ALIGNED_ROWS", aligned_rows}});
-  return {"gemm_w4a16_matrix.cpp",
-          gpu_macros(gpu, alignment, own),
-          name_of(tile, gpu.architecture->sub_group) + " " + name_of(of) + (split > 1 ? ", K split" : ""),
-          {"gemm_w4a16_matrix"}};
+  const std::string types = out == of ? name_of(of) : std::string(name_of(of)) + " to " + name_of(out);
+  return of_tiles(tiles, {"gemm_w4a16_matrix.cpp",
+                          gpu_macros(gpu, alignment, own),
+                          name_of(tile, gpu.architecture->sub_group) + " " + types + (split > 1 ? ", K split" : ""),
+                          {"gemm_w4a16_matrix"}});
 }
 
 // ---- all of them, for `make isa` ----
@@ -173,12 +207,34 @@ void add_products(const Architecture& architecture, std::vector<Counted>& all) {
     for (const int rows : {8, 32}) all.push_back({gemm_small_variant(gpu, of, rows, Weights::any, DType::bf16, 16)});
   }
   for (const DType of : {DType::bf16, DType::f16}) {
-    all.push_back({gemm_w4a16_matrix_variant(gpu, architecture.w4a16, 1, of, true, 16)});
+    all.push_back({gemm_w4a16_matrix_variant(gpu, architecture.w4a16, 1, of, of, true, 16)});
   }
   for (const int row_units : {1, 2, 4}) {
-    all.push_back({gemm_w4a16_matrix_variant(gpu, {row_units, 1}, kSmallSplit, DType::bf16, true, 16)});
+    all.push_back({gemm_w4a16_matrix_variant(gpu, {row_units, 1}, kSmallSplit, DType::bf16, DType::bf16, true, 16)});
   }
   if (architecture.bdpas.row_units > 0) all.push_back({gemm_bdpas_variant(gpu, architecture.bdpas, DType::bf16)});
+}
+
+// Of experts: what their tiles add to the dense kernels, in a few of them.
+void add_experts(const Architecture& architecture, std::vector<Counted>& all) {
+  const Gpu gpu = {&architecture, true};
+  const RowTiles grouped = RowTiles::grouped;
+  const Weights together = Weights::scales_together;
+  all.push_back({gemm_large_variant(gpu, Format::mxfp4, architecture.large, DType::bf16, grouped)});
+  all.push_back({gemm_large_variant(gpu, Format::mxint8, architecture.large, DType::f32, grouped)});
+  for (const Format of : kFormats)
+    all.push_back({gemm_small_variant(gpu, of, 1, together, DType::bf16, 16, RowTiles::combined)});
+  all.push_back({gemm_small_variant(gpu, Format::mxint8, 1, together, DType::bf16, 16, grouped)});
+  for (const int rows : {8, 32})
+    all.push_back({gemm_small_variant(gpu, Format::mxint8, rows, Weights::any, DType::bf16, 16, grouped)});
+  all.push_back({gemm_w4a16_matrix_variant(gpu, architecture.w4a16, 1, DType::bf16, DType::f32, true, 16, grouped)});
+  all.push_back({gemm_w4a16_matrix_variant(gpu, {1, 1}, kSmallSplit, DType::bf16, DType::f32, true, 16, grouped)});
+  for (const Format of : kFormats) {
+    for (const ElementOrder order : {ElementOrder::apart, ElementOrder::packed}) {
+      all.push_back({expand_experts_variant(gpu, of, DType::bf16, order, 16)});
+    }
+  }
+  all.push_back({experts_variant({architecture.sub_group, true}, DType::bf16)});
 }
 
 // Where devices differ little, one with each sub-group stands for the others.
@@ -211,8 +267,10 @@ void add_streams(const Architecture& architecture, std::vector<Counted>& all) {
 void add_portable(const Architecture& architecture, std::vector<Counted>& all) {
   if (!stands_for_others(architecture)) return;
   const Target target = {architecture.sub_group, false};
-  for (const Format of : kFormats) all.push_back({gemm_variant(target, of, 16)});
-  all.push_back({gemm_w4a16_variant(target, DType::bf16, 16)});
+  for (const RowTiles tiles : {RowTiles::dense, RowTiles::grouped}) {
+    for (const Format of : kFormats) all.push_back({gemm_variant(target, of, 16, tiles)});
+    all.push_back({gemm_w4a16_variant(target, DType::bf16, tiles == RowTiles::dense ? DType::bf16 : DType::f32, 16, tiles)});
+  }
 }
 
 std::string quoted(const std::string& text) { return '"' + text + '"'; }
@@ -236,6 +294,7 @@ std::string json(const Counted& counted) {
 std::string json(const Architecture& architecture) {
   std::vector<Counted> all;
   add_products(architecture, all);
+  add_experts(architecture, all);
   add_streams(architecture, all);
   add_portable(architecture, all);
   const Costs& costs = architecture.costs;

@@ -41,14 +41,21 @@ struct Gpu {
 Variant with_factor(Variant variant);
 /// Of a quantizer whose MXFP4 scales follow that one of FP-Quant's rules.
 Variant with_scale_mode(Variant variant, ScaleMode rule);
+/// Whose a product's tiles of rows are: they share a weight; each has an expert's; or that, and a token's tiles are added up.
+enum class RowTiles { dense, grouped, combined };
 
 // `alignment`: 16 or 1 (kernels/common.hpp). `of`: the format of the activations.
 Variant quantize_variant(Target target, DType of, int alignment);
 /// For floats that are transformed first, and then quantized or rounded.
 Variant transform_variant(Target target, DType of, int alignment);
 Variant dequantize_variant(Target target, DType to);
-Variant gemm_variant(Target target, Format of, int alignment);
-Variant gemm_w4a16_variant(Target target, DType of, int alignment);
+Variant gemm_variant(Target target, Format of, int alignment, RowTiles tiles = RowTiles::dense);
+/// `out`: Y's type, X's or, of experts, float32.
+Variant gemm_w4a16_variant(Target target, DType of, DType out, int alignment, RowTiles tiles = RowTiles::dense);
+/// What a layer of experts does beside its products.
+Variant experts_variant(Target target, DType of);
+/// The quantizers of a layer of experts, for products on a matrix unit.
+Variant expand_experts_variant(Gpu gpu, Format of, DType dtype, ElementOrder order, int alignment);
 Variant expand_weight_variant(Gpu gpu, int alignment);
 /// Activations that are quantized on the way.
 struct Floats {
@@ -57,11 +64,13 @@ struct Floats {
 };
 /// `floats`: none for codes.
 Variant expand_activations_variant(Gpu gpu, Format of, std::optional<Floats> floats, ElementOrder order, int alignment);
-Variant gemm_small_variant(Gpu gpu, Format of, int rows, Weights weights, DType out, int alignment);
-Variant gemm_large_variant(Gpu gpu, Format of, Tile tile, DType out);
+Variant gemm_small_variant(Gpu gpu, Format of, int rows, Weights weights, DType out, int alignment,
+                           RowTiles tiles = RowTiles::dense);
+Variant gemm_large_variant(Gpu gpu, Format of, Tile tile, DType out, RowTiles tiles = RowTiles::dense);
 Variant gemm_bdpas_variant(Gpu gpu, Tile tile, DType out);
 /// `split`: sub-groups that share K.
-Variant gemm_w4a16_matrix_variant(Gpu gpu, Tile tile, int split, DType of, bool aligned_rows, int alignment);
+Variant gemm_w4a16_matrix_variant(Gpu gpu, Tile tile, int split, DType of, DType out, bool aligned_rows, int alignment,
+                                  RowTiles tiles = RowTiles::dense);
 
 /// The architectures and, of each, the programs of aligned operands that `make isa` counts, as JSON.
 std::string variants_json();

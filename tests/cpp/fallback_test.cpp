@@ -3,6 +3,7 @@
 // launches nothing and is told what it cannot build.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <set>
 #include <string>
@@ -80,6 +81,38 @@ TEST(Fallback, ThePortableProductNeedsNoMatrixUnit) {
                      {WeightForm::stored, 64, 256, memory.data(), memory.data(), 8, 1},
                      {memory.data(), DType::bf16, {nullptr, 0, 0}}});
   EXPECT_EQ(launched, std::vector<std::string>{"gemm"});
+}
+
+TEST(Fallback, ExpertsFallBackToThePortableKernels) {
+  static std::vector<uint8_t> memory(1 << 20);
+  const std::vector<int32_t> ids(8, 0);
+  const std::vector<float> weights(8, 1.0f);
+  for (const bool refuses : {false, true}) {
+    std::vector<std::string> launched;
+    const std::set<std::string> refused = {"gemm_small", "gemm_large"};
+    const auto backend = make_backend(std::make_unique<FakeQueue>(refuses ? refused : std::set<std::string>{}, launched));
+    const auto weight = [](int64_t n, int64_t k) -> Weight {
+      return {WeightForm::stored, n, k, memory.data(), memory.data(), k / kBlock, 1};
+    };
+    backend->experts({memory.data(),
+                      DType::bf16,
+                      8,
+                      Quantizer::mxint8(128),
+                      ids.data(),
+                      weights.data(),
+                      1,
+                      nullptr,
+                      0,
+                      2,
+                      weight(256, 128),
+                      weight(128, 128),
+                      nullptr,
+                      nullptr,
+                      {GateKind::silu_mul},
+                      false,
+                      memory.data()});
+    EXPECT_EQ(std::count(launched.begin(), launched.end(), "gemm"), refuses ? 2 : 0);
+  }
 }
 
 TEST(Fallback, WhereNothingBuildsTheErrorIsTheCompilers) {

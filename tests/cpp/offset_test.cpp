@@ -234,7 +234,7 @@ class Offsets : public testing::Test {
     check_own_bits<uint16_t>(tile, lanes, m, n, k, Format::mxfp4,
                              [&](const Tall& a, const Tall& w, const uint16_t* x, const Sparse& y) {
       const int64_t rows = a.rows;
-      launch(syclrt::gemm_w4a16_matrix_variant(gpu, tile, split, DType::bf16, true, 16), "gemm_w4a16_matrix",
+      launch(syclrt::gemm_w4a16_matrix_variant(gpu, tile, split, DType::bf16, DType::bf16, true, 16), "gemm_w4a16_matrix",
              last_tile(tile, lanes, rows, w.rows, split), GemmW4a16Arguments{x, w.stored(), output(y, rows, w.rows), k});
     });
   }
@@ -257,7 +257,7 @@ class Offsets : public testing::Test {
                              [&](const Tall& a, const Tall& w, const uint16_t* x, const Sparse& y) {
       const int64_t rows = a.rows, first_row = last_of(rows, kRowUnit) * kRowUnit,
                     first_column = last_of(w.rows, lanes) * lanes;
-      launch(syclrt::gemm_w4a16_variant({lanes, false}, DType::bf16, 16), "gemm_w4a16",
+      launch(syclrt::gemm_w4a16_variant({lanes, false}, DType::bf16, DType::bf16, 16), "gemm_w4a16",
              range({rows - first_row, lanes}, {1, lanes}, {first_row, first_column}),
              GemmW4a16Arguments{x, w.stored(), output(y, rows, w.rows), k});
     });

@@ -112,4 +112,30 @@ TEST(Plan, WhatIsForcedIsTaken) {
   EXPECT_TRUE(same(plan_gemm(cri, 1, shape, Kernel::large).tile, cri.large));
 }
 
+GemmPlan plan_experts(int64_t tokens, int64_t top_k, int64_t experts, int64_t n, int64_t k,
+                      std::optional<Kernel> forced = std::nullopt) {
+  return plan_grouped_gemm(named("bmg"), 160, {tokens * top_k, tokens, experts, n, k}, forced);
+}
+
+TEST(Plan, ExpertsTakeTheKernelOfTheirShareOfTheRows) {
+  EXPECT_EQ(plan_experts(1, 4, 32, 5760, 2880).rows, 1);
+  EXPECT_EQ(plan_experts(8, 4, 32, 5760, 2880).rows, 4) << "an expert that two tokens share is read once";
+  EXPECT_EQ(plan_experts(64, 4, 32, 5760, 2880).rows, 16);
+  EXPECT_EQ(plan_experts(1024, 4, 32, 5760, 2880).kernel, Kernel::small);
+  EXPECT_EQ(plan_experts(2048, 4, 32, 5760, 2880).kernel, Kernel::large);
+  EXPECT_EQ(plan_experts(8192, 4, 128, 5760, 2880).kernel, Kernel::small) << "2 GiB of expanded experts";
+  EXPECT_EQ(plan_experts(8192, 4, 128, 5760, 2880, Kernel::large).kernel, Kernel::large);
+  EXPECT_EQ(plan_experts(1, 4, 32, 5760, 2880, Kernel::bdpas).kernel, Kernel::small);
+}
+
+TEST(Plan, FewSlotsHardlyShareAnExpert) {
+  const auto few = [](int64_t tokens, int64_t top_k, int64_t experts) {
+    return ExpertsShape{tokens * top_k, tokens, experts, 64, 64}.few();
+  };
+  EXPECT_TRUE(few(1, 8, 8));
+  EXPECT_TRUE(few(4, 4, 32));
+  EXPECT_FALSE(few(5, 4, 32));
+  EXPECT_FALSE(few(1, 9, 8)) << "more slots than experts";
+}
+
 }  // namespace

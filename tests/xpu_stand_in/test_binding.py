@@ -11,7 +11,7 @@ import pytest
 import torch
 import xpu_fp4
 from torch import Tensor
-from xpu_fp4 import MXFP4Linear, reference
+from xpu_fp4 import Mode, MXFP4Linear, reference
 
 own = torch.ops.xpu_fp4
 M, N, K = 70, 40, 160
@@ -233,6 +233,48 @@ def test_a_captured_call_computes_anew_at_each_replay(device: Any, variant: str)
         on_device[0].copy_(x * factor)
         device.replay(0, 0)
         assert_same(device, y, own.mxfp4_linear(x * factor, *weights))
+
+
+@pytest.mark.parametrize(
+    ("variant", "mode", "tokens"),
+    [("bmg:large", "w4a4", 31), ("bmg:small", "w4a8", 1), ("portable", "w4a8", 31)],
+    indirect=["variant"],
+)
+def test_captured_experts_route_anew_at_each_replay(
+    device: Any,  # noqa: ANN401
+    variant: str,
+    mode: Mode,
+    tokens: int,
+) -> None:
+    """No launch depends on where tokens go, and nothing comes back to the host: the call returns while its queue is held up."""
+    torch.manual_seed(3)
+    experts, hidden, inner, top_k = 5, 160, 96, 3
+    w13, w13_scale = (part.view(torch.uint8) for part in reference.quantize(torch.randn(experts, 2 * inner, hidden)))
+    w2, w2_scale = (part.view(torch.uint8) for part in reference.quantize(torch.randn(experts, hidden, inner)))
+    weights = (w13, w13_scale, w2, w2_scale, torch.randn(experts, 2 * inner), torch.randn(experts, hidden))
+    routed = [
+        (torch.randn(tokens, hidden), torch.randint(-1, experts, (tokens, top_k)).int(), torch.rand(tokens, top_k))
+        for _ in range(3)
+    ]
+    there, weights_there = moved(device, routed[0]), moved(device, weights)
+    own.mxfp4_experts(*there, *weights_there, mode=mode)
+    device.synchronize(0, 0)
+    fresh = device.allocations()[1]
+    device.close_gate(0, 0)
+    y = own.mxfp4_experts(*there, *weights_there, mode=mode)
+    assert not device.is_idle(0, 0)
+    device.open_gate()
+    device.synchronize(0, 0)
+    assert_same(device, y, own.mxfp4_experts(*routed[0], *weights, mode=mode))
+    assert device.allocations()[1] == fresh
+    device.begin_recording(0, 0)
+    y = own.mxfp4_experts(*there, *weights_there, mode=mode)
+    device.end_recording()
+    for inputs in routed[1:]:
+        for tensor, value in zip(there, inputs, strict=True):
+            tensor.copy_(value)
+        device.replay(0, 0)
+        assert_same(device, y, own.mxfp4_experts(*inputs, *weights, mode=mode))
 
 
 def test_tensors_of_two_devices_are_refused(device: Any, bmg: None) -> None:  # noqa: ANN401

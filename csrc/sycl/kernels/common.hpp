@@ -8,6 +8,8 @@
 //   XPU_FP4_FORMAT       where a kernel depends on it: the Format of the activations, or of the operand that it expands
 //   XPU_FP4_SCALE_MODE   FP-Quant's ScaleMode, as its number, where MXFP4 scales follow one of its rules
 //   XPU_FP4_FACTOR       where a product's sums are multiplied by a factor
+//   XPU_FP4_Y_DTYPE      where the output has another one
+//   XPU_FP4_GROUPED      1 for a product of experts: each tile of rows has a weight of its own
 //   XPU_FP4_REGISTERS    where a kernel wants 256 registers per thread on a GPU instead of 128
 #pragma once
 #include <sycl/sycl.hpp>
@@ -46,6 +48,11 @@ constexpr int kSubGroup = XPU_FP4_SUB_GROUP;
 constexpr int kUnroll = XPU_FP4_MATRIX_UNIT ? 128 : 1;
 #ifdef XPU_FP4_DTYPE
 constexpr DType kDType = static_cast<DType>(XPU_FP4_DTYPE);
+#ifdef XPU_FP4_Y_DTYPE
+constexpr DType kYDType = static_cast<DType>(XPU_FP4_Y_DTYPE);
+#else
+constexpr DType kYDType = kDType;
+#endif
 #endif
 #ifdef XPU_FP4_FORMAT
 constexpr Format kFormat = static_cast<Format>(XPU_FP4_FORMAT);
@@ -95,6 +102,23 @@ inline int8 matrix_mad(RowFragment a, int8 b, int8 acc) {
   }
   return acc;
 }
+#endif
+
+/// Of a grouped product: leaves the kernel where a tile is empty, else goes to its expert. All lanes of a work-group's
+/// row of tiles do the same.
+#ifdef XPU_FP4_GROUPED
+#define XPU_FP4_FIND_EXPERT(index)                                                        \
+  const int64_t expert = sycl::group_broadcast(this_sub_group(), tiles[index].expert, 0); \
+  m = sycl::group_broadcast(this_sub_group(), tiles[index].end, 0);                       \
+  if (expert < 0) return;                                                                 \
+  if (bias != nullptr) bias += expert * n;
+#define XPU_FP4_TO_EXPERT(index)   \
+  XPU_FP4_FIND_EXPERT(index)       \
+  w_codes += expert * n * (k / 2); \
+  w_scale += expert * n * w_scale_row_stride;
+#else
+#define XPU_FP4_FIND_EXPERT(index)
+#define XPU_FP4_TO_EXPERT(index)
 #endif
 
 /// Two packed codes -> two int8 of twice their value, in K order.

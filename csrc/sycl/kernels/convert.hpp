@@ -29,4 +29,12 @@ inline void store_converted(void* data, int64_t i, float x) {
   }
 }
 
+/// x, rounded to type T and read again.
+template <DType T>
+inline float rounded(float x) {
+  alignas(4) uint8_t bytes[4];
+  store_converted<T>(bytes, 0, x);
+  return load_converted<T>(bytes, 0);
+}
+
 }  // namespace xpu_fp4

@@ -4,8 +4,12 @@
 // rows of a group. Memory traffic per quad and row: 68 bytes of MXFP4 or 132 of MXINT8 in (quantize_expand: the floats, of
 // MXINT8 twice), 132 out.
 // Macros: XPU_FP4_FORMAT; XPU_FP4_ARRANGEMENT; XPU_FP4_ORDER, of elements; XPU_FP4_DTYPE for floats; XPU_FP4_TRANSFORM for
-// transform_quantize_expand alone.
+// transform_quantize_expand alone; XPU_FP4_EXPERTS for gather_quantize_expand and gate_quantize_expand alone, which read the
+// rows of a layer of experts.
 #include "alignment.hpp"
+#ifdef XPU_FP4_EXPERTS
+#include "experts.hpp"
+#endif
 #ifdef XPU_FP4_DTYPE
 #include "quantizer.hpp"
 #else
@@ -73,11 +77,10 @@ inline uint32_t expanded4(const uint32_t (&codes)[8], int i, uint32_t) {
 }
 
 struct Expanded : ExpandedOperand {
-  int64_t rows, padded_rows;
   uint32_t quads;
 
-  /// Whole sub-groups only: the levels are those of the group.
-  inline void store(const RowQuad& in, int64_t row, uint32_t quad) const {
+  /// Whole sub-groups only: the levels are those of the group. `real`: not a row of the padding.
+  inline void store(const RowQuad& in, int64_t row, uint32_t quad, bool real) const {
     const Alignment alignment = alignment_of(in);
     const int64_t group = row / kLanes;
     const uint32_t* e = alignment.exponent;
@@ -87,7 +90,7 @@ struct Expanded : ExpandedOperand {
       const uint32_t pitch = round_up(quads, uint32_t{kLanes});
       if (row % kLanes == 0) levels[group * pitch + quad] = ruled_out;
     }
-    if (kArrangement == Arrangement::rows && row >= rows) return;
+    if (kArrangement == Arrangement::rows && !real) return;
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
       // The shift of a block of zeros, whose exponent may be above its scale, does not matter; NaN's codes are not read.
@@ -125,7 +128,7 @@ inline Place this_place() {
   return {static_cast<int64_t>(item.get_global_id(1)), static_cast<uint32_t>(item.get_global_id(0))};
 }
 
-#ifndef XPU_FP4_TRANSFORM
+#if !defined XPU_FP4_TRANSFORM && !defined XPU_FP4_EXPERTS
 XPU_FP4_KERNEL(2)
 expand(XPU_FP4_STORED_PARAMETERS(in), XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, int64_t padded_rows, int64_t k) {
   const StoredOperand from = XPU_FP4_STORED(in);
@@ -147,22 +150,27 @@ expand(XPU_FP4_STORED_PARAMETERS(in), XPU_FP4_EXPANDED_PARAMETERS(out), int64_t 
     }
     in.scale[b] = real ? from.scale[row * from.scale_row_stride + block * from.scale_block_stride] : uint8_t{e8m0::kBias};
   }
-  Expanded{XPU_FP4_EXPANDED(out), rows, padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
+  Expanded{XPU_FP4_EXPANDED(out), static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad, row < rows);
 }
 #endif
 
 #ifdef XPU_FP4_DTYPE
 using BlockValues = Values<kBlock>;
 
-/// A row's quad of which `blocks` exist, each so many entries of x after the other: bytes of the tensor, or floats at hand.
-template <int step, class Entry, class Quad>
-inline void quantize_quad(const Entry* x, int64_t blocks, const QuantizeExpandArguments& args, Quad& in) {
+/// What becomes of a quad's floats.
+struct QuadQuantizer {
+  int mode, group;  // of MXFP4; of MXINT8
+};
+
+/// A row's quad of which `blocks` exist; block(b) gives the values of one.
+template <class Block, class Quad>
+inline void quantize_quad(const Block& block, int64_t blocks, QuadQuantizer to, Quad& in) {
   if constexpr (kFormat == Format::mxfp4) {
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
       if (b >= blocks) break;
-      const BlockValues values(x + b * step);
-      const uint8_t scale = mxfp4_scale(values, values.amax_bits, args.mode);
+      const BlockValues values = block(b);
+      const uint8_t scale = mxfp4_scale(values, values.amax_bits, to.mode);
       encode(values, Mxfp4Encoder(scale), in.codes[b]);
       in.scale[b] = scale;
     }
@@ -171,33 +179,77 @@ inline void quantize_quad(const Entry* x, int64_t blocks, const QuantizeExpandAr
     uint32_t amax_bits[kQuad], all = 0;
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
-      amax_bits[b] = b < blocks ? BlockValues(x + b * step).amax_bits : 0;
+      amax_bits[b] = b < blocks ? block(b).amax_bits : 0;
       all = sycl::max(all, amax_bits[b]);
     }
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
       if (b >= blocks) break;
-      in.scale[b] = mxint8::scale_byte(args.group == kBlock ? amax_bits[b] : all);
-      encode(BlockValues(x + b * step), Mxint8Encoder(in.scale[b]), in.codes[b]);
+      in.scale[b] = mxint8::scale_byte(to.group == kBlock ? amax_bits[b] : all);
+      encode(block(b), Mxint8Encoder(in.scale[b]), in.codes[b]);
     }
   }
 }
 
-/// quantize(x, blocks, quad): of the row's quad from x on, of which `blocks` exist.
+/// quantize(in): of the row's quad, where the row is real.
 template <class QuantizeQuad>
-inline void expand_quantized(const QuantizeExpandArguments& args, Place at, const QuantizeQuad& quantize) {
-  const auto [row, quad] = at;
-  if (row >= args.padded_rows) return;  // whole sub-groups
-  const int64_t blocks = args.k / kBlock, first = int64_t{quad} * kQuad;
+inline void expand_quantized(const ExpandedOperand& out, Place at, int64_t blocks, bool real, const QuantizeQuad& quantize) {
   RowQuad in = {};
 #pragma unroll
   for (int b = 0; b < kQuad; ++b) in.scale[b] = e8m0::kBias;
-  const uint8_t* from = static_cast<const uint8_t*>(args.x) + (row * blocks + first) * kBlock * size_of(kDType);
-  if (row < args.rows) quantize(from, blocks - first, in);
-  Expanded{args.out, args.rows, args.padded_rows, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, row, quad);
+  if (real) quantize(in);
+  Expanded{out, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, at.row, at.quad, real);
 }
 
-#ifdef XPU_FP4_TRANSFORM
+/// Of rows that lie densely. quantize(x, blocks, in): of the row's quad from x on, of which `blocks` exist.
+template <class QuantizeQuad>
+inline void expand_quantized(const QuantizeExpandArguments& args, Place at, const QuantizeQuad& quantize) {
+  if (at.row >= args.padded_rows) return;  // whole sub-groups
+  const int64_t blocks = args.k / kBlock, first = int64_t{at.quad} * kQuad;
+  const uint8_t* from = static_cast<const uint8_t*>(args.x) + (at.row * blocks + first) * kBlock * size_of(kDType);
+  expand_quantized(args.out, at, blocks, at.row < args.rows, [&](RowQuad& in) { quantize(from, blocks - first, in); });
+}
+
+#if defined XPU_FP4_EXPERTS
+/// Rows of tokens at their sorted places. Without slot_of_row slots stay as they come, each with a tile of its own, which the
+/// lane of its first quad writes: of few slots most go to different experts.
+XPU_FP4_KERNEL(2)
+gather_quantize_expand(XPU_FP4_TOKENS_PARAMETERS, XPU_FP4_ROUTING_PARAMETERS, XPU_FP4_GROUPED_ROWS_PARAMETERS,
+                       XPU_FP4_EXPANDED_PARAMETERS(out), int64_t k, int mode, int group) {
+  const Place at = this_place();
+  const GroupedRows rows = XPU_FP4_GROUPED_ROWS;
+  if (at.row >= rows.tiles * rows.stride) return;  // whole sub-groups
+  int32_t slot = -1;
+  if (slot_of_row != nullptr) {
+    slot = slot_of_row[at.row];
+  } else if (at.row % rows.stride == 0) {
+    const auto own = static_cast<int32_t>(at.row / rows.stride), expert = Routing(XPU_FP4_ROUTING).expert_of(own);
+    if (expert >= 0) slot = own;
+    if (at.quad == 0) rows.tile[own] = {expert, static_cast<int32_t>(at.row) + 1};
+  }
+  const int64_t blocks = k / kBlock, first = int64_t{at.quad} * kQuad;
+  const Tokens tokens = Tokens(XPU_FP4_TOKENS);
+  expand_quantized(XPU_FP4_EXPANDED(out), at, blocks, slot >= 0, [&](RowQuad& in) {
+    quantize_quad([&](int b) { return tokens.block<kDType>(slot, first + b, blocks); }, blocks - first, {mode, group}, in);
+  });
+}
+
+/// h of rows of u [rows, 2k], rounded to u's type.
+XPU_FP4_KERNEL(2)
+gate_quantize_expand(const void* u, XPU_FP4_GATE_PARAMETERS, XPU_FP4_GROUPED_ROWS_PARAMETERS, XPU_FP4_EXPANDED_PARAMETERS(out),
+                     int64_t k, int mode, int group) {
+  const Place at = this_place();
+  const GroupedRows rows = XPU_FP4_GROUPED_ROWS;
+  if (at.row >= rows.tiles * rows.stride) return;  // whole sub-groups
+  const ExpertTile own = rows.tile[at.row / rows.stride];
+  const int64_t blocks = k / kBlock, first = int64_t{at.quad} * kQuad;
+  const Gate gate = XPU_FP4_GATE;
+  expand_quantized(XPU_FP4_EXPANDED(out), at, blocks, own.expert >= 0 && at.row < own.end, [&](RowQuad& in) {
+    quantize_quad([&](int b) { return gated_block<kDType>(gate, u, at.row, first + b, blocks); }, blocks - first, {mode, group},
+                  in);
+  });
+}
+#elif defined XPU_FP4_TRANSFORM
 /// A lane has its whole quad in registers, since a block of H may be that large.
 XPU_FP4_KERNEL(2)
 transform_quantize_expand(const void* x, XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, int64_t padded_rows, int64_t k,
@@ -208,7 +260,7 @@ transform_quantize_expand(const void* x, XPU_FP4_EXPANDED_PARAMETERS(out), int64
   if (offset != nullptr) offset += int64_t{at.quad} * kQuadElements;
   expand_quantized(args, at, [&](const uint8_t* from, int64_t blocks, RowQuad& in) {
     const Values<kQuadElements> all(from, {offset, hadamard}, blocks);
-    quantize_quad<kBlock>(all.x, blocks, args, in);
+    quantize_quad([&](int b) { return BlockValues(all.x + b * kBlock); }, blocks, {mode, group}, in);
   });
 }
 #else
@@ -217,7 +269,7 @@ quantize_expand(const void* x, XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, i
                 int group) {
   const QuantizeExpandArguments args = {x, XPU_FP4_EXPANDED(out), rows, padded_rows, k, mode, group};
   expand_quantized(args, this_place(), [&](const uint8_t* from, int64_t blocks, RowQuad& in) {
-    quantize_quad<kBlock * size_of(kDType)>(from, blocks, args, in);
+    quantize_quad([&](int b) { return BlockValues(from + b * kBlock * size_of(kDType)); }, blocks, {mode, group}, in);
   });
 }
 #endif

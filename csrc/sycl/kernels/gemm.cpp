@@ -95,9 +95,10 @@ inline void add_rows(const Tile& tile, const uint8_t* a, const Quad& quad, int u
 
 XPU_FP4_KERNEL(2)
 gemm(XPU_FP4_STORED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k, int y_dtype) {
-  const StoredOperand w = XPU_FP4_STORED(w);
-  const OutputArguments output = XPU_FP4_OUTPUT;
   const auto item = syclext::this_work_item::get_nd_item<2>();
+  XPU_FP4_TO_EXPERT(item.get_global_id(0))
+  const OutputArguments output = XPU_FP4_OUTPUT;
+  const StoredOperand w = XPU_FP4_STORED(w);
   const Tile tile = {{m, n, k},
                      static_cast<int64_t>(item.get_global_id(0)) * kSubGroup,
                      static_cast<int64_t>(item.get_global_id(1)) / kSubGroup * kSubGroup,

@@ -97,8 +97,13 @@ gemm_large(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_EXPANDED_PARAMETERS(b), XPU_F
   const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kTileRows;
   const int64_t first_column = uniform(static_cast<int64_t>(item.get_global_id(1)) / kLanes) * (kColumnUnits * kLanes);
   if (first_row >= m || first_column >= n) return;
+  XPU_FP4_FIND_EXPERT(item.get_global_id(0))
   const uint32_t pitch = round_up(quads, uint32_t{kLanes});
+#ifdef XPU_FP4_GROUPED
+  const uint64_t row_group = first_row / kLanes, column_group = (expert * n + first_column) / kLanes;
+#else
   const uint64_t row_group = first_row / kLanes, column_group = first_column / kLanes;
+#endif
 
   Tile tile;
   tile.quads = quads;

@@ -5,7 +5,8 @@
 // A work-group computes XPU_FP4_ROWS rows x kLanes columns. Its kSplit sub-groups share K: in a round each decodes its own quad
 // of weights in registers and leaves the quad's sums in local memory; then each adds up, for its share of the rows, the round's
 // quads in ascending order. So the order is that of the definition. Macros: XPU_FP4_FORMAT (of A), XPU_FP4_ROWS, XPU_FP4_DTYPE
-// (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_WEIGHTS (Weights of layout.hpp).
+// (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_WEIGHTS (Weights of layout.hpp). XPU_FP4_COMBINED, of experts: a work-group does the slots
+// of a token, each a tile of one row, and adds them up.
 #include <sycl/ext/oneapi/work_group_static.hpp>
 
 #include "decode.hpp"
@@ -21,6 +22,13 @@ constexpr int kSplit = kSmallSplit;
 constexpr int kOwnRows = ceil_div(kRows, kSplit);
 constexpr int kUnitRows = kRows < kRowUnit ? kRows : kRowUnit;
 using Decoded = DecodedBlock<(kRows > 16 ? 2 : 1)>;  // so that the matrix unit keeps up with memory
+
+// Exponents come in groups of lanes: a tile that is not the first begins one.
+#ifdef XPU_FP4_GROUPED
+constexpr int kTileStride = round_up(kRows, kLanes);
+#else
+constexpr int kTileStride = kRows;
+#endif
 
 using RoundTerms = uint32_t[kSplit][kRows][kLanes];
 
@@ -140,29 +148,21 @@ XPU_FP4_INLINE bool any_outside_of_window(const uint32_t (&rows)[kGroups], uint3
   return sycl::any_of_group(this_sub_group(), (outside & 0x80808080u) != 0);
 }
 
-XPU_FP4_KERNEL(2)
-gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k,
-           uint32_t start_bits) {
-  const auto item = syclext::this_work_item::get_nd_item<2>();
-  static syclexp::work_group_static<RoundTerms[2]> terms;
-  const uint32_t split = uniform(this_sub_group().get_group_linear_id());
-  const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kRows;
-  const int64_t first_column = static_cast<int64_t>(item.get_global_id(1)) / (kLanes * kSplit) * kLanes;
-  const auto quads = static_cast<uint32_t>(ceil_div(k, kQuadElements));
-  const auto blocks = static_cast<uint32_t>(k / kBlock);
-
+/// The tile's rows from first_row on, of `m` that are real.
+XPU_FP4_INLINE Rows rows_from(const ExpandedOperand& a, int64_t first_row, int64_t m, uint32_t quads) {
   // Rows are padded to groups: a tile may start inside of one only where it is smaller, and then it is the first.
   const uint64_t row_group = first_row / kLanes;
   const auto height = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kRows}));
-  const Rows rows = {{(GlobalBytes)a_codes + uint64_t(first_row) * quads * kQuadElements, quads, height},
-                     (GlobalWords)a_exponents + row_group * quads * kLanes,
-                     quads};
-  WeightColumn column(XPU_FP4_STORED(w), k, sycl::min(first_column + lane_id(), n - 1), split);
-  const int8 start = start_of_lane(start_bits);
-  const uint32_t first_own = split * kOwnRows;
+  return {{(GlobalBytes)a.codes + uint64_t(first_row) * quads * kQuadElements, quads, height},
+          (GlobalWords)a.exponents + row_group * quads * kLanes,
+          quads};
+}
 
-  float acc[kOwnRows] = {};
-  uint32_t buffer = 0;
+/// acc += the tile's sums, of the sub-group's own rows.
+XPU_FP4_INLINE void add_tile(const Rows& rows, WeightColumn column, uint32_t blocks, uint32_t split, const int8& start,
+                             uint32_t& buffer, float (&acc)[kOwnRows]) {
+  static syclexp::work_group_static<RoundTerms[2]> terms;
+  const uint32_t quads = rows.quads, first_own = split * kOwnRows;
 #pragma nounroll
   for (uint32_t first = 0; first < quads; first += kSplit) {
     const uint32_t quad = first + split;
@@ -196,10 +196,59 @@ gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4
     column.step(kSplit);
     buffer ^= 1;  // the next round writes what the one before has read: one barrier is enough
   }
+}
+
+#ifdef XPU_FP4_COMBINED
+XPU_FP4_KERNEL(2)
+gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k,
+           uint32_t start_bits, XPU_FP4_SLOT_WEIGHTS_PARAMETERS) {
+  const auto item = syclext::this_work_item::get_nd_item<2>();
+  const uint32_t split = uniform(this_sub_group().get_group_linear_id());
+  const int64_t token = uniform(static_cast<int64_t>(item.get_global_id(0)));
+  const int64_t first_column = static_cast<int64_t>(item.get_global_id(1)) / (kLanes * kSplit) * kLanes;
+  const int64_t column = sycl::min(first_column + lane_id(), n - 1);
+  const auto quads = static_cast<uint32_t>(ceil_div(k, kQuadElements));
+  const int8 start = start_of_lane(start_bits);
+
+  float sum = 0.0f;
+  uint32_t buffer = 0;
+#pragma nounroll
+  for (int64_t slot = token * top_k; slot < (token + 1) * top_k; ++slot) {
+    const int64_t expert = uniform(tiles[slot].expert);
+    if (expert < 0) continue;  // the whole work-group
+    const int64_t first_row = slot * kTileStride;
+    const StoredOperand own = {w_codes + expert * n * (k / 2), w_scale + expert * n * w_scale_row_stride, w_scale_row_stride,
+                               w_scale_block_stride};
+    float acc[kOwnRows] = {};
+    add_tile(rows_from(XPU_FP4_EXPANDED(a), first_row, first_row + 1, quads), WeightColumn(own, k, column, split),
+             static_cast<uint32_t>(k / kBlock), split, start, buffer, acc);
+    if (bias != nullptr) acc[0] += bias[expert * n + column];
+    sum = sycl::fma(weights == nullptr ? 1.0f : weights[slot], acc[0], sum);
+  }
+  if (split == 0 && first_column + lane_id() < n) store_converted<kDType>(y, token * n + column, sum);
+}
+#else
+XPU_FP4_KERNEL(2)
+gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k,
+           uint32_t start_bits) {
+  const auto item = syclext::this_work_item::get_nd_item<2>();
+  XPU_FP4_TO_EXPERT(item.get_global_id(0))
+  const uint32_t split = uniform(this_sub_group().get_group_linear_id());
+  const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kTileStride;
+  const int64_t first_column = static_cast<int64_t>(item.get_global_id(1)) / (kLanes * kSplit) * kLanes;
+  const auto quads = static_cast<uint32_t>(ceil_div(k, kQuadElements));
+  const Rows rows = rows_from(XPU_FP4_EXPANDED(a), first_row, m, quads);
+  const WeightColumn column(XPU_FP4_STORED(w), k, sycl::min(first_column + lane_id(), n - 1), split);
+  const int8 start = start_of_lane(start_bits);
+
+  float acc[kOwnRows] = {};
+  uint32_t buffer = 0;
+  add_tile(rows, column, static_cast<uint32_t>(k / kBlock), split, start, buffer, acc);
   const Output output{XPU_FP4_OUTPUT};
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) {
-    const uint32_t row = first_own + i;
-    if (row < height) output.store_row(acc[i], first_row + row, first_column + lane_id());
+    const uint32_t row = split * kOwnRows + i;
+    if (row < rows.codes.height) output.store_row(acc[i], first_row + row, first_column + lane_id());
   }
 }
+#endif

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A16: Y [M, N] = X [M, K] x W [N, K]^T + bias in float32, in the order of format/accumulate.h. XPU_FP4_DTYPE is X's and Y's.
+// W4A16: Y [M, N] = X [M, K] x W [N, K]^T + bias in float32, in the order of format/accumulate.h. XPU_FP4_DTYPE is X's,
+// and Y's but for XPU_FP4_Y_DTYPE. Grouped, a tile is a row.
 // One lane per output, neighbouring lanes on neighbouring columns; every lane reads its own packed row of W.
 #include "common.hpp"
 
@@ -25,6 +26,7 @@ inline float block_sum(const void* x, int64_t first, const Bytes16& packed) {
 XPU_FP4_KERNEL(2) gemm_w4a16(const void* x, XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   const int64_t row = item.get_global_id(0), lane_column = item.get_global_id(1);
+  XPU_FP4_TO_EXPERT(row)
   // A lane beyond N repeats the last column: it must not leave before the sum is complete. For the lanes that remain, Intel's
   // CPU compiler would make a loop of its own that adds the quads in another order.
   const int64_t column = sycl::min(lane_column, n - 1);
@@ -46,5 +48,5 @@ XPU_FP4_KERNEL(2) gemm_w4a16(const void* x, XPU_FP4_STORED_PARAMETERS(w), XPU_FP
   const OutputArguments output = XPU_FP4_OUTPUT;
   acc *= output.factor;
   if (bias != nullptr) acc += bias[row * bias_row_stride + column * bias_column_stride];
-  store<kDType>(y, row * n + column, acc);
+  store<kYDType>(y, row * n + column, acc);
 }

@@ -6,8 +6,8 @@
 //
 // A sub-group computes 8 * XPU_FP4_ROW_UNITS rows x kLanes * XPU_FP4_COLUMN_UNITS columns. With XPU_FP4_SPLIT = 8, for few
 // rows, the eight sub-groups of a work-group share K by quads and add their sums at the end, in a fixed order. Macros: those,
-// XPU_FP4_DTYPE (X's and Y's), XPU_FP4_BLOCK_2D, XPU_FP4_ALIGNMENT (of W), XPU_FP4_ALIGNED_ROWS (X begins on a cache line, as
-// 2D loads need it), XPU_FP4_REGISTERS.
+// XPU_FP4_DTYPE (X's, and Y's but for XPU_FP4_Y_DTYPE), XPU_FP4_BLOCK_2D, XPU_FP4_ALIGNMENT (of W), XPU_FP4_ALIGNED_ROWS (X
+// begins on a cache line, as 2D loads need it), XPU_FP4_REGISTERS.
 #include <sycl/ext/oneapi/work_group_static.hpp>
 
 #include "output.hpp"
@@ -204,6 +204,7 @@ gemm_w4a16_matrix(const void* x, XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PA
   const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kTileRows;
   const int64_t first_column = tile_column * kTileColumns;
   if (first_row >= m || first_column >= n) return;  // whole work-groups where they are split
+  XPU_FP4_TO_EXPERT(item.get_global_id(0))
   const int64_t row_bytes = 2 * k;
   const auto height = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kTileRows}));
   const Rows rows = {(GlobalBytes)x + first_row * row_bytes, height, row_bytes};

@@ -14,7 +14,7 @@ struct Output : OutputArguments {
   XPU_FP4_INLINE void store_row(float acc, int64_t row, int64_t column) const {
     if (column >= n) return;
     const float scaled = acc * factor;
-    store_converted<kDType>(y, row * n + column, bias == nullptr ? scaled : scaled + bias_of(row, column));
+    store_converted<kYDType>(y, row * n + column, bias == nullptr ? scaled : scaled + bias_of(row, column));
   }
 
   /// acc[i][j], element r of it, is row first_row + 8 i + r, column first_column + kLanes j + lane.
@@ -47,7 +47,7 @@ struct Output : OutputArguments {
         }
 #pragma unroll
         for (int j = 0; j < column_units; ++j) {
-          if (real[j]) store_converted<kDType>(y, at + kLanes * j, acc[i][j][r] * factor + added[j]);
+          if (real[j]) store_converted<kYDType>(y, at + kLanes * j, acc[i][j][r] * factor + added[j]);
         }
         at += n;
       }

@@ -2,6 +2,7 @@
 // Codes, scales and the expanded form.
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
 #include <utility>
 
 #include "../../format/fp_quant.h"
@@ -33,7 +34,8 @@ Variant for_rule(Variant variant, const Quantizer& to) {
 }
 
 void transform(const Queue& queue, const Quantize& args) {
-  const auto& [hadamard, offset] = args.to.transform;
+  const auto& [hadamard, offset, gate] = args.to.transform;
+  if (!gate.is_none()) throw std::logic_error("xpu_fp4: only the kernels of experts gate rows here");
   const Format to = args.to.format;
   const char* kernel = to == Format::none    ? "transform"
                        : to == Format::mxfp4 ? "transform_quantize"

@@ -3,6 +3,8 @@
 #pragma once
 #include <initializer_list>
 #include <memory>
+#include <optional>
+#include <string>
 
 #include "../../product.h"
 #include "../kernels/arguments.hpp"
@@ -39,14 +41,47 @@ struct Expanded {
 ExpandedLayout weight_layout(const Architecture& architecture, int64_t n, int64_t k);
 void expand_weight(const Queue& queue, Gpu gpu, const Weight& w, const Expanded& out);
 
+// ---- experts ----
+/// Tiles of rows with weights of their own, in a product whose m is theirs all and whose weight is the first expert's, of as
+/// many as there are. `combined`: a token's slots, a tile of one row each, are added up, and y's rows are tokens.
+struct Grouped {
+  const ExpertTile* tiles = nullptr;
+  int64_t count = 0;  // of tiles
+  int64_t experts = 0;
+  const SlotWeights* combined = nullptr;
+
+  RowTiles kind() const {
+    return tiles == nullptr ? RowTiles::dense : combined == nullptr ? RowTiles::grouped : RowTiles::combined;
+  }
+};
+
+/// How a layer of experts runs: on the portable kernels where there is no GPU. Slots that are not sorted have a tile each.
+struct ExpertsPlan {
+  std::optional<Gpu> gpu;
+  GemmPlan product;
+  bool sorted = true;
+};
+/// The kernels that ran, in their order.
+std::string experts(const Queue& queue, const ExpertsPlan& plan, const Experts& args);
+
 // ---- products on devices without a matrix unit: activations as codes, or as floats ----
-std::string gemm(const Queue& queue, const Product& product);
-std::string gemm_w4a16(const Queue& queue, const Product& product);
+std::string gemm(const Queue& queue, const Product& product, const Grouped& grouped = {});
+std::string gemm_w4a16(const Queue& queue, const Product& product, const Grouped& grouped = {});
 
 // ---- products on a matrix unit. Each returns the label of the variant that it took ----
 std::string gemm_small(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product);
 std::string gemm_large(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product);
 std::string gemm_bdpas(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product);
-std::string gemm_w4a16_matrix(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product);
+std::string gemm_w4a16_matrix(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product,
+                              const Grouped& grouped = {});
+
+// ---- and their parts: activations that are expanded already, of product.activations.m padded rows ----
+Expanded allocate_expanded(const Queue& queue, const ExpandedLayout& layout);
+/// The rows are padded to whole tiles.
+Expanded expand_activations(const Queue& queue, Gpu gpu, const Activations& a, ElementOrder order, int64_t tile_rows);
+std::string gemm_small(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product, const Expanded& a,
+                       const Grouped& grouped = {});
+std::string gemm_large(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product, const Expanded& a,
+                       const Grouped& grouped = {});
 
 }  // namespace xpu_fp4::syclrt::launch
