@@ -12,7 +12,7 @@ from ._library import BLOCK
 from ._text import shorten
 from .functional import Group, Hadamard, Mode, ScaleMode, modes_of
 from .modules import MXFP4Linear
-from .moe import MXFP4Experts, experts_in, experts_kind, put_experts
+from .moe import MXFP4Experts, experts_in, experts_kind, put
 
 Model = TypeVar("Model", bound=nn.Module)
 _WORTH_A_WORD = 0.01
@@ -61,23 +61,16 @@ def quantize_(
         steps = track(chosen, description=f"Quantizing to MXFP4 ({mode})")
     else:
         steps = chosen
-    replacement: dict[nn.Module, MXFP4Linear | MXFP4Experts] = {}
+    replacement: dict[nn.Module, nn.Module] = {}
     how: dict[str, Any] = {"mode": mode, "scale_mode": scale_mode, "group": group, "hadamard": hadamard}
     for name, module in steps:
-        if name in experts:
-            made = replacement.get(module) or MXFP4Experts.from_experts(module, **how)
-            put_experts(model, name, made)
-        else:
-            made = replacement.get(module) or MXFP4Linear.from_linear(linears[name], **how)
-            put(model, name, made)
-        replacement[module] = made
+        if module not in replacement:
+            is_linear = name in linears
+            replacement[module] = (
+                MXFP4Linear.from_linear(linears[name], **how) if is_linear else MXFP4Experts.from_experts(module, **how)
+            )
+        put(model, name, replacement[module])
     return model
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of a model's module of that name."""
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, module)
 
 
 def experts_to_replace(model: nn.Module, filter_fn: Filter, hadamard: Hadamard = 0) -> dict[str, nn.Module]:

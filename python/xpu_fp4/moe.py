@@ -269,11 +269,11 @@ class RoutedOnInput(nn.Module):
         return self.shared_expert(hidden_states) + self.experts(hidden_states, ids, weights), logits
 
 
-def put_experts(model: nn.Module, name: str, experts: MXFP4Experts) -> None:
-    """Puts experts in the place of a model's experts module of that name."""
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of a model's of that name, and what it needs around it."""
     owner, _, attribute = name.rpartition(".")
     layer = model.get_submodule(owner)
-    setattr(layer, attribute, experts)
-    if experts.router_on_input:
+    setattr(layer, attribute, module)
+    if isinstance(module, MXFP4Experts) and module.router_on_input:
         above, _, name_of_layer = owner.rpartition(".")
         setattr(model.get_submodule(above), name_of_layer, RoutedOnInput(layer))

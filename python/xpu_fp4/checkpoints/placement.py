@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..modules import MXFP4Linear
-from ..moe import DOWN, GATE_UP, PROJECTIONS, MXFP4Experts, experts_kind, is_experts, put_experts
+from ..moe import DOWN, GATE_UP, PROJECTIONS, MXFP4Experts, experts_kind, is_experts, put
 from .description import Checkpoint, Layer
 from .errors import CheckpointError
 from .names import names_in_model
@@ -52,11 +52,8 @@ def replace_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]
         else:
             experts[place.module][name] = place
     made = {module: _experts(model, checkpoint, module, mine) for module, mine in experts.items()}
-    for name, linear in linears.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, linear)
-    for name, module in made.items():
-        put_experts(model, name, module)
+    for name, replacement in [*linears.items(), *made.items()]:
+        put(model, name, replacement)
     return places
 
 
