@@ -196,11 +196,18 @@ class MXFP4Experts(PackedModule[PackedExperts]):
     def _weight(self) -> PackedExperts:
         if self._prepacked_gate_up is not None and self._prepacked_down is not None:
             strips = self._prepacked_gate_up, self._prepacked_down
-            return PackedExperts("prepacked", self.num_experts, self.hidden, self.intermediate, strips)
+            return PackedExperts("prepacked", *self._shape(), strips)
         gate_up, gate_up_scales, down, down_scales = (
             self._to_local(cast(Tensor, self._parameters[name])) for name in self._stored_names
         )
         return PackedExperts.stored(gate_up.flatten(2), gate_up_scales, down.flatten(2), down_scales)
+
+    def _shape(self) -> tuple[int, int, int]:
+        """E, H and I of what this process has."""
+        return self.num_experts, self.hidden, self.intermediate
+
+    def _bias(self, name: str) -> Tensor | None:
+        return self._parameters[f"{name}_bias"]
 
     def _stored(self) -> tuple[Tensor, ...]:
         gate_up, gate_up_scales, down, down_scales = self._weight().stored_tensors()
@@ -220,12 +227,15 @@ class MXFP4Experts(PackedModule[PackedExperts]):
 
         An index below 0, or of E and more, which Transformers gives to slots of other ranks, adds nothing.
         """
+        return self._layer(hidden_states, top_k_index, top_k_weights)
+
+    def _layer(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return self._snapshot().layer(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            getattr(self, f"{GATE_UP}_bias"),
-            getattr(self, f"{DOWN}_bias"),
+            x,
+            ids,
+            weights,
+            self._bias(GATE_UP),
+            self._bias(DOWN),
             gate=self.gate,
             mode=self.mode,
             scale_mode=self.scale_mode,

@@ -93,6 +93,15 @@ class Gate:
     alpha: float = 1.702
     limit: float = 7.0
 
+    def options(self) -> dict[str, Any]:
+        """The arguments of `xpu_fp4.experts` and of `reference.gate`."""
+        return {
+            "activation": self.activation,
+            "interleaved": self.interleaved,
+            "alpha": self.alpha,
+            "limit": self.limit,
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
@@ -138,6 +147,15 @@ class PackedExperts:
         is_stored_on_cpu = self.form == "stored" and self.tensors[0].device.type == "cpu"
         return self.prepacked() if is_stored_on_cpu and cpu_backend_name() == "native" else self
 
+    def expert(self, expert: int) -> tuple[PackedWeight, PackedWeight]:
+        """One expert's w13 and w2."""
+        if self.form == "prepacked":
+            w13, w2 = (tensor[expert] for tensor in self.tensors)
+            gate_up = PackedWeight("prepacked", 2 * self.intermediate, self.hidden, (w13,))
+            return gate_up, PackedWeight("prepacked", self.hidden, self.intermediate, (w2,))
+        w13, w13_scale, w2, w2_scale = (tensor[expert] for tensor in self.tensors)
+        return PackedWeight.stored(w13, w13_scale), PackedWeight.stored(w2, w2_scale)
+
     def layer(
         self,
         x: Tensor,
@@ -156,7 +174,7 @@ class PackedExperts:
     ) -> Tensor:
         """x [T, H] -> [T, H]: `xpu_fp4.experts`, with the same bits in every form."""
         options: dict[str, Any] = {
-            "activation": gate.activation, "interleaved": gate.interleaved, "alpha": gate.alpha, "limit": gate.limit,
+            **gate.options(),
             "mode": mode, "scale_mode": scale_mode, "group": group, "hadamard": hadamard,
             "expert_map": expert_map, "router_on_input": router_on_input,
         }  # fmt: skip

@@ -52,8 +52,9 @@ def replace_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]
         else:
             experts[place.module][name] = place
     made = {module: _experts(model, checkpoint, module, mine) for module, mine in experts.items()}
-    for name, replacement in [*linears.items(), *made.items()]:
-        put(model, name, replacement)
+    replacements: dict[str, nn.Module] = {**linears, **made}
+    for name, module in replacements.items():
+        put(model, name, module)
     return places
 
 
