@@ -238,7 +238,7 @@ def test_experts_run_in_the_mode_that_is_asked_for(tmp_path: Path) -> None:
     answers = {}
     for mode in get_args(Mode):
         model = xpu_fp4.load_model(folder, mode=mode)
-        assert {module.scheme.mode for module in model.modules() if isinstance(module, MXFP4Experts)} == {mode}
+        assert {module.mode for module in model.modules() if isinstance(module, MXFP4Experts)} == {mode}
         with torch.inference_mode():
             answers[mode] = model(IDS).logits.float()
     noise = {mode: float((answer - answers["w4a16"]).norm()) for mode, answer in answers.items()}

@@ -212,10 +212,11 @@ def test_experts_are_transformed_too(tmp_path: Path) -> None:
         config["quantization_config"] = write_config(scheme, ignore)
         (out / "config.json").write_text(json.dumps(config))
         (experts,) = (m for m in xpu_fp4.load_model(out).modules() if isinstance(m, MXFP4Experts))
-        weight, scale = (experts.get_parameter(f"gate_up_proj_{part}")[1] for part in ("blocks", "scales"))
-        assert_same_bits(
-            experts._project("gate_up_proj", 1, x), xpu_fp4.linear(x, weight.flatten(1), scale, **scheme.arguments())
-        )
+        stored = [
+            parameter.flatten(2) if name.endswith("blocks") else parameter for name, parameter in experts.named_parameters()
+        ]
+        ids, weights = torch.tensor([[0, 1]] * 5), torch.rand(5, 2, generator=seeded(5))
+        assert_same_bits(experts(x, ids, weights), xpu_fp4.experts(x, ids, weights, *stored, **scheme.arguments()))
     config["quantization_config"] = write_config(Scheme("w4a4", hadamard=64), ignore)
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"head_dim is 64 for \S*experts.0.w2, whose K is 96"):

@@ -25,6 +25,9 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.multiprocessing.spawn import spawn
 from xpu_fp4 import Mode, MXFP4Linear, reference
 from xpu_fp4.distributed import ColumnParallel, RowParallel, tensor_parallel_plan
+from xpu_fp4.distributed_experts import ColumnParallelExperts, ExpertParallel, expert_parallel_plan
+from xpu_fp4.moe import MXFP4Experts
+from xpu_fp4.weight import Gate
 
 RANKS = 2
 N, K = 48, 320  # 5 blocks a rank: a quad that is not full, and one that one process would cut elsewhere
@@ -277,6 +280,107 @@ def threads_share_a_shard(mesh: DeviceMesh, tmp: Path) -> None:
         at_once(forward, forward, save_and_undo, save_and_undo)
 
 
+EXPERTS = 6
+KINDS: dict[str, dict[str, Any]] = {
+    "silu_mul": {},
+    "gpt-oss": {"gate": Gate("swiglu_oai", interleaved=True), "bias": True},
+    "llama 4": {"router_on_input": True},
+    "turned": {"hadamard": 32, "bias": True},
+}
+
+
+def experts_and_input(kind: str, mode: Mode, dtype: torch.dtype) -> tuple[MXFP4Experts, tuple[Tensor, Tensor, Tensor]]:
+    """The same in every process: tokens with several experts of one rank, of none, and with no expert."""
+    generator = seeded(20)
+    module = MXFP4Experts(EXPERTS, 96, 64, mode=mode, dtype=dtype, **KINDS[kind])
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype)
+        else:
+            low, high = (0, 256) if name.endswith("blocks") else (118, 123)
+            parameter.data = torch.randint(low, high, parameter.shape, generator=generator, dtype=torch.uint8)
+    x = torch.randn(11, 96, generator=generator).to(dtype)
+    ids = torch.rand(11, EXPERTS, generator=generator).argsort(-1)[:, :3]
+    ids[0], ids[1, 1], ids[2, 0] = -1, EXPERTS, EXPERTS + 1
+    return module, (x, ids, torch.rand(11, 3, generator=generator) * 2 - 1)
+
+
+def experts_exchanged_or_by_columns_give_the_bits_of_one_process(mesh: DeviceMesh, tmp: Path) -> None:
+    for mode, kind, dtype in product(MODES, KINDS, DTYPES):
+        module, given = experts_and_input(kind, mode, dtype)
+        expected = copy.deepcopy(module)(*given)
+        for style in (ExpertParallel(combine="ordered"), ColumnParallelExperts()):
+            sharded = parallelize_module(copy.deepcopy(module), mesh, style)
+            for _ in range(2):
+                assert_same_bits(sharded(*given), expected)
+
+
+def experts_of_ranks_are_added_in_the_order_of_ranks(mesh: DeviceMesh, tmp: Path) -> None:
+    differs = False
+    here = EXPERTS // RANKS
+    for mode, kind, dtype in product(MODES, KINDS, DTYPES):
+        module, (x, ids, weights) = experts_and_input(kind, mode, dtype)
+        shares = [module(x, torch.where(ids // here == rank, ids, -1), weights).float() for rank in range(RANKS)]
+        sharded = parallelize_module(copy.deepcopy(module), mesh, ExpertParallel())
+        assert_same_bits(sharded(x, ids, weights), (shares[0] + shares[1]).to(dtype))
+        assert sharded.is_prepacked
+        differs |= not torch.equal(sharded(x, ids, weights), module(x, ids, weights))
+    assert differs, "the data does not tell the order of additions"
+
+
+def sharded_experts_are_saved_and_loaded(mesh: DeviceMesh, tmp: Path) -> None:
+    module, given = experts_and_input("gpt-oss", "w4a8", torch.bfloat16)
+    whole = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    for name, style, dim in (("rows", ExpertParallel(), 0), ("columns", ColumnParallelExperts(), 1)):
+        sharded = parallelize_module(copy.deepcopy(module), mesh, style)
+        expected = sharded(*given)
+        for part, tensor in sharded.state_dict().items():
+            assert isinstance(tensor, DTensor)
+            assert_same_bits(tensor.to_local(), whole[part].chunk(RANKS, dim)[mesh.get_local_rank()].contiguous())
+        save(sharded.state_dict(), checkpoint_id=tmp / name)
+        other = parallelize_module(
+            MXFP4Experts(EXPERTS, 96, 64, True, gate=module.gate, mode="w4a8", dtype=torch.bfloat16), mesh, style
+        )
+        assert not torch.equal(other(*given), expected)
+        state = other.state_dict()
+        load(state, checkpoint_id=tmp / name)
+        other.load_state_dict(state)
+        assert_same_bits(other(*given), expected)
+
+
+def fsdp_gives_the_bits_of_one_process_for_experts(mesh: DeviceMesh, tmp: Path) -> None:
+    for kind in KINDS:
+        module, (x, ids, weights) = experts_and_input(kind, "w4a4", torch.bfloat16)
+        x = x * (mesh.get_local_rank() + 1)  # other data on each rank
+        expected = copy.deepcopy(module)(x, ids, weights)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        for _ in range(2):
+            assert_same_bits(module(x, ids, weights), expected)
+            assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+        assert not module.is_prepacked, "a rank would keep all experts"
+
+
+def a_model_has_an_expert_parallel_plan(mesh: DeviceMesh, tmp: Path) -> None:
+    from checkpoint_files import IDS
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32}
+    config = Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_key_value_heads=2)
+    model = xpu_fp4.quantize_(Qwen3MoeForCausalLM(config).eval())
+    with torch.inference_mode():
+        expected = model(IDS).logits
+        parallelize_module(model, mesh, expert_parallel_plan(model, combine="ordered"))
+        assert_same_bits(model(IDS).logits, expected)
+    assert sum(isinstance(parameter, DTensor) for parameter in model.parameters()) == 0, "all are prepacked by now"
+    with pytest.raises(ValueError, match="Block has no MXFP4Experts"):
+        expert_parallel_plan(Block())
+    with pytest.raises(ValueError, match="3 experts do not divide by 2 ranks"):
+        parallelize_module(MXFP4Experts(3, 32, 32), mesh, ExpertParallel())
+    with pytest.raises(TypeError, match="is a Block, expected MXFP4Experts"):
+        parallelize_module(Block(), mesh, ExpertParallel())
+
+
 PROPERTIES: list[Callable[[DeviceMesh, Path], None]] = [
     column_gives_the_bits_of_one_process,
     row_adds_partial_sums_in_the_order_of_ranks,
@@ -289,6 +393,11 @@ PROPERTIES: list[Callable[[DeviceMesh, Path], None]] = [
     fsdp_gives_the_bits_of_one_process,
     threads_share_a_shard,
     a_transformers_model_is_sharded_by_its_own_plan,
+    experts_exchanged_or_by_columns_give_the_bits_of_one_process,
+    experts_of_ranks_are_added_in_the_order_of_ranks,
+    sharded_experts_are_saved_and_loaded,
+    fsdp_gives_the_bits_of_one_process_for_experts,
+    a_model_has_an_expert_parallel_plan,
 ]
 
 

@@ -11,6 +11,7 @@ import xpu_fp4
 from helpers import DTYPES, assert_same_bits, normal, random_codes, random_scales, seeded
 from torch import Tensor
 from xpu_fp4 import Activation, Mode, reference
+from xpu_fp4.weight import Gate, PackedExperts
 
 BIT_DEFINED: tuple[Mode, ...] = ("w4a4", "w4a8")
 ALL_MODES: tuple[Mode, ...] = (*BIT_DEFINED, "w4a16")
@@ -137,6 +138,23 @@ def test_defined_modes_have_the_bits_of_the_definition(backend: str, case: str, 
 def test_prepacked_experts_have_the_same_bits(case: str, mode: Mode) -> None:
     given = layer(dtype=torch.bfloat16)
     assert_same_bits(given.run_prepacked(mode=mode, **CASES[case]), given.run(mode=mode, **CASES[case]))
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_packed_experts_have_the_same_bits_in_every_form(mode: Mode) -> None:
+    given = layer()
+    gate = Gate("swiglu_oai", interleaved=True, alpha=1.5, limit=2.0)
+    places = torch.tensor([4, -1, 1, 0, 2], dtype=torch.int32)
+    options: dict[str, Any] = {"mode": mode, "group": 32, "hadamard": 32, "expert_map": places, "router_on_input": True}
+    expected = given.run(activation="swiglu_oai", interleaved=True, alpha=1.5, limit=2.0, **options)
+    stored = PackedExperts.stored(given.w13, given.w13_scale, given.w2, given.w2_scale)
+    assert (stored.experts, stored.hidden, stored.intermediate) == given.shape
+    assert stored.best().form == "prepacked"
+    for packed in (stored, stored.prepacked()):
+        y = packed.layer(given.x, given.ids, given.weights, given.w13_bias, given.w2_bias, gate=gate, **options)
+        assert_same_bits(y, expected)
+        for got, want in zip(packed.stored_tensors(), stored.tensors, strict=True):
+            assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize("mode", ALL_MODES)

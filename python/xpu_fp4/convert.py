@@ -2,8 +2,8 @@
 """Quantizes a model in place; expands its weights for GPUs."""
 
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -12,6 +12,7 @@ from ._library import BLOCK
 from ._text import shorten
 from .functional import Group, Hadamard, Mode, ScaleMode, modes_of
 from .modules import MXFP4Linear
+from .moe import MXFP4Experts, experts_in, experts_kind, put
 
 Model = TypeVar("Model", bound=nn.Module)
 _WORTH_A_WORD = 0.01
@@ -36,34 +37,60 @@ def quantize_(
 ) -> Model:
     """Replaces the nn.Linear modules of a model by MXFP4Linear, in place, and returns the model.
 
+    Modules with the experts of a layer, as Transformers has them, are replaced by MXFP4Experts.
+
     Args:
         model: any module that contains nn.Linear; subclasses of nn.Linear are left alone, since their owners look inside them.
         mode, scale_mode, group, hadamard: as for MXFP4Linear.
-        filter_fn: called with (module, its dotted name) for every nn.Linear; those for which it is false stay.
+        filter_fn: called with (module, its dotted name) for every nn.Linear and every module of experts; those for which it is
+            false stay.
         progress: whether to draw a progress bar.
 
     Raises:
         ValueError: the model is itself an nn.Linear (use MXFP4Linear.from_linear), or in_features is no multiple of 32.
 
-    Matrices that are in no nn.Linear, embedding or convolution (fused experts, GPT-2's Conv1D, nn.MultiheadAttention) stay as
-    they are, and are named in a warning.
+    Other matrices, embeddings and convolutions aside (experts whose gate is not known, GPT-2's Conv1D, nn.MultiheadAttention),
+    stay as they are, and are named in a warning.
     """
-    chosen = list(linears_to_replace(model, filter_fn, hadamard, stacklevel=3).items())
+    linears = linears_to_replace(model, filter_fn, hadamard, stacklevel=3)
+    experts = experts_to_replace(model, filter_fn, hadamard)
+    chosen: list[tuple[str, nn.Module]] = [*linears.items(), *experts.items()]
     if progress:
         from rich.progress import track
 
         steps = track(chosen, description=f"Quantizing to MXFP4 ({mode})")
     else:
         steps = chosen
-    replacement: dict[nn.Linear, MXFP4Linear] = {}
-    for name, linear in steps:
-        if linear not in replacement:
-            replacement[linear] = MXFP4Linear.from_linear(
-                linear, mode=mode, scale_mode=scale_mode, group=group, hadamard=hadamard
+    replacement: dict[nn.Module, nn.Module] = {}
+    how: dict[str, Any] = {"mode": mode, "scale_mode": scale_mode, "group": group, "hadamard": hadamard}
+    for name, module in steps:
+        if module not in replacement:
+            is_linear = name in linears
+            replacement[module] = (
+                MXFP4Linear.from_linear(linears[name], **how) if is_linear else MXFP4Experts.from_experts(module, **how)
             )
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, replacement[linear])
+        put(model, name, replacement[module])
     return model
+
+
+def experts_to_replace(model: nn.Module, filter_fn: Filter, hadamard: Hadamard = 0) -> dict[str, nn.Module]:
+    """The modules of experts of a known kind for which filter_fn is true, by their names.
+
+    Raises ValueError, with the name, if a K is no multiple of 32 or of hadamard.
+    """
+    chosen = {}
+    for name, module in experts_in(model):
+        try:
+            experts_kind(module)
+        except ValueError:
+            continue
+        if filter_fn(module, name):
+            chosen[name] = module
+            try:
+                MXFP4Experts.like(module, hadamard=hadamard)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}: leave it out by filter_fn") from None
+    return chosen
 
 
 def linears_to_replace(
@@ -81,7 +108,7 @@ def linears_to_replace(
             raise ValueError(
                 f"{name} has in_features {linear.in_features}, expected a multiple of {size}: leave it out by filter_fn"
             )
-    others = _other_matrices(model)
+    others = _other_matrices(model, experts_to_replace(model, filter_fn, hadamard))
     share = sum(p.numel() for p in others.values()) / max(1, sum(p.numel() for p in model.parameters()))
     if share >= _WORTH_A_WORD:
         warnings.warn(
@@ -92,13 +119,13 @@ def linears_to_replace(
     return chosen
 
 
-def _other_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+def _other_matrices(model: nn.Module, replaced: Collection[str]) -> dict[str, nn.Parameter]:
     """What could be quantized by its shape, and is in no module that is left alone on purpose."""
     known = (nn.Embedding, nn.EmbeddingBag, _ConvNd)
     return {
         f"{name}.{kind}".lstrip("."): parameter
         for name, module in model.named_modules()
-        if type(module) is not nn.Linear and not isinstance(module, known)
+        if name not in replaced and type(module) is not nn.Linear and not isinstance(module, known)
         for kind, parameter in module.named_parameters(recurse=False)
         if parameter.is_floating_point() and parameter.dim() > 1 and min(parameter.shape[-2:]) >= BLOCK
     }

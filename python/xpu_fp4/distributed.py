@@ -9,6 +9,7 @@ Parameters become DTensors, so `state_dict` is what torch.distributed.checkpoint
 Load into it as torch does: `torch.distributed.checkpoint.load(state)`, then `model.load_state_dict(state)`.
 
 FSDP2's `fully_shard` takes MXFP4Linear as it is, before the first forward (or after `unprepack_`); it needs nothing from here.
+Experts are in `distributed_experts`.
 
 Not imported by `import xpu_fp4`.
 """
@@ -53,7 +54,8 @@ class _ShardedLinear(MXFP4Linear):
         return parameter.to_local() if isinstance(parameter, DTensor) else None
 
 
-def _gather(shard: Tensor, mesh: DeviceMesh) -> list[Tensor]:
+def gather(shard: Tensor, mesh: DeviceMesh) -> list[Tensor]:
+    """Every rank's, in the order of ranks."""
     shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
     dist.all_gather(shards, shard.contiguous(), group=mesh.get_group())
     return shards
@@ -64,7 +66,7 @@ class _ColumnParallelLinear(_ShardedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._multiply(x, self._local(self.bias))
-        return torch.cat(_gather(y, self.mesh), dim=-1) if self.gather_output else y
+        return torch.cat(gather(y, self.mesh), dim=-1) if self.gather_output else y
 
 
 class _RowParallelLinear(_ShardedLinear):
@@ -74,7 +76,7 @@ class _RowParallelLinear(_ShardedLinear):
         if self.split_input:
             x = x.chunk(self.mesh.size(), dim=-1)[self.mesh.get_local_rank()]
         # float32 in, float32 out: the values of x stay what they are, and the partial sum is not rounded.
-        y, *others = _gather(self._multiply(x.float(), None), self.mesh)
+        y, *others = gather(self._multiply(x.float(), None), self.mesh)
         for other in others:
             y = y + other
         bias = self._local(self.bias)

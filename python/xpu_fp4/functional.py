@@ -288,6 +288,12 @@ def prepack_experts(weight: Tensor, weight_scale: Tensor) -> Tensor:
     return torch.stack([prepack(codes, scale) for codes, scale in zip(weight, weight_scale, strict=True)])
 
 
+def unprepack_experts(prepacked: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """The way back: codes uint8 [E, N, K/2] and scales uint8 [E, N, K/32]. RuntimeError if prepacked is not of that N and K."""
+    codes, scales = zip(*(unprepack(weight, out_features, in_features) for weight in prepacked), strict=True)
+    return torch.stack(codes), torch.stack(scales)
+
+
 def experts_prepacked(
     x: Tensor,
     topk_ids: Tensor,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A drop-in for nn.Linear whose weight is MXFP4."""
+"""A drop-in for nn.Linear whose weight is MXFP4, and what it shares with other modules of MXFP4 weights."""
 
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, get_args
+from typing import Any, Generic, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ from .functional import (
     quantize,
 )
 from .reference import transform
-from .weight import PackedWeight
+from .weight import PackedExperts, PackedWeight
+
+Packed = TypeVar("Packed", PackedWeight, PackedExperts)
 
 _WEIGHTS = ("weight_packed", "weight_scale")
 _READ_ONLY = "MXFP4Linear.weight is made of weight_packed and weight_scale, and can only be read: set these instead"
@@ -69,7 +71,143 @@ class _DequantizedWeight(Tensor):
         return func(*args, **kwargs)
 
 
-class MXFP4Linear(nn.Module):
+class PackedModule(nn.Module, Generic[Packed]):
+    """A module of MXFP4 weights: parameters as checkpoints store them, until its first forward moves them into another layout.
+
+    Threads may share it, so every change of the form holds a lock, and what others may be reading is replaced as a whole.
+    """
+
+    _stored_names: tuple[str, ...]
+    """Parameters that are gone while the module is prepacked; reading them, state_dict and load_state_dict go on as before."""
+    _prepacked_names: tuple[str, ...]
+    """Buffers that are there in their place."""
+    _is_managed = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.RLock()
+        for name in self._prepacked_names:
+            self.register_buffer(name, None, persistent=False)
+
+    def _weight(self) -> Packed:
+        """The weights in the form that they have now; with the lock held, since it takes several reads."""
+        raise NotImplementedError
+
+    def _stored(self) -> tuple[Tensor, ...]:
+        """What the parameters hold or, of a prepacked module, would hold; with the lock held."""
+        raise NotImplementedError
+
+    @property
+    def is_prepacked(self) -> bool:
+        """Whether the weights are in the native kernels' layout now."""
+        return getattr(self, self._prepacked_names[0]) is not None
+
+    def prepack_(self: "Module") -> "Module":
+        """Moves the weights into the native kernels' layout, in place of the parameters; results are the same bits.
+
+        Memory stays what it was, with N rounded up to a multiple of 16 and K to one of 128. The weights must be on the CPU
+        (RuntimeError). Does nothing the second time.
+        """
+        with self._locked():
+            self._hold_prepacked(self._weight().prepacked())
+        return self
+
+    def unprepack_(self: "Module") -> "Module":
+        """Makes the stored weights parameters again: to shard them, to move the module to another device."""
+        with self._locked():
+            if self.is_prepacked:
+                # A dict of its own, and before the strips go: other threads may be reading either.
+                weights = zip(self._stored_names, map(frozen, self._stored()), strict=True)
+                self._parameters = {**dict(weights), **self._parameters}
+                for name in self._prepacked_names:
+                    setattr(self, name, None)
+        return self
+
+    def _locked(self) -> AbstractContextManager[object]:
+        """What every change of the weights' form holds. A trace cannot take a lock, and changes no form."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
+
+    def _hold_prepacked(self, weight: Packed) -> None:
+        # The strips are there before the parameters go, and those go with their dict: other threads may be reading either.
+        for name, tensor in zip(self._prepacked_names, weight.tensors, strict=True):
+            setattr(self, name, tensor)
+        self._parameters = {name: p for name, p in self._parameters.items() if name not in self._stored_names}
+
+    def _as_stored(self) -> None:
+        """The parameters, and nothing that was made of them; with the lock held."""
+        self.unprepack_()
+
+    def _to_local(self, parameter: Tensor) -> Tensor:
+        """What the kernels take of a parameter."""
+        return parameter
+
+    def _from_local(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _snapshot(self) -> Packed:
+        """The weights for one forward, whatever other threads do to the module meanwhile. The first one prepacks them."""
+        with self._locked():
+            weight = self._weight()
+            tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit has no __all__
+            if not self.is_prepacked and self._may_prepack() and not (torch.compiler.is_compiling() or tracing):
+                weight = weight.best()
+                if weight.form == "prepacked":
+                    self._hold_prepacked(weight)
+            return weight
+
+    def _may_prepack(self) -> bool:
+        """Whether the parameters are the module's own and real: no DTensor or other subclass, no fake."""
+        return not self._is_managed and type(self._parameters[self._stored_names[0]]) is nn.Parameter
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401, as nn.Module's
+        # Called for what is not found: parameters and, of a prepacked module, the weights that it has not as such.
+        if name not in self._stored_names:
+            return super().__getattr__(name)
+        with self._locked():
+            return self._stored()[self._stored_names.index(name)] if self.is_prepacked else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in self._stored_names:
+            return super().__setattr__(name, value)  # type: ignore[arg-type]  # nn.Module takes any value
+        with self._locked():
+            self._as_stored()
+            # Whoever puts a tensor subclass there, like FSDP its DTensors, manages the weight from then on.
+            self._is_managed |= type(value) not in (nn.Parameter, Tensor)
+            super().__setattr__(name, value)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._locked():
+            state = self.__dict__ | {"_parameters": self._parameters.copy(), "_buffers": self._buffers.copy()}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._lock = threading.RLock()
+        super().__setstate__(state)
+
+    def _apply(self: "Module", fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Module":
+        # .to(), .cuda(), .share_memory() and the like are for the weights as they are stored.
+        with self._locked():
+            self._as_stored()
+            super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        with self._locked():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            if self.is_prepacked:
+                destination.update(zip((prefix + name for name in self._stored_names), self._stored(), strict=True))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        with self._locked():
+            self._as_stored()
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+Module = TypeVar("Module", bound=PackedModule[Any])
+
+
+class MXFP4Linear(PackedModule[PackedWeight]):
     """y = x @ W^T + bias with W in MXFP4; x is quantized to MXFP4 (mode `w4a4`), to MXINT8 (`w4a8`) or not (`w4a16`).
 
     Parameters carry the names and the layout of compressed-tensors' `mxfp4-pack-quantized`, so a state_dict is that checkpoint
@@ -102,7 +240,9 @@ class MXFP4Linear(nn.Module):
         device, dtype: of the parameters; dtype is the bias's, and that of `weight`.
     """
 
-    _is_managed = False
+    _stored_names = _WEIGHTS
+    _prepacked_names = ("_prepacked",)
+    _prepacked: Tensor | None
 
     def __init__(
         self,
@@ -135,16 +275,13 @@ class MXFP4Linear(nn.Module):
         self.hadamard = hadamard
         self.weight_global_scale = weight_global_scale
         self._dtype = dtype or torch.get_default_dtype()
-        self._lock = threading.RLock()
-        self._prepacked: Tensor | None
-        self.register_buffer("_prepacked", None, persistent=False)
         self._expanded: Tensor | None
         self.register_buffer("_expanded", None, persistent=False)
-        self.weight_packed = _frozen(torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
-        self.weight_scale = _frozen(torch.zeros(out_features, in_features // BLOCK, dtype=torch.uint8, device=device))
-        self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.weight_packed = frozen(torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
+        self.weight_scale = frozen(torch.zeros(out_features, in_features // BLOCK, dtype=torch.uint8, device=device))
+        self.bias = frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         offset = torch.zeros(in_features, device=device, dtype=torch.float32) if input_offset else None
-        self.input_offset = None if offset is None else _frozen(offset)
+        self.input_offset = None if offset is None else frozen(offset)
 
     @classmethod
     def from_linear(
@@ -170,10 +307,10 @@ class MXFP4Linear(nn.Module):
             dtype=source.weight.dtype,
         )
         codes, scale = quantize(source.weight.detach(), scale_mode, hadamard=hadamard)
-        module.weight_packed = _frozen(codes.view(torch.uint8))
-        module.weight_scale = _frozen(scale.view(torch.uint8))
+        module.weight_packed = frozen(codes.view(torch.uint8))
+        module.weight_scale = frozen(scale.view(torch.uint8))
         if source.bias is not None:
-            module.bias = _frozen(source.bias.detach().clone())
+            module.bias = frozen(source.bias.detach().clone())
         return module.train(source.training)
 
     @property
@@ -182,31 +319,6 @@ class MXFP4Linear(nn.Module):
         with self._locked():
             device = self._weight().tensors[0].device
         return _DequantizedWeight.of(self, self._dtype, device)
-
-    @property
-    def is_prepacked(self) -> bool:
-        """Whether the weight is in the native kernels' layout now."""
-        return self._prepacked is not None
-
-    def prepack_(self) -> "MXFP4Linear":
-        """Moves the weight into the native kernels' layout, in place of the two parameters; results are the same bits.
-
-        Memory stays what it was, with N rounded up to a multiple of 16 and K to one of 128. The weight must be on the CPU
-        (RuntimeError). Does nothing the second time.
-        """
-        with self._locked():
-            self._hold_prepacked(self._weight().prepacked())
-        return self
-
-    def unprepack_(self) -> "MXFP4Linear":
-        """Makes `weight_packed` and `weight_scale` parameters again: to shard them, to move the module to another device."""
-        with self._locked():
-            if self._prepacked is not None:
-                # A dict of its own, and before the strips go: other threads may be reading either.
-                weights = zip(_WEIGHTS, map(_frozen, self._stored()), strict=True)
-                self._parameters = {**dict(weights), **self._parameters}
-                self._prepacked = None
-        return self
 
     @property
     def is_expanded(self) -> bool:
@@ -233,10 +345,6 @@ class MXFP4Linear(nn.Module):
             self._expanded = self._weight().expanded().tensors[-1]
         return self
 
-    def _locked(self) -> AbstractContextManager[object]:
-        """What every change of the weight's form holds. A trace cannot take a lock, and changes no form."""
-        return nullcontext() if torch.compiler.is_compiling() else self._lock
-
     def _weight(self) -> PackedWeight:
         """The weight in the form that it has now; with the lock held, since it takes several reads."""
         if self._prepacked is not None:
@@ -249,82 +357,38 @@ class MXFP4Linear(nn.Module):
         return self._from_local(codes), self._from_local(scale)
 
     def _hold_prepacked(self, weight: PackedWeight) -> None:
-        # The strips are there before the parameters go, and those go with their dict: other threads may be reading either.
-        self._prepacked, self._expanded = weight.tensors[0], None
-        self._parameters = {name: p for name, p in self._parameters.items() if name not in _WEIGHTS}
+        super()._hold_prepacked(weight)
+        self._expanded = None
 
     def _as_stored(self) -> None:
-        """The parameters, and nothing that was made of them; with the lock held."""
-        self.unprepack_()
+        super()._as_stored()
         self._expanded = None
 
     def _shape(self) -> tuple[int, int]:
         """N and K of what this process has."""
         return self.out_features, self.in_features
 
-    def _to_local(self, parameter: Tensor) -> Tensor:
-        """What the kernels take of a parameter."""
-        return parameter
-
-    def _from_local(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401, as nn.Module's
-        # Called for what is not found: parameters and, of a prepacked module, the weights that it has not as such.
-        if name not in _WEIGHTS:
-            return super().__getattr__(name)
-        with self._locked():
-            return super().__getattr__(name) if self._prepacked is None else self._stored()[_WEIGHTS.index(name)]
-
     def __setattr__(self, name: str, value: object) -> None:
         if name == "weight":
             raise AttributeError(_READ_ONLY)
-        if name not in _WEIGHTS:
-            return super().__setattr__(name, value)  # type: ignore[arg-type]  # nn.Module takes any value
-        with self._locked():
-            self._as_stored()
-            # Whoever puts a tensor subclass there, like FSDP its DTensors, manages the weight from then on.
-            self._is_managed |= type(value) not in (nn.Parameter, Tensor)
-            super().__setattr__(name, value)  # type: ignore[arg-type]
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._locked():
-            # What another device's kernels could not read does not belong into a file.
-            state = self.__dict__ | {
-                "_parameters": self._parameters.copy(),
-                "_buffers": self._buffers | {"_expanded": None},
-            }
-        del state["_lock"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._lock = threading.RLock()
-        super().__setstate__(state)
+        # What another device's kernels could not read does not belong into a file.
+        state = super().__getstate__()
+        return state | {"_buffers": state["_buffers"] | {"_expanded": None}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MXFP4Linear":
-        # .to(), .cuda(), .share_memory() and the like are for the weight as it is stored.
         with self._locked():
-            self._as_stored()
             offset = None if self.input_offset is None else self.input_offset.data
             super()._apply(fn, recurse)
             moved = self.input_offset
             if (
                 offset is not None and moved is not None and moved.dtype != offset.dtype
             ):  # it stays float32 in a model that is cast
-                self.input_offset = _frozen(offset.to(moved.device))
+                self.input_offset = frozen(offset.to(moved.device))
             self._dtype = fn(torch.empty(1, dtype=self._dtype)).dtype  # also where there is no bias
         return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        with self._locked():
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            if self._prepacked is not None:
-                destination.update(zip((prefix + name for name in _WEIGHTS), self._stored(), strict=True))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        with self._locked():
-            self._as_stored()
-            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes and scales stand for; of a layer with a Hadamard, turned back in float32."""
@@ -351,22 +415,8 @@ class MXFP4Linear(nn.Module):
         )
 
     def _snapshot(self) -> PackedWeight:
-        """The weight for one forward, whatever other threads do to the module meanwhile. The first one prepacks it."""
-        strips = self._prepacked  # read once: it may go
-        if strips is not None:
-            return PackedWeight("prepacked", *self._shape(), (strips,))
-        with self._locked():
-            weight = self._weight()
-            tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit has no __all__
-            if self._may_prepack() and not (torch.compiler.is_compiling() or tracing):
-                weight = weight.best()
-            if weight.form == "prepacked":
-                self._hold_prepacked(weight)
-            return weight
-
-    def _may_prepack(self) -> bool:
-        """Whether the parameters are the module's own and real: no DTensor or other subclass, no fake."""
-        return not self._is_managed and type(self.weight_packed) is nn.Parameter
+        strips = self._prepacked  # read once, and without a wait: it may go
+        return super()._snapshot() if strips is None else PackedWeight("prepacked", *self._shape(), (strips,))
 
     def extra_repr(self) -> str:
         how = ", ".join(f"{name}={getattr(self, name)}" for name in ("mode", *options_of(self.mode)))
@@ -376,5 +426,6 @@ class MXFP4Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {how}"
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that takes no gradient."""
     return nn.Parameter(tensor, requires_grad=False)

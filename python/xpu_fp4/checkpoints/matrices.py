@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .._library import BLOCK
+from ..moe import PROJECTIONS, is_experts
 from .names import names_in_model
 from .tensor_files import TensorFiles, TensorInfo
 
@@ -41,6 +42,10 @@ class Module:
     numel: int
     by_default: bool
     """Whether it is kept by default or, if it is not linear, nobody would expect it to be quantized."""
+    tensor: str = ""
+    """The matrix, in the files; none of a tied weight."""
+    projection: str | None = None
+    """Of a matrix of all experts of a layer, its name in their module."""
 
     @property
     def fused(self) -> str:
@@ -77,6 +82,7 @@ def _describe(modules: dict[str, nn.Module], info: TensorInfo, candidates: list[
     kind = candidates[0].rpartition(".")[2]
     owners = [candidate.rpartition(".")[0] for candidate in candidates]
     in_model = next((owner for owner in owners if owner in modules), None)
+    projection = kind if in_model is not None and is_experts(modules[in_model]) and kind in PROJECTIONS else None
     if in_model is None:
         in_model = next((o for o in owners if (match := _EXPERT.fullmatch(o)) and match[1] in modules), None)
         is_linear = kind == "weight" and in_model is not None
@@ -91,7 +97,7 @@ def _describe(modules: dict[str, nn.Module], info: TensorInfo, candidates: list[
         return None
     rows = info.shape[0] if is_linear else _FEW_ROWS
     name = info.name.rpartition(".")[0]
-    return Module(name, in_model or owners[0], is_linear, rows, math.prod(info.shape), by_default)
+    return Module(name, in_model or owners[0], is_linear, rows, math.prod(info.shape), by_default, info.name, projection)
 
 
 def _fits(shape: tuple[int, ...]) -> bool:

@@ -9,22 +9,21 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..modules import MXFP4Linear
-from .description import Checkpoint, Layer, Scheme
+from ..moe import DOWN, GATE_UP, PROJECTIONS, MXFP4Experts, experts_kind, is_experts, put
+from .description import SCALE_MODES, Checkpoint, Layer
 from .errors import CheckpointError
-from .experts import DOWN, GATE_UP, MXFP4Experts
 from .names import names_in_model
 from .tensor_files import TensorFiles
 
-# The linear layers of one expert, as checkpoints name them: the projection of the experts module, and which part of its rows.
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
-_PARTS = {
-    "gate_proj": (GATE_UP, 0),
-    "up_proj": (GATE_UP, 1),
-    "down_proj": (DOWN, 0),
-    "w1": (GATE_UP, 0),
-    "w3": (GATE_UP, 1),
-    "w2": (DOWN, 0),
-}
+STACKS = (
+    (GATE_UP, ("gate_proj", "up_proj")),
+    (DOWN, ("down_proj",)),
+    (GATE_UP, ("w1", "w3")),
+    (DOWN, ("w2",)),
+)
+"""What checkpoints call the linear layers of one expert that make up the rows of a projection of the experts module."""
+_PARTS = {name: (projection, part) for projection, names in STACKS for part, name in enumerate(names)}
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,17 @@ def replace_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]
     """
     places = _places(model, checkpoint)
     _refuse_other_transforms(model, checkpoint, {place.module for place in places.values()})
-    modules: dict[str, nn.Module] = {}
+    linears: dict[str, MXFP4Linear] = {}
     experts: defaultdict[str, dict[str, Place]] = defaultdict(dict)
     for name, place in places.items():
         if place.projection is None:
-            modules[place.module] = _linear(model.get_submodule(place.module), checkpoint, name, place.module)
+            linears[place.module] = _linear(model.get_submodule(place.module), checkpoint, name, place.module)
         else:
             experts[place.module][name] = place
-    makers = {module: _experts(model, checkpoint, module, mine) for module, mine in experts.items()}
-    modules |= {module: maker() for module, maker in makers.items()}  # all of them fit
-    for name, module in modules.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, module)
+    made = {module: _experts(model, checkpoint, module, mine) for module, mine in experts.items()}
+    replacements: dict[str, nn.Module] = {**linears, **made}
+    for name, module in replacements.items():
+        put(model, name, module)
     return places
 
 
@@ -163,42 +161,40 @@ def _linear(module: nn.Module, checkpoint: Checkpoint, name: str, name_in_model:
     ).train(module.training)
 
 
-@dataclass(frozen=True)
-class _MakeExperts:
-    source: nn.Module
-    shapes: dict[str, tuple[int, ...]]
-    scheme: Scheme
-    bias: bool
-
-    def __call__(self) -> MXFP4Experts:
-        dtype = self.source.get_parameter(GATE_UP).dtype
-        made = MXFP4Experts(self.source, self.shapes, self.scheme, bias=self.bias, device="meta", dtype=dtype)
-        return made.train(self.source.training)
-
-
-def _experts(model: nn.Module, checkpoint: Checkpoint, name: str, places: dict[str, Place]) -> _MakeExperts:
+def _experts(model: nn.Module, checkpoint: Checkpoint, name: str, places: dict[str, Place]) -> MXFP4Experts:
     module = model.get_submodule(name)
     layers = [checkpoint.layers[layer] for layer in places]
     where = checkpoint.files[layers[0].packed]
-    if not hasattr(module, "_apply_gate") or not all(isinstance(getattr(module, p, None), Tensor) for p in (GATE_UP, DOWN)):
+    if not is_experts(module):
         kind = type(module).__name__
         raise CheckpointError(
             f"{where} is for experts, but the model's {name} is a {kind}, expected one with {GATE_UP} and {DOWN}"
         )
     if len({layer.scheme for layer in layers}) > 1 or len({layer.bias is None for layer in layers}) > 1:
         raise CheckpointError(f"{where}: the experts of {name} differ in scheme or bias, expected all alike")
-    if layers[0].scheme.input_offset:
+    scheme = layers[0].scheme
+    if scheme.input_offset:
         raise CheckpointError(f"{where} has an input offset, which experts cannot have")
-    shapes = {}
-    for projection in (GATE_UP, DOWN):
+    if scheme.scale_mode not in SCALE_MODES or scheme.weight_global_scale != 1:
+        raise CheckpointError(f"{where} is quantized by FP-Quant's rules, which experts cannot follow")
+    options = scheme.arguments()
+    del options["weight_global_scale"]
+    try:
+        transposed = experts_kind(module).is_transposed
+        # Stored one by one, gate and up are two layers, whatever the model alternates.
+        order = {"is_interleaved": False} if any(place.expert is not None for place in places.values()) else {}
+        made = MXFP4Experts.like(module, bias=layers[0].bias is not None, **order, **options)
+    except ValueError as error:
+        raise CheckpointError(f"{where} is for {name}: {error}") from None
+    for projection in PROJECTIONS:
         weight = module.get_parameter(projection)
-        expected = tuple(weight.transpose(1, 2).shape if getattr(module, "is_transposed", False) else weight.shape)
+        expected = tuple(weight.transpose(1, 2).shape if transposed else weight.shape)
         mine = {place: checkpoint.layers[layer] for layer, place in places.items() if place.projection == projection}
-        shapes[projection] = _fused_shape(mine, 2 if projection == GATE_UP else 1)
-        if shapes[projection] != expected:
-            found = list(shapes[projection]) or "missing or incomplete"
+        shape = _fused_shape(mine, 2 if projection == GATE_UP else 1)
+        if shape != expected:
+            found = list(shape) or "missing or incomplete"
             raise CheckpointError(f"{where} is for experts, whose {projection} is {found}, but the model's is {list(expected)}")
-    return _MakeExperts(module, shapes, layers[0].scheme, layers[0].bias is not None)
+    return made
 
 
 def _fused_shape(layers: dict[Place, Layer], parts: int) -> tuple[int, ...]:

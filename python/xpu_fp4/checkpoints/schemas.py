@@ -111,6 +111,7 @@ class GptOss(msgspec.Struct):
     """A quantization_config of gpt-oss."""
 
     modules_to_not_convert: list[str] | None = None
+    xpu_fp4: dict[str, Any] | None = None
 
 
 class Message(msgspec.Struct):

@@ -5,7 +5,6 @@ A checkpoint names the quantizer that wrote it, and Transformers registers each 
 configuration: `from_pretrained(folder, config=xpu_fp4.transformers_config(folder))`.
 """
 
-import copy
 import re
 import warnings
 from collections import defaultdict
@@ -13,17 +12,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .._text import shorten
 from ..functional import Mode
+from ..moe import MXFP4Experts
 from .compressed_tensors import PACKED, SCALE
 from .errors import CheckpointError, printable
-from .experts import MXFP4Experts
 from .names import without_conversion
-from .placement import find_tensors, replace_layers
+from .placement import STACKS, find_tensors, replace_layers
 from .reader import read_checkpoint
 
 METHOD = "xpu_fp4"
@@ -52,13 +51,14 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
         places = replace_layers(model, self.checkpoint)
         if left_out := self.checkpoint.layers.keys() - places.keys():
             warnings.warn(printable(f"{self.checkpoint.folder}: the model has no place for {shorten(left_out)}"), stacklevel=2)
+        self.stacked = {name for name, place in places.items() if place.expert is not None}
         others = without_conversion(model, self.checkpoint.other_tensors())
         find_tensors(model, self.checkpoint.files, others)  # for its errors
         constants = [re.escape(name) for layer in self.checkpoint.layers.values() for name in layer.constants]
         known = cast(Any, model)._keys_to_ignore_on_load_unexpected
         known = [] if known is None else known  # a list or a set, by Transformers' version
         cast(Any, model)._keys_to_ignore_on_load_unexpected = type(known)([*known, *constants])
-        for name in {place.module for place in places.values() if place.expert is not None}:
+        for name in {places[name].module for name in self.stacked}:
             cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()
 
     def get_weight_conversions(self) -> list[Any]:
@@ -71,25 +71,26 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
         return [WeightRenaming(rf"^({'|'.join(names)})\.{kind}$", rf"\1.{ours}") for (kind, ours), names in layers.items()]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """Where Transformers stacks the weights of single experts, their codes and scales are stacked in the same way.
+        """Codes, scales and biases of single experts are stacked.
 
         Transformers 5.21 and later pass the model too, which this does without. Ours come first in the list: they are for the
         names in the files, which theirs change, and the first stack whose pattern is found in a name counts.
         """
+        used = {name.rpartition(".")[2] for name in self.stacked}
         stacked = [
             WeightConverter(
-                [f"{pattern}_{part}$" for pattern in conversion.source_patterns],
-                f"{conversion.target_patterns[0]}_{ours}",
-                copy.deepcopy(conversion.operations),
+                [f".experts.*.{name}.{part}$" for name in names],
+                f".experts.{projection}_{ours}",
+                [MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(names) > 1 else [])],
             )
-            for conversion in weight_conversions
-            if isinstance(conversion, WeightConverter) and all(_of_experts(p) for p in conversion.source_patterns)
-            for part, ours in (("packed", "blocks"), ("scale", "scales"))
+            for projection, names in STACKS
+            if used.intersection(names)
+            for part, ours in ((PACKED, "blocks"), (SCALE, "scales"), ("bias", "bias"))
         ]
         return [*self.get_weight_conversions(), *stacked, *weight_conversions]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        del self.checkpoint  # its open files; the model keeps this quantizer, and may be copied or pickled
+        del self.checkpoint, self.stacked  # its open files; the model keeps this quantizer, and may be copied or pickled
         for module in model.modules():
             if isinstance(module, MXFP4Experts):
                 module.fold_blocks()
@@ -104,7 +105,3 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return False
-
-
-def _of_experts(pattern: str) -> bool:
-    return "experts" in pattern and pattern.endswith(".weight")
