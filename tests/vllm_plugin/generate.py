@@ -15,7 +15,7 @@ import torch
 
 @contextmanager
 def in_float32() -> Iterator[None]:
-    """vLLM lets Quark's and gpt-oss' checkpoints run in half precision only, where greedy tokens of two implementations part."""
+    """vLLM lets Quark's and gpt-oss' checkpoints run in half precision only, where greedy tokens part ways."""
     from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4Config
     from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 

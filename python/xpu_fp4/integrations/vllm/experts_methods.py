@@ -15,8 +15,8 @@ from vllm.model_executor.layers.fused_moe.config import (
     mxfp4_w4a16_moe_quant_config,
 )
 from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import Mxfp4MoeBackend, make_mxfp4_moe_kernel
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_mxfp4 import (
-    CompressedTensorsW4A4Mxfp4MoEMethod,
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_w4a4_mxfp4 as compressed_tensors,
 )
 from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config, GptOssMxfp4MoEMethod
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
@@ -110,7 +110,7 @@ class GptOssExperts(_Method, GptOssMxfp4MoEMethod):
     pads_shards = True
 
 
-class CompressedTensorsExperts(_Method, CompressedTensorsW4A4Mxfp4MoEMethod):
+class CompressedTensorsExperts(_Method, compressed_tensors.CompressedTensorsW4A4Mxfp4MoEMethod):
     group_size = BLOCK
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:

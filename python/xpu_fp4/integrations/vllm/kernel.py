@@ -58,7 +58,7 @@ def requested_scheme() -> Scheme | None:
 
 
 def served_scheme(stored: Scheme) -> Scheme:
-    """What a layer that is stored for `stored` computes: that, or what is asked for of every layer, said once in each process."""
+    """What a layer that is stored for that computes: that, or what is asked for of every layer, which is logged once."""
     request = requested_scheme()
     if request is None:
         return stored
