@@ -28,7 +28,6 @@ class Models:
     qwen_w4a16: Path
     qwen_w4a8: Path
     qwen_w4a4: Path
-    qwen_rotated: Path
     qwen_quark: Path
 
 
@@ -37,17 +36,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folder = tmp_path_factory.mktemp("moe")
     gpt_oss = moe_checkpoints.save_tiny_gpt_oss(folder / "gpt_oss_bf16")
     qwen = moe_checkpoints.save_tiny_qwen3_moe(folder / "qwen_bf16")
-    schemes = {
-        "w4a16": Scheme("w4a16"),
-        "w4a8": Scheme("w4a8"),
-        "w4a4": Scheme("w4a4"),
-    }
     return Models(
         gpt_oss,
         moe_checkpoints.save_as_gpt_oss(gpt_oss, folder / "gpt_oss"),
         qwen,
-        *(moe_checkpoints.save_as_compressed(qwen, folder / name, scheme) for name, scheme in schemes.items()),
-        qwen,
+        moe_checkpoints.save_as_compressed(qwen, folder / "w4a16", Scheme("w4a16")),
+        moe_checkpoints.save_as_compressed(qwen, folder / "w4a8", Scheme("w4a8")),
+        moe_checkpoints.save_as_compressed(qwen, folder / "w4a4", Scheme("w4a4")),
         moe_checkpoints.save_as_quark(qwen, folder / "quark"),
     )
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers of MXFP4 experts: the class that vLLM calls, and where it stands beside vLLM's own."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,13 +35,12 @@ class XpuFp4Experts(mk.FusedMoEExpertsModular):
 
     def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig, **more: Any) -> None:
         super().__init__(moe_config, quant_config, **more)
-        self._layout: tuple[Any, ...] = ()
+        self._weights: PackedExperts | None = None
         self._scheme = Scheme("w4a16")
 
     def serve(self, weights: PackedExperts, scheme: Scheme) -> None:
         """To be called once the layer has these weights. Their tensors then come with each call, as vLLM has it."""
-        self._layout = (weights.form, weights.experts, weights.hidden, weights.intermediate)
-        self._scheme = scheme
+        self._weights, self._scheme = replace(weights, tensors=()), scheme
 
     @property
     def expects_unquantized_inputs(self) -> bool:
@@ -113,10 +113,12 @@ class XpuFp4Experts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: mk.ExpertTokensMetadata | None,
         apply_router_weight_on_input: bool,
     ) -> None:
-        tensors = (w1, w2) if self._layout[0] == "prepacked" else (w1, self.w1_scale, w2, self.w2_scale)
+        assert self._weights is not None, "serve comes first"
+        form, sizes = self._weights.form, (self._weights.experts, self._weights.hidden, self._weights.intermediate)
+        tensors = (w1, w2) if form == "prepacked" else (w1, self.w1_scale, w2, self.w2_scale)
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)  # vLLM has multiplied the input by them
-        y = PackedExperts(*self._layout, tensors).layer(
+        y = PackedExperts(form, *sizes, tensors).layer(
             hidden_states,
             topk_ids,
             topk_weights,
