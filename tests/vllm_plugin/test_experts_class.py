@@ -177,8 +177,8 @@ def test_it_computes_the_op_for_a_layer(form: str, on_input: bool, scheme: Schem
     ids = torch.randint(-1, 2 * count, (tokens, 1), dtype=torch.int32)
     expert_map = torch.tensor([1, -1, 0, 3, -1, 2, -1, -1], dtype=torch.int32)
     output, none = torch.empty_like(x), torch.empty(0)
-    w = held.tensors if form == "prepacked" else (w13, w2)
-    ours.apply(output, x, *w, r, ids, MoEActivation.SWIGLUOAI, 8, expert_map, None, None, none, none, None, on_input)
+    w1, w2_held = held.tensors[0], held.tensors[-1 if form == "prepacked" else 2]
+    ours.apply(output, x, w1, w2_held, r, ids, MoEActivation.SWIGLUOAI, 8, expert_map, None, None, none, none, None, on_input)
     expected = weights.layer(
         x,
         ids,
