@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who owns `_xpu_C::fp4_gemm` when another library defines it first, later, or never. Each case is a process of its own."""
+"""Who owns the names that vLLM calls when another library defines them first, later, never. Each case is its own process."""
 
 import os
 import subprocess
@@ -21,13 +21,27 @@ Tensor sevens(const Tensor& a, const Tensor& b, const Tensor&, const Tensor&, st
 TORCH_LIBRARY(_xpu_C, m) {
   m.def("fp4_gemm(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, ScalarType? out_dtype, Tensor? bias_) -> Tensor");
   m.impl("fp4_gemm", at::kCPU, &sevens);
+  m.def("cutlass_grouped_gemm_interface(Tensor ptr_A, Tensor? ptr_A_scale, Tensor ptr_B, Tensor? ptr_B_scale, "
+        "Tensor? ptr_bias, Tensor ptr_D, Tensor rows_per_expert, int N, int K, int num_experts) -> Tensor");
 }
 TORCH_LIBRARY(_C, m) {
   m.def("per_token_group_quant_mxfp4(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps) -> ()");
+  m.def("swigluoai_and_mul(Tensor! out, Tensor input, float alpha=1.702, float limit=7.0) -> ()");
+}
+TORCH_LIBRARY(_moe_C, m) {
+  m.def("moe_gather(Tensor! output, Tensor moe_output, Tensor topk_weights, Tensor unpermuted_row_to_permuted_row, "
+        "int num_experts) -> ()");
+  m.def("init_expert_map(Tensor expert_map,int num_experts, int ep_rank, int ep_size) -> ()");
+  m.def("remap_hidden_states(Tensor hidden_states, Tensor? hidden_states_scales, Tensor remapped_hidden_states,"
+        "Tensor? remapped_hidden_states_scales,Tensor? expert_map, Tensor rows_per_expert,"
+        "Tensor unpermuted_row_to_permuted_row, Tensor topk_ids,int total_experts_num, int local_experts_num) -> ()");
 }
 """
 
-BOTH = ["_xpu_C::fp4_gemm", "_C::per_token_group_quant_mxfp4"]
+ALL = [
+    *("_xpu_C::fp4_gemm", "_C::per_token_group_quant_mxfp4", "_xpu_C::cutlass_grouped_gemm_interface"),
+    *("_moe_C::remap_hidden_states", "_moe_C::moe_gather", "_moe_C::init_expert_map", "_C::swigluoai_and_mul"),
+]
 
 PRELUDE = """
 import torch
@@ -74,12 +88,12 @@ def test_ours_is_defined_where_nobody_else_does(stand_in: Path) -> None:
 
 def test_theirs_loaded_first_stays_until_it_is_overridden(stand_in: Path) -> None:
     code = "load_theirs(); import xpu_fp4; print(call()); print(xpu_fp4.override_vllm_ops(), call())"
-    assert run(code, stand_in) == f"7.0\n{BOTH} 0.0"
+    assert run(code, stand_in) == f"7.0\n{ALL} 0.0"
 
 
 def test_theirs_loaded_later_works_if_their_package_is_installed(stand_in: Path) -> None:
     code = "import xpu_fp4; load_theirs(); print(call()); print(xpu_fp4.override_vllm_ops(), call())"
-    assert run(code, stand_in, package_installed=True) == f"7.0\n{BOTH} 0.0"
+    assert run(code, stand_in, package_installed=True) == f"7.0\n{ALL} 0.0"
 
 
 def test_an_override_before_theirs_is_loaded_is_refused(stand_in: Path) -> None:

@@ -6,7 +6,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/jit/frontend/function_schema_parser.h>
 
-#include <array>
+#include <algorithm>
 #include <memory>
 #include <mutex>
 
@@ -19,21 +19,27 @@ std::vector<CompatBinding>& bindings() {
 }
 
 struct CompatOp {
-  const char* library_namespace;
-  OpRow (*CompatBinding::*row)();
+  const char *library_namespace, *schema;
+  std::string plain_name;
   bool writes;  // to an argument
   bool ours;    // defined or overridden by us
 
-  const char* schema() const { return (bindings().front().*row)().schema; }  // the same on every device
-  std::string plain_name() const { return (bindings().front().*row)().name(); }
-  std::string name() const { return std::string(library_namespace) + "::" + plain_name(); }
+  std::string name() const { return std::string(library_namespace) + "::" + plain_name; }
 };
 
-std::array<CompatOp, 2>& compat_ops() {
-  static std::array<CompatOp, 2> ops = {{
-      {kFp4GemmNamespace, &CompatBinding::fp4_gemm, false, false},
-      {kGroupQuantNamespace, &CompatBinding::group_quant, true, false},
-  }};
+// Those of all devices.
+std::vector<CompatOp>& compat_ops() {
+  static std::vector<CompatOp> ops = [] {
+    std::vector<CompatOp> all;
+    for (const CompatBinding& binding : bindings()) {
+      for (const CompatRow& row : binding.rows()) {
+        const auto is_row = [&](const CompatOp& op) { return op.name() == row.name(); };
+        if (std::any_of(all.begin(), all.end(), is_row)) continue;
+        all.push_back({row.library_namespace, row.row.schema, row.row.name(), row.writes, false});
+      }
+    }
+    return all;
+  }();
   return ops;
 }
 
@@ -46,8 +52,11 @@ torch::Library& new_library(torch::Library::Kind kind, const char* library_names
 
 void implement(CompatOp& op) {
   for (const CompatBinding& binding : bindings()) {
-    OpRow row = (binding.*op.row)();
-    new_library(torch::Library::IMPL, op.library_namespace, binding.key).impl(row.name().c_str(), std::move(row.function));
+    for (CompatRow& row : binding.rows()) {
+      if (row.name() != op.name()) continue;
+      new_library(torch::Library::IMPL, op.library_namespace, binding.key)
+          .impl(op.plain_name.c_str(), std::move(row.row.function));
+    }
   }
   op.ours = true;
 }
@@ -58,21 +67,21 @@ void define(CompatOp& op) {
   const auto in = [&](c10::DispatchKey key) -> torch::Library& {
     return new_library(torch::Library::IMPL, op.library_namespace, key);
   };
-  const std::string name = op.plain_name();
-  new_library(torch::Library::FRAGMENT, op.library_namespace, std::nullopt).def(op.schema());
+  const std::string& name = op.plain_name;
+  new_library(torch::Library::FRAGMENT, op.library_namespace, std::nullopt).def(op.schema);
   // No derivative: backward raises instead of giving no gradient.
   in(c10::DispatchKey::Autograd).impl(name.c_str(), torch::autograd::autogradNotImplementedFallback());
   in(c10::DispatchKey::ADInplaceOrView).impl(name.c_str(), torch::autograd::autogradNotImplementedInplaceOrViewFallback());
-  // torch's own handling of lazily negated tensors aborts on an op that writes to an argument and returns nothing; ours refuses
-  // such arguments.
+  // torch's own handling of lazily negated tensors aborts on an op that writes to an argument and returns nothing, or has it
+  // write to a copy; ours refuses such arguments.
   if (op.writes) in(c10::DispatchKey::Negative).impl(name.c_str(), torch::CppFunction::makeFallthrough());
   implement(op);
 }
 
 void check_schema(const CompatOp& op) {
   const auto existing = c10::Dispatcher::singleton().findSchema({op.name(), ""});
-  const auto difference = c10::findSchemaDifferences(existing->schema(), torch::jit::parseSchema(op.schema()));
-  TORCH_CHECK(!difference, "xpu_fp4: ", op.name(), " exists with the schema ", existing->schema(), ", expected ", op.schema(),
+  const auto difference = c10::findSchemaDifferences(existing->schema(), torch::jit::parseSchema(op.schema));
+  TORCH_CHECK(!difference, "xpu_fp4: ", op.name(), " exists with the schema ", existing->schema(), ", expected ", op.schema,
               ": ", *difference);
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The names that vLLM calls, `_xpu_C::fp4_gemm` and `_C::per_token_group_quant_mxfp4`, beside a library of the same names.
+// The names that vLLM calls (table.h), beside a library of the same names.
 // Two C++ definitions of one op abort the process, and which library loads first is not ours to say. Hence:
 //   - define_compat_ops() defines those that nobody has defined yet. The Python package calls it at import, unless the package
 //     vllm_xpu_kernels is installed, since that one would define them later.
@@ -14,11 +14,10 @@
 
 namespace xpu_fp4 {
 
-/// A device's implementations of the two ops.
+/// A device's implementations of those that it has.
 struct CompatBinding {
   c10::DispatchKey key;
-  OpRow (*fp4_gemm)();
-  OpRow (*group_quant)();
+  std::vector<CompatRow> (*rows)();
 };
 
 /// Adds a device; to be called before the functions below, from a static initialiser.

@@ -37,7 +37,11 @@ std::vector<OpRow> cpu_ops() { return all_ops<GetCpuBackend, GetNativeBackend>()
 std::vector<OpRow> ops_without_backend() { return all_ops<GetNoBackend, GetNoBackend>(); }
 
 const bool cpu_compat_binding = [] {
-  add_compat_binding({c10::DispatchKey::CPU, fp4_gemm_row<GetCpuBackend>, group_quant_row<GetCpuBackend>});
+  add_compat_binding({c10::DispatchKey::CPU, [] {
+    std::vector<CompatRow> rows = compat_table<GetCpuBackend>();
+    for (CompatRow& row : compat_experts_table<GetCpuBackend>()) rows.push_back(std::move(row));
+    return rows;
+  }});
   return true;
 }();
 

@@ -109,6 +109,33 @@ Tensor mxfp4_experts_prepacked(const Backend& backend, const Tensor& x, const Te
                                std::string_view scale_mode, int64_t group, int64_t hadamard,
                                const std::optional<Tensor>& expert_map, bool router_on_input);
 
+// ---- what vllm-xpu-kernels' class for experts calls, with its schemas: ops_vllm_experts.cpp ----
+
+/// Rows of hidden_states [T, H], and of hidden_states_scales [T, S], one for each of topk_ids, int32 or int64 [T, top_k],
+/// sorted by expert, those of one expert in the order of topk_ids. expert_map, int32 [total_experts_num], gives an id its
+/// expert here or -1. Writes remapped_* [T * top_k, ...], of which the rows that no id needs stay as they are, int32
+/// rows_per_expert [local_experts_num], and for each of topk_ids its row or, where the id has no expert here, -1.
+void remap_hidden_states(const Backend& backend, const Tensor& hidden_states, const std::optional<Tensor>& hidden_states_scales,
+                         const Tensor& remapped_hidden_states, const std::optional<Tensor>& remapped_hidden_states_scales,
+                         const std::optional<Tensor>& expert_map, const Tensor& rows_per_expert,
+                         const Tensor& unpermuted_row_to_permuted_row, const Tensor& topk_ids, int64_t total_experts_num,
+                         int64_t local_experts_num);
+/// Writes int32 expert_map [num_experts * ep_size]: rank ep_rank has num_experts of them in a row, the others are -1.
+void init_expert_map(const Backend& backend, const Tensor& expert_map, int64_t num_experts, int64_t ep_rank, int64_t ep_size);
+/// For each expert, its rows_per_expert (int32, on the CPU) next rows of a times its weight, b [num_experts, N, K/2] with
+/// b_scale [num_experts, N, K/32], plus its bias [num_experts, N], into d [rows, N]: W4A16 where a [rows, K] are floats, W4A4
+/// or W4A8 where they are codes with a_scale [rows, K/32]. Rows that are no expert's stay as they are. Returns d.
+Tensor cutlass_grouped_gemm_interface(const Backend& backend, const Tensor& a, const std::optional<Tensor>& a_scale,
+                                      const Tensor& b, const std::optional<Tensor>& b_scale, const std::optional<Tensor>& bias,
+                                      const Tensor& d, const Tensor& rows_per_expert, int64_t n, int64_t k,
+                                      int64_t num_experts);
+/// The gate of gpt-oss (format/gate.h) over alternating gate and up: input [..., 2 d] -> out [..., d].
+void swigluoai_and_mul(const Backend& backend, const Tensor& out, const Tensor& input, double alpha, double limit);
+/// output [T, H]: the sum over a token's slots of topk_weights [T, top_k], float32, times its row of moe_output [rows, H], an
+/// fma each, by ascending slot from +0, rounded once. The row is unpermuted_row_to_permuted_row's, int32; -1 adds nothing.
+void moe_gather(const Backend& backend, const Tensor& output, const Tensor& moe_output, const Tensor& topk_weights,
+                const Tensor& unpermuted_row_to_permuted_row, int64_t num_experts);
+
 // ---- forms of a weight: opaque, uint8 ----
 
 /// -> the layout of the native kernels (format/strips.h), [ceil(N/16), bytes], on the CPU.

@@ -128,18 +128,61 @@ std::vector<OpRow> prepacked_op_table() {
   return rows;
 }
 
+/// A row of one of the namespaces that vLLM's own ops live in.
+struct CompatRow {
+  const char* library_namespace;
+  OpRow row;
+  bool writes;  // to an argument, whether the schema says so or not
+
+  std::string name() const { return std::string(library_namespace) + "::" + row.name(); }
+};
+
 /// The names that vLLM calls. compat.h says when they are defined.
-constexpr char kFp4GemmNamespace[] = "_xpu_C";
 template <class GetBackend>
-OpRow fp4_gemm_row() {
-  return op<GetBackend, ops::fp4_gemm>(
-      "fp4_gemm(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, ScalarType? out_dtype, Tensor? bias_) -> Tensor");
+std::vector<CompatRow> compat_table() {
+  using G = GetBackend;
+  std::vector<CompatRow> rows;
+  rows.push_back({"_xpu_C",
+                  op<G, ops::fp4_gemm>("fp4_gemm(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, ScalarType? out_dtype, "
+                                       "Tensor? bias_) -> Tensor"),
+                  false});
+  rows.push_back({"_C",
+                  op<G, ops::per_token_group_quant_mxfp4>("per_token_group_quant_mxfp4(Tensor input, Tensor! output_q, "
+                                                          "Tensor! output_s, int group_size, float eps) -> ()"),
+                  true});
+  return rows;
 }
-constexpr char kGroupQuantNamespace[] = "_C";
+
+/// Those of vllm-xpu-kernels' class for experts, which look at indices on the host: for CPU tensors.
 template <class GetBackend>
-OpRow group_quant_row() {
-  return op<GetBackend, ops::per_token_group_quant_mxfp4>(
-      "per_token_group_quant_mxfp4(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps) -> ()");
+std::vector<CompatRow> compat_experts_table() {
+  using G = GetBackend;
+  std::vector<CompatRow> rows;
+  rows.push_back({"_xpu_C",
+                  op<G, ops::cutlass_grouped_gemm_interface>(
+                      "cutlass_grouped_gemm_interface(Tensor ptr_A, Tensor? ptr_A_scale, Tensor ptr_B, Tensor? ptr_B_scale, "
+                      "Tensor? ptr_bias, Tensor ptr_D, Tensor rows_per_expert, int N, int K, int num_experts) -> Tensor"),
+                  true});
+  rows.push_back({"_moe_C",
+                  op<G, ops::remap_hidden_states>(
+                      "remap_hidden_states(Tensor hidden_states, Tensor? hidden_states_scales, Tensor remapped_hidden_states, "
+                      "Tensor? remapped_hidden_states_scales, Tensor? expert_map, Tensor rows_per_expert, "
+                      "Tensor unpermuted_row_to_permuted_row, Tensor topk_ids, int total_experts_num, int local_experts_num) "
+                      "-> ()"),
+                  true});
+  rows.push_back({"_moe_C",
+                  op<G, ops::moe_gather>("moe_gather(Tensor! output, Tensor moe_output, Tensor topk_weights, "
+                                         "Tensor unpermuted_row_to_permuted_row, int num_experts) -> ()"),
+                  true});
+  rows.push_back(
+      {"_moe_C",
+       op<G, ops::init_expert_map>("init_expert_map(Tensor expert_map, int num_experts, int ep_rank, int ep_size) -> ()"),
+       true});
+  rows.push_back(
+      {"_C",
+       op<G, ops::swigluoai_and_mul>("swigluoai_and_mul(Tensor! out, Tensor input, float alpha=1.702, float limit=7.0) -> ()"),
+       true});
+  return rows;
 }
 
 /// Implements rows for a dispatch key.

@@ -32,7 +32,7 @@ const bool xpu_binding = [] {
   } catch (const std::runtime_error&) {
     // An import must not end here: there is no cache then, and our first op raises the same error.
   }
-  add_compat_binding({c10::DispatchKey::XPU, fp4_gemm_row<GetXpuBackend>, group_quant_row<GetXpuBackend>});
+  add_compat_binding({c10::DispatchKey::XPU, compat_table<GetXpuBackend>});
   return true;
 }();
 

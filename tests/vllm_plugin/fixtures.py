@@ -128,7 +128,7 @@ def engines(models: Models, vllm_folder: Path) -> Engines:
             "fp_quant_quest": {"model": str(models.fp_quant_quest)} | DEPRECATED,
             "fp_quant_compiled": {"model": str(models.fp_quant_abs_max), "enforce_eager": False} | DEPRECATED,
             "offset_compiled": {"model": str(models.offset), "enforce_eager": False},
-            "quark_w4a4": quark_w4a4 | {"prepare": "quark_in_float32"},
+            "quark_w4a4": quark_w4a4 | {"prepare": "in_float32"},
             "w4a4_bf16": w4a4 | half,
             "w4a16_bf16": w4a16 | half,
             "quark_w4a4_bf16": quark_w4a4 | half,
@@ -147,7 +147,7 @@ def engines_on_request(models: Models, vllm_folder: Path) -> Engines:
         {
             "w4a4": {"model": str(models.w4a4)},
             "mixed": {"model": str(models.mixed)},
-            "quark_w4a4": {"model": str(models.quark_w4a4), "prepare": "quark_in_float32"},
+            "quark_w4a4": {"model": str(models.quark_w4a4), "prepare": "in_float32"},
         },
         env={"XPU_FP4_ACTIVATIONS": "mxint8"},
     )

@@ -2,10 +2,11 @@
 """vLLM engines, one after the other: reads their settings as JSON from the argument, prints what each answered as JSON."""
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -13,11 +14,14 @@ import torch
 
 
 @contextmanager
-def quark_in_float32() -> Iterator[None]:
-    """vLLM lets Quark checkpoints run in half precision only, where greedy tokens of two implementations part ways."""
+def in_float32() -> Iterator[None]:
+    """vLLM lets Quark's and gpt-oss' checkpoints run in half precision only, where greedy tokens part ways."""
+    from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4Config
     from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 
-    with mock.patch.object(QuarkConfig, "get_supported_act_dtypes", return_value=[torch.float32]):
+    with ExitStack() as patches:
+        for config in (QuarkConfig, Mxfp4Config):
+            patches.enter_context(mock.patch.object(config, "get_supported_act_dtypes", return_value=[torch.float32]))
         yield
 
 
@@ -50,11 +54,11 @@ def drop_in() -> Iterator[None]:
 
 
 Preparation = Callable[[], AbstractContextManager[None]]
-PREPARATIONS: dict[str | None, Preparation] = {None: nullcontext, "quark_in_float32": quark_in_float32, "drop_in": drop_in}
+PREPARATIONS: dict[str | None, Preparation] = {None: nullcontext, "in_float32": in_float32, "drop_in": drop_in}
 
 
 def count_ops(profile: torch.profiler.profile) -> dict[str, int]:
-    """How often each op that can serve a linear ran."""
+    """How often each op that can serve a linear or experts ran."""
     names = ("xpu_fp4::", "_xpu_C::", "_C::per_token")
     return {event.key: event.count for event in profile.key_averages() if event.key.startswith(names)}
 
@@ -65,7 +69,8 @@ def answer(settings: dict[str, Any]) -> dict[str, Any]:
 
     prompts = [{"prompt_token_ids": ids} for ids in settings.pop("prompts")]
     sampling = SamplingParams(temperature=0, max_tokens=settings.pop("new_tokens"), ignore_eos=True, detokenize=False)
-    llm = LLM(skip_tokenizer_init=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=256, **settings)
+    sizes = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
+    llm = LLM(skip_tokenizer_init=True, **(sizes | settings))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
     return {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "ops": count_ops(profile)}
@@ -83,5 +88,7 @@ def main(engines: dict[str, dict[str, Any]]) -> None:
         cleanup_dist_env_and_memory()
 
 
-if __name__ == "__main__":  # workers import this file again
+if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+elif __name__ == "__mp_main__" and "PREPARE_WORKERS" in os.environ:  # workers import this file again
+    PREPARATIONS[os.environ["PREPARE_WORKERS"]]().__enter__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy decoding by Transformers, every linear emulated by compressed-tensors: nothing of xpu_fp4 or vLLM takes part."""
+"""Greedy decoding by Transformers, activations rounded before every MXFP4 weight: nothing of xpu_fp4 or vLLM takes part."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,8 @@ from typing import Any
 import fp_quant_of_others
 import torch
 from compressed_tensors.quantization import fake_quantize
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -62,7 +64,20 @@ def _round_as_vllm_xpu_kernels(module: nn.Module, args: tuple[Tensor]) -> tuple[
     return ((values[code] * blocks.sign() * scale).flatten(-2).to(args[0].dtype),)
 
 
-ROUNDINGS = {"mxint8": _round_to_mxint8, "vllm-xpu-kernels": _round_as_vllm_xpu_kernels}
+def _round_to_mxfp4(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """x rounded to MXFP4 by compressed-tensors, which has one rule for scales."""
+    blocks = args[0].unflatten(-1, (-1, 32))
+    scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), _MXFP4)
+    return (fake_quantize(args[0], scale, None, _MXFP4),)
+
+
+_MXFP4 = PRESET_SCHEMES["MXFP4"]["weights"]
+
+ROUNDINGS = {
+    "mxfp4": _round_to_mxfp4,
+    "mxint8": _round_to_mxint8,
+    "vllm-xpu-kernels": _round_as_vllm_xpu_kernels,
+}
 
 
 @torch.no_grad()
@@ -102,6 +117,43 @@ def certain_tokens(
         linear.register_forward_pre_hook(_add_noise, prepend=True)
     runs += [[decode(model, prompt) for prompt in PROMPTS] for _ in range(NOISY_RUNS)]
     return [_common_prefix(list(tokens)) for tokens in zip(*runs, strict=True)]
+
+
+@torch.no_grad()
+def certain_tokens_of_experts(source: Path, *, activations: str | None = None) -> list[list[int]]:
+    """The same of a model whose experts alone are MXFP4: a bf16 checkpoint, the weights of its experts what MXFP4 has.
+
+    activations: how the input of an expert's two products is rounded, one of ROUNDINGS, or not.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    before = [] if activations is None else [ROUNDINGS[activations]]
+    runs = []
+    for dtype in (torch.float64, torch.float32):
+        runs.append(_decode_with_experts(source, dtype, before))
+    runs += [_decode_with_experts(source, torch.float32, [_add_noise, *before]) for _ in range(NOISY_RUNS)]
+    return [_common_prefix(list(tokens)) for tokens in zip(*runs, strict=True)]
+
+
+def _decode_with_experts(source: Path, dtype: torch.dtype, before: list[Any]) -> list[list[int]]:
+    """before: hooks before each of the experts' products."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, experts_implementation="batched_mm").eval()
+    for experts in (module for name, module in model.named_modules() if name.endswith(".experts")):
+        for hook in before:
+            experts.register_forward_pre_hook(lambda module, args, hook=hook: (*hook(module, args[:1]), *args[1:]))
+        # Between the products: both of Transformers' ways through batched_mm call it.
+        experts._apply_gate = _with_hooks(experts, experts._apply_gate, before)
+    return [decode(model, prompt) for prompt in PROMPTS]
+
+
+def _with_hooks(module: nn.Module, function: Any, hooks: list[Any]) -> Any:
+    def call(x: Tensor) -> Tensor:
+        result = (function(x),)
+        for hook in hooks:
+            result = hook(module, result)
+        return result[0]
+
+    return call
 
 
 def _common_prefix(runs: list[list[int]]) -> list[int]:

@@ -52,9 +52,9 @@ def on_xpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """vLLM and the kernel believe that this is an XPU on which ours can run."""
     monkeypatch.setattr(type(current_platform), "_enum", PlatformEnum.XPU)
     monkeypatch.setattr(kernel, "backend", lambda name: Backend(name, True, ""))
-    kernel._platform_backend.cache_clear()
+    kernel.platform_backend.cache_clear()
     yield
-    kernel._platform_backend.cache_clear()
+    kernel.platform_backend.cache_clear()
 
 
 def layer_with(weight: Tensor, scale: Tensor) -> Any:

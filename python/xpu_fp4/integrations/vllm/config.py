@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from vllm.model_executor.kernels.linear import init_mxfp4_linear_kernel
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsScheme,
@@ -35,10 +36,14 @@ from ...checkpoints.errors import CheckpointError
 from ...checkpoints.patterns import PREFIX
 from ...checkpoints.transforms import InputTransforms
 from ...functional import Hadamard
+from .experts import are_ours
+from .experts_methods import CompressedTensorsExperts
 from .kernel import XpuFp4LinearKernel, key_of
 from .loading import load_the_same
 
 _ORDINARY = names_of(Scheme("w4a4"))
+_PROJECTION = nn.Linear(1, 1, device="meta")
+"""Stands for an expert's, of which vLLM has no module: targets may name the class."""
 _GROUP = "xpu_fp4_group"
 """A key of vLLM's dictionaries of targets: the entry of config_groups that a target is of."""
 
@@ -104,15 +109,17 @@ class ActivationsAwareConfig(CompressedTensorsConfig):
     def get_scheme(self, layer: nn.Module, layer_name: str | None = None) -> CompressedTensorsScheme | None:
         args = self.get_scheme_dict(layer, layer_name)
         if args and self._is_mxfp4(args["weights"]):
-            activations = args["input_activations"] and args["input_activations"].model_dump(mode="json")
             weight_only = weight_only_scheme(self.config or {}, args[_GROUP], "quantization_config")
             size = self._hadamard(layer, layer_name or "")
             if size or weight_only.input_offset or _are_unquantized_or_int(args["input_activations"]):
-                scheme = activations_scheme(activations, weight_only, f"input_activations of {layer_name}")
-                return CompressedTensorsMxfp4(replace(scheme, hadamard=size))
+                return CompressedTensorsMxfp4(replace(self._scheme(args, layer_name or ""), hadamard=size))
         return super().get_scheme(layer, layer_name)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts):
+            scheme = self._experts_scheme(layer, prefix)
+            if scheme is not None and are_ours(layer.moe_config, scheme, vllm_has_cpu_class=False):
+                return CompressedTensorsExperts(layer.moe_config, scheme, prefix)
         method = super().get_quant_method(layer, prefix)
         if isinstance(layer, ParallelLMHead):  # whose transforms vLLM skips
             where = "quantization_config.transform_config"
@@ -141,6 +148,33 @@ class ActivationsAwareConfig(CompressedTensorsConfig):
             for apply in scheme.apply:
                 apply.targets = _renamed(apply.targets, hf_to_vllm_mapper)
                 apply.ignore = _renamed(apply.ignore, hf_to_vllm_mapper)
+
+    def _scheme(self, args: dict[str, Any], name: str) -> Scheme:
+        """What the entries of a layer with MXFP4 weights say, but for its transform."""
+        weight_only = weight_only_scheme(self.config or {}, args[_GROUP], "quantization_config")
+        activations = args["input_activations"] and args["input_activations"].model_dump(mode="json")
+        return activations_scheme(activations, weight_only, f"input_activations of {name}")
+
+    def _experts_scheme(self, layer: RoutedExperts, name: str) -> Scheme | None:
+        """The scheme of a layer of MXFP4 experts, None if they are none or vLLM has a method for their activations alone.
+
+        CheckpointError if they have an input offset, ValueError if their projections' transforms differ.
+        """
+        self._add_fused_moe_to_target_scheme_map()
+        projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        names = [f"{name}.0.{projection}" for projection in projections]
+        args, *others = (self.get_scheme_dict(layer, projection) for projection in names)
+        if not args or any(other != args for other in others) or not self._is_mxfp4(args["weights"]):
+            return None  # vLLM refuses those that differ
+        if self._is_mxfp4_w4a8_fp8(args["weights"], args["input_activations"]):
+            return None
+        scheme = self._scheme(args, name)
+        if scheme.input_offset:
+            raise CheckpointError(f"{name} has input offsets, which xpu_fp4 has for linear layers and not for experts")
+        sizes = {self._hadamard(_PROJECTION, projection) for projection in names}
+        if len(sizes) > 1:
+            raise ValueError(f"{name}: its projections have different transforms, expected one for all of the experts")
+        return replace(scheme, hadamard=sizes.pop())
 
     def _hadamard(self, layer: nn.Module, name: str) -> Hadamard:
         """The size of the transform at a layer's input, 0 if there is none. ValueError if parts that are fused differ in it."""

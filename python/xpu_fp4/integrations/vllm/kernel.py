@@ -24,7 +24,7 @@ from ...functional import Group, modes_of
 from ...weight import PackedWeight
 from . import logger
 
-_SCHEMES: dict[QuantKey | None, Scheme] = {
+SCHEMES: dict[QuantKey | None, Scheme] = {
     kMxfp4Dynamic: Scheme("w4a4"),
     **{
         QuantKey(torch.int8, ScaleDesc(torch.uint8, False, GroupShape(1, group))): Scheme("w4a8", group=group)
@@ -44,7 +44,7 @@ _TENSORS = ("weight", "weight_scale", "xpu_fp4_expanded")
 def key_of(scheme: Scheme) -> QuantKey | None:
     """What vLLM calls the activations of a scheme."""
     plain = replace(scheme, scale_mode="even", hadamard=0, weight_global_scale=1.0).arguments()
-    return next(key for key, known in _SCHEMES.items() if known.arguments() == plain)
+    return next(key for key, known in SCHEMES.items() if known.arguments() == plain)
 
 
 def requested_scheme() -> Scheme | None:
@@ -57,6 +57,15 @@ def requested_scheme() -> Scheme | None:
     return _BY_REQUEST[request]
 
 
+def served_scheme(stored: Scheme) -> Scheme:
+    """What a layer that is stored for that computes: that, or what is asked for of every layer, which is logged once."""
+    request = requested_scheme()
+    if request is None:
+        return stored
+    _announce(request)
+    return replace(request, hadamard=stored.hadamard)
+
+
 @functools.cache
 def _announce(request: Scheme) -> None:
     """Once in each process."""
@@ -64,7 +73,7 @@ def _announce(request: Scheme) -> None:
 
 
 @functools.cache
-def _platform_backend() -> Backend | None:
+def platform_backend() -> Backend | None:
     """The backend that serves the tensors of vLLM's platform, None if the platform is neither CPU nor XPU."""
     if current_platform.is_xpu():
         return backend("xpu")
@@ -73,7 +82,7 @@ def _platform_backend() -> Backend | None:
     return None
 
 
-def _refusal_of_checkpoint() -> str | None:
+def refusal_of_checkpoint() -> str | None:
     """Why the checkpoint that vLLM is loading would compute noise here, None if it would not or nothing is being loaded.
 
     vLLM skips some keys that change what a layer computes (Quark's rotations), and has no kernels for others on CPU.
@@ -103,10 +112,7 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
 
     def __init__(self, config: MxFp4LinearLayerConfig) -> None:
         super().__init__(config)
-        request = requested_scheme()
-        if request is not None:
-            _announce(request)
-        self._scheme = request or _SCHEMES[config.activation_quant_key]
+        self._scheme = served_scheme(SCHEMES[config.activation_quant_key])
 
     @classmethod
     def of(cls, scheme: Scheme) -> "XpuFp4LinearKernel":
@@ -122,7 +128,7 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        state = _platform_backend()
+        state = platform_backend()
         if state is None:
             return False, f"xpu_fp4 serves vLLM's platforms cpu and xpu, this one is {current_platform.device_type}"
         if not state.available:
@@ -132,12 +138,12 @@ class XpuFp4LinearKernel(MxFp4LinearKernel):
     @classmethod
     def can_implement(cls, config: MxFp4LinearLayerConfig) -> tuple[bool, str | None]:
         key = config.activation_quant_key
-        if key not in _SCHEMES:
+        if key not in SCHEMES:
             return False, (
                 f"the checkpoint asks for activations quantized as {key}; xpu_fp4 has dynamic MXFP4 activations (W4A4), "
                 "dynamic MXINT8 ones (W4A8) and unquantized ones (W4A16): quantize the model to one of these"
             )
-        refusal = _refusal_of_checkpoint()
+        refusal = refusal_of_checkpoint()
         return refusal is None, refusal
 
     def process_weights_after_loading(self, layer: Any) -> None:

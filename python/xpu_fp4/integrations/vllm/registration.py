@@ -11,8 +11,18 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.platforms import PlatformEnum, current_platform
 
 from .config import ActivationsAwareConfig
+from .experts import XpuFp4Experts
+from .experts_methods import GptOssConfig, QuarkWithExpertsConfig
 from .fp_quant import XpuFp4FPQuantConfig
 from .kernel import REQUEST, XpuFp4LinearKernel
+
+_CONFIGS = {
+    "compressed-tensors": ActivationsAwareConfig,
+    "fp_quant": XpuFp4FPQuantConfig,
+    "gpt_oss_mxfp4": GptOssConfig,
+    "quark": QuarkWithExpertsConfig,
+}
+"""Ours in the place of vLLM's configurations of that name."""
 
 
 def register_kernel_and_config() -> None:
@@ -20,9 +30,10 @@ def register_kernel_and_config() -> None:
     unknown = {field.name for field in dataclasses.fields(MxFp4LinearLayerConfig)} - {"activation_quant_key"}
     if unknown:
         raise NotImplementedError(f"MxFp4LinearLayerConfig has unknown fields: {', '.join(sorted(unknown))}")
-    if inspect.isabstract(XpuFp4LinearKernel):
-        abstract = ", ".join(sorted(XpuFp4LinearKernel.__abstractmethods__))
-        raise NotImplementedError(f"MxFp4LinearKernel has unknown abstract methods: {abstract}")
+    for ours in (XpuFp4LinearKernel, XpuFp4Experts):
+        if inspect.isabstract(ours):
+            abstract = ", ".join(sorted(ours.__abstractmethods__))
+            raise NotImplementedError(f"{ours.__base__.__name__} has unknown abstract methods: {abstract}")
     runs_here, _ = XpuFp4LinearKernel.is_supported()
     # Behind what is registered already: on XPU vLLM's own kernel stays first, and ours takes what it refuses.
     for platform in (PlatformEnum.CPU, PlatformEnum.XPU):
@@ -31,10 +42,11 @@ def register_kernel_and_config() -> None:
             # But not where other activations are asked for, of which vLLM's knows nothing.
             kernels = linear_kernels._POSSIBLE_MXFP4_KERNELS[platform]
             kernels.insert(0, kernels.pop())
-    if runs_here:
-        register_quantization_config("compressed-tensors")(ActivationsAwareConfig)
-        register_quantization_config("fp_quant")(XpuFp4FPQuantConfig)
-        # vLLM does this itself for methods that are new to it. An empty list, as on CPU, stands for all.
+    if not runs_here:
+        return
+    for name, config in _CONFIGS.items():
+        register_quantization_config(name)(config)
+        # vLLM does this itself for methods that are new to it. Its list for XPU lacks Quark; an empty one, as on CPU, stands for all.
         supported = current_platform.supported_quantization
-        if supported and "fp_quant" not in supported:
-            supported.append("fp_quant")
+        if supported and name not in supported:
+            supported.append(name)
