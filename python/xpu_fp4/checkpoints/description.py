@@ -32,6 +32,10 @@ class Scheme:
         names = ("mode", *options_of(self.mode), "hadamard", "weight_global_scale")
         return {name: getattr(self, name) for name in names}
 
+    def arguments_of_experts(self) -> dict[str, Any]:
+        """The same for a layer of experts, which has no global scale: what `xpu_fp4.experts` and MXFP4Experts take."""
+        return {name: value for name, value in self.arguments().items() if name != "weight_global_scale"}
+
     def __str__(self) -> str:
         options = [*options_of(self.mode), *(["hadamard"] if self.hadamard else [])]
         offset = ["input offset"] if self.input_offset else []

@@ -177,13 +177,11 @@ def _experts(model: nn.Module, checkpoint: Checkpoint, name: str, places: dict[s
         raise CheckpointError(f"{where} has an input offset, which experts cannot have")
     if scheme.scale_mode not in SCALE_MODES or scheme.weight_global_scale != 1:
         raise CheckpointError(f"{where} is quantized by FP-Quant's rules, which experts cannot follow")
-    options = scheme.arguments()
-    del options["weight_global_scale"]
     try:
         transposed = experts_kind(module).is_transposed
         # Stored one by one, gate and up are two layers, whatever the model alternates.
         order = {"is_interleaved": False} if any(place.expert is not None for place in places.values()) else {}
-        made = MXFP4Experts.like(module, bias=layers[0].bias is not None, **order, **options)
+        made = MXFP4Experts.like(module, bias=layers[0].bias is not None, **order, **scheme.arguments_of_experts())
     except ValueError as error:
         raise CheckpointError(f"{where} is for {name}: {error}") from None
     for projection in PROJECTIONS:

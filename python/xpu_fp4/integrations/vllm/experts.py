@@ -126,7 +126,7 @@ class XpuFp4Experts(mk.FusedMoEExpertsModular):
             self.w2_bias,
             gate=_GATES[activation],
             expert_map=expert_map,
-            **self._scheme.arguments(),
+            **self._scheme.arguments_of_experts(),
         )
         output.copy_(y)
 

@@ -46,7 +46,7 @@ def register_kernel_and_config() -> None:
         return
     for name, config in _CONFIGS.items():
         register_quantization_config(name)(config)
-        # vLLM does this itself for methods that are new to it. Its list for XPU lacks Quark; an empty one, as on CPU, stands for all.
+        # vLLM does this for methods that are new to it; its list for XPU lacks Quark. An empty list, as on CPU, stands for all.
         supported = current_platform.supported_quantization
         if supported and name not in supported:
             supported.append(name)
