@@ -61,7 +61,7 @@ class NativeBackend final : public Backend {
 
   void multiply(const Product& product) const override {
     const Activations& a = product.activations;
-    const ProductKernels& kernels = kernels_.product(a.to.format, a.m);
+    const ProductKernels& kernels = kernels_.product(a);
     const int64_t quads = strips::quads(a.k), groups = ceil_div(std::min(a.m, kChunkRows), kernels.group_rows);
     const size_t group_bytes = static_cast<size_t>(quads) * kernels.group_quad_bytes;
     const AlignedBuffer expanded(static_cast<size_t>(groups) * group_bytes);
