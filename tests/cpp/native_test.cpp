@@ -596,18 +596,24 @@ TEST_P(Native, W4A16HasNoZeroesForTinyElements) {
   }
 }
 
-// Rows of all kinds and strips of all scales: what is left to another way of computing must not depend on who is beside it.
+// Rows of all kinds and strips of all scales, about each end of what tiles take: what is left to another way of computing must
+// not depend on who is beside it.
 TEST_P(Native, W4A16RowsDoNotDependOnTheirNeighbours) {
   constexpr int64_t kRows = 69, kDepth = 1184;
   for (const DType dtype : kDTypes) {
     std::vector<float> x = random_floats(kRows * kDepth, 41, 6.0f);
     std::mt19937 random(42);
-    for (const float special : {std::ldexp(1.0f, -101), std::ldexp(1.0f, -130), INFINITY, NAN, 3e38f}) {
+    for (const float special : {0x1p-130f, 0x1p-101f, 0x1.fep-61f, 0x1p-60f, 0x1.fep59f, 0x1p60f, INFINITY, NAN}) {
       for (int i = 0; i < 9; ++i) x[random() % x.size()] = special;
     }
     Unquantized in(Operands(kRows, 55, kDepth, 115, 135, 43), dtype, x);
-    for (int i = 0; i < 12; ++i)
-      in.w.w_scale[random() % in.w.w_scale.size()] = static_cast<uint8_t>(std::array{0, 1, 253, 255}[i % 4]);
+    for (const int byte : {0, 68, 69, 182, 183, 253, 255}) {
+      for (int i = 0; i < 3; ++i) in.w.w_scale[random() % in.w.w_scale.size()] = static_cast<uint8_t>(byte);
+    }
+    for (size_t block = 5; block < in.w.w_scale.size(); block += 97) {
+      std::fill_n(in.w.w.begin() + static_cast<int64_t>(block) * 16, 16, uint8_t{0x08});
+      in.w.w_scale[block] = block % 2 == 0 ? 0 : 254;
+    }
     const std::vector<float> y = in.multiply(*backend());
     const auto part = [&](int64_t first, int64_t count) {
       return std::vector<float>(y.begin() + first * in.w.n, y.begin() + (first + count) * in.w.n);
@@ -623,32 +629,52 @@ TEST_P(Native, W4A16RowsDoNotDependOnTheirNeighbours) {
   }
 }
 
-// What the bound of short K rests on: a tile product is two chains of sixteen fma, as Intel's manual says, and flushes.
+// As all-zero blocks have the least scale.
+TEST_P(Native, W4A16ZeroBlocksFitAnyScale) {
+  for (const int64_t m : {2, 20}) {
+    Unquantized in(Operands(m, 50, 288, 120, 130, 5), DType::bf16, random_floats(m * 288, 6, 4.0f));
+    std::vector<float> expected;
+    for (const bool extreme : {false, true}) {
+      for (size_t block = 0; block < in.w.w_scale.size(); block += 5) {
+        std::fill_n(in.w.w.begin() + static_cast<int64_t>(block) * 16, 16, uint8_t{0x80});
+        in.w.w_scale[block] = !extreme ? 125 : block % 2 == 0 ? 0 : 254;
+      }
+      std::vector<float> y = in.multiply(*backend());
+      if (extreme) {
+        EXPECT_TRUE(same_bits(y, expected)) << m;
+      }
+      expected = std::move(y);
+    }
+  }
+}
+
+// What the bound of short K rests on: a tile product is two chains of sixteen fma, as Intel's manual says.
 TEST_P(Native, W4A16FollowsTheOrderOfATile) {
   if (GetParam()->isa != std::string("amx")) GTEST_SKIP() << "no tiles";
   constexpr int64_t kDepth = 256;
-  const auto flushed = [](float value) { return std::fabs(value) < 0x1p-126f ? std::copysign(0.0f, value) : value; };
-  std::vector<float> x = random_floats(16 * kDepth, 51, 12.0f);
-  for (size_t i = 0; i < x.size() / 2; ++i) x[i] = std::ldexp(x[i], -70);  // and W's are near 2^-52: products are flushed
-  const Operands w(16, 32, kDepth, 70, 80, 52);
-  const Unquantized in(w, DType::bf16, x);
-  std::vector<float> expected;
-  for (int64_t i = 0; i < w.m * w.n; ++i) {
-    float acc = 0.0f;
-    for (int64_t block = 0; block < kDepth; block += 32) {
-      float chain[2] = {};
-      for (int64_t k = block; k < block + 32; ++k) {
-        const int64_t element = i % w.n * kDepth + k;
-        const auto value = static_cast<float>(std::ldexp(definition::value(definition::code_at(w.w, element)),
-                                                         w.w_scale[static_cast<size_t>(element / 32)] - 127));
-        chain[k % 2] = flushed(std::fmaf(static_cast<float>(load(DType::bf16, in.x, static_cast<size_t>(i / w.n * kDepth + k))),
-                                         value, chain[k % 2]));
+  for (const int64_t m : {3, 16}) {
+    std::vector<float> x = random_floats(m * kDepth, 51, 6.0f);
+    for (float& value : x) value = std::ldexp(value, -30);
+    const Operands w(m, 32, kDepth, 70, 80, 52);  // and products are near the least that floats hold
+    const Unquantized in(w, DType::bf16, x);
+    std::vector<float> expected;
+    for (int64_t i = 0; i < m * w.n; ++i) {
+      float acc = 0.0f;
+      for (int64_t block = 0; block < kDepth; block += 32) {
+        float chain[2] = {};
+        for (int64_t k = block; k < block + 32; ++k) {
+          const int64_t element = i % w.n * kDepth + k;
+          const double value = definition::value(definition::code_at(w.w, element));
+          const auto scaled = static_cast<float>(std::ldexp(value, w.w_scale[static_cast<size_t>(element / 32)] - 127));
+          const auto of_x = static_cast<float>(load(DType::bf16, in.x, static_cast<size_t>(i / w.n * kDepth + k)));
+          chain[k % 2] = std::fmaf(of_x, scaled, chain[k % 2]);
+        }
+        acc = acc + (chain[0] + chain[1]);
       }
-      acc = flushed(acc + flushed(chain[0] + chain[1]));
+      expected.push_back(acc);
     }
-    expected.push_back(acc);
+    EXPECT_TRUE(same_bits(in.multiply(*backend()), expected)) << m;
   }
-  EXPECT_TRUE(same_bits(in.multiply(*backend()), expected));
 }
 
 TEST_P(NativeProduct, ThreadsDoNotChangeABit) {
