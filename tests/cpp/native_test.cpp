@@ -547,10 +547,12 @@ TEST_P(Native, W4A16IsWithinItsBoundAtTileEdges) {
 }
 
 TEST_P(Native, W4A16IsWithinItsBoundForEveryScale) {
-  std::vector<float> x = random_floats(5 * 288, 9, 4.0f);
-  for (float& value : x) value = std::ldexp(value, -10);  // so that the largest scales do not overflow
+  const std::vector<float> floats = random_floats(5 * 288, 9, 4.0f);
   for (const DType dtype : kDTypes) {
     for (int byte = 0; byte < 255; ++byte) {
+      // So that the least scales are more than underflow, and the largest do not overflow.
+      std::vector<float> x = floats;
+      for (float& value : x) value = std::ldexp(value, byte < 127 ? 8 : -10);
       // Shared by a weight, and among the usual ones.
       for (const size_t step : {1, 7}) {
         Unquantized in(Operands(5, 17, 288, 120, 130, static_cast<unsigned>(byte)), dtype, x);
@@ -583,12 +585,13 @@ TEST_P(Native, W4A16HasNoLongChains) {
 TEST_P(Native, W4A16HasNoZeroesForTinyElements) {
   for (const DType dtype : kDTypes) {
     for (const int exponent : {-133, -127, -126, -110, -101, -100, -99}) {
-      for (const int byte : {100, 147, 240, 252, 254}) {
-        for (const size_t step : {1, 200}) {  // every element, or few beside ordinary ones
+      for (const int byte : {100, 127, 147, 182, 240, 252, 254}) {
+        for (const size_t step : {1, 200}) {  // every element, or few beside larger ones
           std::vector<float> x = random_floats(9 * 256, 4, 2.0f);
           for (float& value : x) value = std::ldexp(value, -90);
-          for (size_t i = 0; i < x.size(); i += step) x[i] = std::ldexp(i % 3 == 0 ? 1.984375f : -1.5f, exponent);
+          for (size_t i = 0; i < x.size(); i += step) x[i] = std::ldexp(1.984375f, exponent);
           Unquantized in(Operands(9, 18, 256, byte, byte, 5), dtype, x);
+          std::fill(in.w.w.begin(), in.w.w.end(), uint8_t{0x77});  // the largest, so that together they exceed the bound
           ASSERT_LE(in.error(in.multiply(*backend())), 1) << exponent << " " << byte << " " << static_cast<int>(dtype);
         }
       }
