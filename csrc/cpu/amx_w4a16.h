@@ -13,7 +13,8 @@
 //
 // Order of an output's sum, the same for every shape: kPanelQuads quads chained in a tile, then their sum is added to the
 // accumulator, then those of its quads that took the float32 way, in order. So the longest path has at most
-// 15 + 4 kPanelQuads + K / (128 kPanelQuads) roundings, or 16 for K = 32 and 19 for K = 128: below 4 sqrt(K).
+// 15 + 4 kPanelQuads + K / (128 kPanelQuads) roundings, or 16 for K = 32 and 19 for K = 128, below 4 sqrt(K); where every quad
+// took the float32 way, what that has: adding an empty tile's +0 rounds nothing.
 #pragma once
 #include "amx_tiles.h"
 #include "avx512_output.h"

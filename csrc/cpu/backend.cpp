@@ -24,7 +24,7 @@ namespace {
 // Blocks per task: 64 KiB of float32 input, so that starting a task costs little beside it.
 constexpr int64_t kBlocksPerTask = 512;
 // Rows whose activations are expanded at a time, which bounds the memory of a call: for each 1024 of K, 1.7 KiB a row for W4A4
-// and W4A8, 4 KiB for W4A16.
+// and W4A8, up to 4 KiB for W4A16.
 constexpr int64_t kChunkRows = 1024;
 // Multiplications that are worth a thread, and blocks of A.
 constexpr int64_t kTaskWork = int64_t{1} << 18, kExpandBlocks = 2048;
