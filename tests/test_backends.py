@@ -181,6 +181,31 @@ def test_doctor_notices_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("requires_sycl")
+def test_doctor_tests_an_architectures_kernels() -> None:
+    """The portable ones: those of a GPU's take minutes to compile here. tests/test_sycl_variants.py runs them."""
+    result = CliRunner().invoke(main, ["doctor", "--kernels", "portable"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert result.output.count(" right ") == 8, result.output
+
+
+@pytest.mark.usefixtures("requires_sycl")
+def test_doctor_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reference.gemm
+    monkeypatch.setattr(reference, "gemm", lambda *given: right(*given) + (given[4] == torch.bfloat16))
+    result = CliRunner().invoke(main, ["doctor", "--kernels", "portable"], env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    assert result.output.count("differ from the reference") == 4, result.output
+    assert "Not in order: kernels of no architecture" in result.output
+
+
+@pytest.mark.usefixtures("requires_sycl")
+def test_doctor_names_architectures_that_there_are() -> None:
+    result = CliRunner().invoke(main, ["doctor", "--kernels", "nvl"], env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    assert 'XPU_FP4_SYCL_VARIANT is "nvl:small", expected' in " ".join(result.output.split())
+
+
+@pytest.mark.usefixtures("requires_sycl")
 def test_another_sycl_runtime_in_the_process_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "libsycl.so.8"
     subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", "-Wl,-soname,libsycl.so.8", "-o", other], check=True)

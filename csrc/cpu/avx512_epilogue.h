@@ -7,7 +7,9 @@ namespace xpu_fp4::cpu {
 namespace {
 
 // kMagic + integer, times a scale: exact.
-__m512 unmagic(__m512i sum, __m512 scale, __m512 offset) { return _mm512_fmadd_ps(_mm512_castsi512_ps(sum), scale, offset); }
+inline __m512 unmagic(__m512i sum, __m512 scale, __m512 offset) {
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(sum), scale, offset);
+}
 
 // One block's product, rounded once: u is the integer times f.scale, w the column's factor. An instruction that makes a
 // subnormal out of normal numbers costs Intel's processors over a hundred cycles. So where one may come out, 2^-126 of the same

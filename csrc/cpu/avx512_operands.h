@@ -258,7 +258,7 @@ StripAlignment align_strip(const Strip& packed) {
 }
 
 // Every block at its own scale, NaN where the column has one anywhere in the quad.
-StripAlignment as_they_are(__m512i scales) {
+inline StripAlignment as_they_are(__m512i scales) {
   const __mmask64 nan = _mm512_cmpeq_epi8_mask(scales, _mm512_set1_epi8(-1));
   const __m512i nan_bytes = _mm512_movm_epi8(nan);
   return {Level::block, scales, _mm512_setzero_si512(), _mm512_test_epi32_mask(nan_bytes, nan_bytes)};

@@ -35,7 +35,7 @@ void store_codes(const BlockInput& in, uint8_t scale, uint8_t* q, const Encode& 
   for (int i = 0; i < kBlockBytes; ++i) q[i] = e2m1::pack(codes[2 * i], codes[2 * i + 1]);
 }
 
-void group_quantize(const GroupQuantize& args, Range blocks) {
+inline void group_quantize(const GroupQuantize& args, Range blocks) {
   const int64_t row_blocks = args.k / kBlock;
   with_dtype(args.dtype, [&](auto dtype) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {

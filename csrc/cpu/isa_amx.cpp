@@ -12,11 +12,7 @@
 #define XPU_FP4_FLOAT_LANES 16
 #include "amx_gemm.h"
 #include "amx_w4a16.h"
-#include "avx512_gemm.h"
 #include "avx512_output.h"
-#include "avx512_quantize.h"
-#include "avx512_w4a16.h"
-#include "generic_group_quant.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -38,15 +34,19 @@ bool supported() {
 constexpr int64_t kLeastRows = 8;
 
 const ProductKernels& product(const Activations& a) {
-  if (a.to.format == Format::none) {
-    return a.dtype == DType::bf16 ? product_kernels<AmxBf16, finish_row> : product_kernels<Avx512Float, finish_row>;
-  }
-  return a.m < kLeastRows ? product_kernels<Vnni<true>, finish_row> : product_kernels<Amx, finish_row>;
+  if (a.to.format == Format::none && a.dtype == DType::bf16) return product_kernels<AmxBf16, finish_row>;
+  if (a.to.format == Format::none || a.m < kLeastRows) return kAvx512Vbmi.product(a);
+  return product_kernels<Amx, finish_row>;
 }
 
 }  // namespace
 
-const KernelTable kAmx = {"amx", supported, transform_and_quantize<quantize>, group_quantize, dequantize, product};
+// What else there is, is that table's: compiled a second time it would be the same code.
+const KernelTable kAmx = {"amx", supported, [](const Quantize& args, Range blocks) {
+  kAvx512Vbmi.quantize(args, blocks);
+}, [](const GroupQuantize& args, Range blocks) {
+  kAvx512Vbmi.group_quantize(args, blocks);
+}, [](const Dequantize& args, Range blocks) { kAvx512Vbmi.dequantize(args, blocks); }, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

@@ -7,9 +7,6 @@
 #define XPU_FP4_FLOAT_LANES 16
 #include "avx512_gemm.h"
 #include "avx512_output.h"
-#include "avx512_quantize.h"
-#include "avx512_w4a16.h"
-#include "generic_group_quant.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -19,12 +16,16 @@ bool supported() {
 }
 
 const ProductKernels& product(const Activations& a) {
-  return a.to.format == Format::none ? product_kernels<Avx512Float, finish_row> : product_kernels<Vnni<true>, finish_row>;
+  return a.to.format == Format::none ? kAvx512Vnni.product(a) : product_kernels<Vnni<true>, finish_row>;
 }
 }  // namespace
 
-const KernelTable kAvx512Vbmi = {"avx512_vbmi",  supported,  transform_and_quantize<quantize>,
-                                 group_quantize, dequantize, product};
+// What else there is, is that table's: compiled a second time it would be the same code.
+const KernelTable kAvx512Vbmi = {"avx512_vbmi", supported, [](const Quantize& args, Range blocks) {
+  kAvx512Vnni.quantize(args, blocks);
+}, [](const GroupQuantize& args, Range blocks) {
+  kAvx512Vnni.group_quantize(args, blocks);
+}, [](const Dequantize& args, Range blocks) { kAvx512Vnni.dequantize(args, blocks); }, product};
 
 }  // namespace xpu_fp4::cpu
 #endif

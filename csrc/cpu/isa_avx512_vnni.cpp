@@ -5,11 +5,10 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,prefer-vector-width=512")
 #define XPU_FP4_FLOAT_LANES 16
+#include "avx512_dequantize.h"
 #include "avx512_gemm.h"
-#include "avx512_output.h"
 #include "avx512_quantize.h"
 #include "avx512_w4a16.h"
-#include "generic_group_quant.h"
 
 namespace xpu_fp4::cpu {
 namespace {

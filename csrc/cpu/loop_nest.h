@@ -166,7 +166,7 @@ constexpr ProductKernels product_kernels = {
     expand_group<Isa>, multiply<Isa, finish>};
 
 // A whole record: as it lies, or made in the buffer.
-const uint8_t* record_of(const Weight& w, int64_t strip, int64_t quad, uint8_t* buffer) {
+inline const uint8_t* record_of(const Weight& w, int64_t strip, int64_t quad, uint8_t* buffer) {
   if (w.strips() == nullptr) {
     prepack_record(w, strip, quad, kQuad, buffer);
     return buffer;

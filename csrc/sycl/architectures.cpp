@@ -63,12 +63,27 @@ struct IpVersion {
 };
 IpVersion ip_version(uint64_t bits) { return {bits >> 30, (bits >> 22) & 0xFF}; }
 
+// 12.61, the Max without a matrix unit, is not among them.
 const char* name_of(IpVersion ip) {
   switch (ip.major) {
-    case 12: return ip.minor >= 60 && ip.minor <= 61 ? "pvc" : ip.minor >= 55 && ip.minor <= 59 ? "dg2" : "";
+    case 12: return ip.minor == 60 ? "pvc" : ip.minor >= 55 && ip.minor <= 59 ? "dg2" : "";
     case 20: return ip.minor >= 4 ? "lnl-m" : "bmg";
     case 30: return "ptl";
     case 35: return "cri";
+    default: return "";
+  }
+}
+
+// Devices that the tables of runtimes in use lack, 2025.3 and 2026.0 for instance. Their ids are those of Intel's
+// compute-runtime, device_ids_configs_bmg.h and _ptl.h.
+const char* name_of_device(uint32_t id) {
+  switch (id) {
+    case 0xE220:
+    case 0xE221:
+    case 0xE222:
+    case 0xE223: return "bmg";  // BMG-G31: Arc Pro B70
+    case 0xFD80:
+    case 0xFD81: return "ptl";  // Wildcat Lake
     default: return "";
   }
 }
@@ -87,7 +102,9 @@ const std::vector<Architecture>& architectures() {
   return table;
 }
 
-const Architecture* architecture_of_ip(uint64_t version) { return find(name_of(ip_version(version))); }
+const Architecture* architecture_of(uint64_t version, uint32_t device_id) {
+  return find(version != 0 ? name_of(ip_version(version)) : name_of_device(device_id));
+}
 
 Override variant_override() {
   const char* variable = std::getenv("XPU_FP4_SYCL_VARIANT");

@@ -43,8 +43,9 @@ struct Architecture {
 /// Every architecture with a matrix unit that we compile for.
 const std::vector<Architecture>& architectures();
 
-/// The architecture with this IP version, as SYCL numbers them; none where we do not know it.
-const Architecture* architecture_of_ip(uint64_t version);
+/// The architecture of a GPU by its IP version, as SYCL numbers them, or by its PCI device id where the version is 0: that is
+/// what a runtime says which is older than the device. Null where we know neither.
+const Architecture* architecture_of(uint64_t ip_version, uint32_t device_id);
 
 /// The kernels of a product.
 enum class Kernel {

@@ -3,7 +3,10 @@
 #include "backend.h"
 
 #include <cmath>
+#include <cstdio>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -57,13 +60,8 @@ class SyclBackend final : public Backend {
     if (product.activations.to.format == Format::none && !product.activations.to.transform.is_none()) {
       return multiply_transformed(product);
     }
-    const Choice choice = product.activations.to.format == Format::none ? choose_w4a16(product) : choose(product);
-    const Kernel kernel = choice.plan.kernel;
-    const bool reads_codes = kernel == Kernel::portable || kernel == Kernel::bdpas;
-    const bool has_floats = !product.activations.are_codes && product.activations.to.format != Format::none;
-    if (reads_codes && has_floats) return multiply_quantized(product);
-    const auto [name, label] = run(choice, product);
-    if (verbose()) print(choice, product, name, label);
+    Choice choice = product.activations.to.format == Format::none ? choose_w4a16(product) : choose(product);
+    while (!multiply_with(choice, product)) continue;
   }
 
   void experts(const Experts&) const override { throw std::runtime_error("xpu_fp4: the SYCL kernels have no experts"); }
@@ -83,6 +81,46 @@ class SyclBackend final : public Backend {
   void restore(const Weight&, uint8_t*, uint8_t*) const override { throw std::logic_error("xpu_fp4: strips were refused"); }
 
  private:
+  // False where the device's compiler does not take the kernel; then choice is the next one. At last the error is thrown.
+  bool multiply_with(Choice& choice, const Product& product) const {
+    try {
+      const Kernel kernel = choice.plan.kernel;
+      const bool reads_codes = kernel == Kernel::portable || kernel == Kernel::bdpas;
+      const bool has_floats = !product.activations.are_codes && product.activations.to.format != Format::none;
+      if (reads_codes && has_floats) {
+        multiply_quantized(product);
+        return true;
+      }
+      const auto [name, label] = run(choice, product);
+      if (verbose()) print(choice, product, name, label);
+      return true;
+    } catch (const CannotBuild& error) {
+      const Override asked = variant_override();
+      if (choice.architecture == nullptr || asked.architecture != nullptr) throw;
+      print_once(std::string(error.what()) + "\nxpu_fp4: other kernels, which are slower, compute what this one would");
+      choice = choice.plan.kernel == Kernel::small ? portable("others: the device's compiler takes none of them")
+                                                   : small(*choice.architecture, product);
+      return false;
+    }
+  }
+
+  // A message for each text, however many threads and calls meet its cause.
+  static void print_once(const std::string& message) {
+    static std::mutex& mutex = *new std::mutex;
+    static auto& said = *new std::set<std::string>;
+    const std::lock_guard lock(mutex);
+    if (said.insert(message).second) std::fprintf(stderr, "%s\n", message.c_str());
+  }
+
+  static Choice small(const Architecture& architecture, const Product& product) {
+    const auto& [a, w, out] = product;
+    const bool floats = a.to.format == Format::none;
+    return {&architecture,
+            floats ? plan_w4a16(architecture, a.m, Kernel::small)
+                   : plan_gemm(architecture, 1, {a.m, w.n, w.k, false}, Kernel::small),
+            "gemm_large: the device's compiler does not take it"};
+  }
+
   Gpu gpu(const Architecture& architecture) const { return {&architecture, queue_->is_gpu()}; }
 
   // Null where the portable kernels run.

@@ -14,9 +14,9 @@ namespace xpu_fp4::syclrt {
 /// A device as SYCL reports it, and how our kernels are compiled for it.
 struct DeviceInfo {
   std::string name;
-  std::string driver;    // "opencl 2026.21.7"
-  int sub_group;         // lanes
-  bool has_matrix_unit;  // false: the kernels use the bit-exact stand-in
+  std::string driver;        // "opencl 2026.21.7"
+  std::string architecture;  // whose kernels it runs; empty: the portable ones
+  int sub_group;             // lanes
 };
 
 /// Gives device memory for the time of a kernel: at least that many bytes, aligned to 64, which may be let go once the kernels

@@ -56,6 +56,26 @@ class SlowBuildNotice {
   std::thread waiter_;  // last: it uses the others
 };
 
+// Kernels exchange between lanes: with another number of them they would give wrong numbers, and a compiler that drops the
+// request does not say so. Some drivers do not say how many there are: 0.
+void check_sub_group(const sycl::kernel& kernel, const sycl::device& device, const Variant& variant, const std::string& name) {
+  const auto asked =
+      std::find_if(variant.macros.begin(), variant.macros.end(), [](const auto& macro) { return macro.first == "SUB_GROUP"; });
+  const size_t got = kernel.get_info<sycl::info::kernel_device_specific::compile_sub_group_size>(device);
+  if (asked == variant.macros.end() || got == static_cast<size_t>(asked->second)) return;
+  if (got == 0) {
+    static std::once_flag said;
+    std::call_once(said, [] {
+      std::fprintf(stderr,
+                   "xpu_fp4: this driver does not say how wide it compiled sub-groups; `xpu-fp4 doctor` tells whether "
+                   "results are right\n");
+    });
+    return;
+  }
+  throw CannotBuild("xpu_fp4: SYCL compiled " + name + " for sub-groups of " + std::to_string(got) + " lanes on " +
+                    device.get_info<sycl::info::device::name>() + ", asked for " + std::to_string(asked->second));
+}
+
 Program build(const sycl::context& context, const sycl::device& device, const Variant& variant) {
   syclexp::include_files includes;
   for (const DeviceSource& source : kDeviceSources) includes.add(source.name, source.text);
@@ -64,11 +84,17 @@ Program build(const sycl::context& context, const sycl::device& device, const Va
   try {
     auto bundle = syclexp::create_kernel_bundle_from_source(context, syclexp::source_language::sycl, source_text(variant.file),
                                                             syclexp::properties{includes});
-    return syclexp::build(bundle, {device},
-                          syclexp::properties{syclexp::build_options{build_options(variant)}, syclexp::save_log{&log}});
+    Program program = syclexp::build(
+        bundle, {device}, syclexp::properties{syclexp::build_options{build_options(variant)}, syclexp::save_log{&log}});
+    for (const std::string& name : variant.kernels) {
+      check_sub_group(program.ext_oneapi_get_kernel(name), device, variant, name);
+    }
+    return program;
   } catch (const sycl::exception& error) {
-    throw std::runtime_error("xpu_fp4: SYCL cannot build " + variant.file + " for " +
-                             device.get_info<sycl::info::device::name>() + ": " + error.what() + "\n" + log);
+    throw CannotBuild("xpu_fp4: SYCL cannot build " + variant.file + " for " + device.get_info<sycl::info::device::name>() +
+                      ": " + error.what() + "\n" + log);
+  } catch (const CannotBuild&) {
+    throw;
   } catch (const std::exception& error) {
     // What SYCL reads as a length in a damaged cache is any number, and memory runs out over it.
     const char* cache = std::getenv("SYCL_CACHE_DIR");
@@ -102,11 +128,14 @@ class ProgramCache {
     if (mine) {
       try {
         promise.set_value(build(queue.get_context(), queue.get_device(), variant));
+      } catch (const CannotBuild&) {
+        promise.set_exception(std::current_exception());
+        // It stays on a GPU, where other kernels take over: each call would compile for seconds to learn the same.
+        if (!queue.get_device().is_gpu()) forget(queue, key);
       } catch (...) {
         promise.set_exception(std::current_exception());
         // Those who wait get the error; the next call tries again, since a full disk or memory may pass.
-        const std::lock_guard lock(mutex_);
-        per_device_[{queue.get_context(), queue.get_device()}].erase(key);
+        forget(queue, key);
       }
     }
     return future.get();
@@ -120,29 +149,31 @@ class ProgramCache {
     }
   };
   using Key = std::pair<std::string, Macros>;
+
+  void forget(const sycl::queue& queue, const Key& key) {
+    const std::lock_guard lock(mutex_);
+    per_device_[{queue.get_context(), queue.get_device()}].erase(key);
+  }
+
   std::mutex mutex_;
   std::unordered_map<Place, std::map<Key, std::shared_future<Program>>, Hash> per_device_;
 };
 
-// Kernels exchange between lanes: with another number of them they would give wrong numbers, and a compiler that drops the
-// request does not say so.
-void check_sub_group(const sycl::kernel& kernel, const sycl::device& device, const Variant& variant, const std::string& name) {
-  const auto asked =
-      std::find_if(variant.macros.begin(), variant.macros.end(), [](const auto& macro) { return macro.first == "SUB_GROUP"; });
-  const size_t got = kernel.get_info<sycl::info::kernel_device_specific::compile_sub_group_size>(device);
-  if (asked != variant.macros.end() && got != static_cast<size_t>(asked->second)) {
-    throw std::runtime_error("xpu_fp4: SYCL compiled " + name + " for sub-groups of " + std::to_string(got) + " lanes on " +
-                             device.get_info<sycl::info::device::name>() + ", asked for " + std::to_string(asked->second));
+// By the numbers that a device bears, not by what its runtime says of a matrix unit: runtimes have tables of their own, which
+// lack devices that are newer than they are.
+const Architecture* query_architecture(const sycl::device& device) {
+  if (!device.is_gpu()) return nullptr;
+  const auto version = static_cast<uint64_t>(device.get_info<syclexp::info::device::architecture>());
+  const bool has_id = device.has(sycl::aspect::ext_intel_device_id);
+  const uint32_t id = has_id ? device.get_info<sycl::ext::intel::info::device::device_id>() : 0;
+  const Architecture* known = architecture_of(version, id);
+  if (known == nullptr) {
+    std::fprintf(stderr,
+                 "xpu_fp4: no kernels for the matrix unit of %s are known (architecture %#llx, PCI device %#x); portable "
+                 "kernels serve it, which are slower\n",
+                 device.get_info<sycl::info::device::name>().c_str(), static_cast<unsigned long long>(version), id);
   }
-}
-
-Target query_target(const sycl::device& device) {
-  if (!device.is_gpu() || !device.has(sycl::aspect::ext_intel_matrix)) return {stand_in_sub_group(), false};
-  // The width of the matrix unit is the N of the int8 products that the device lists.
-  for (const auto& shape : device.get_info<syclexp::info::device::matrix_combinations>()) {
-    if (shape.atype == syclexp::matrix::matrix_type::sint8 && shape.nsize != 0) return {static_cast<int>(shape.nsize), true};
-  }
-  return {stand_in_sub_group(), false};
+  return known;
 }
 
 }  // namespace
@@ -166,20 +197,24 @@ std::vector<std::string> build_options(const Variant& variant) {
   return options;
 }
 
-Target target_of(const sycl::device& device) {
+const Architecture* architecture_of(const sycl::device& device) {
   static std::mutex& mutex = *new std::mutex;
-  static auto& known = *new std::unordered_map<sycl::device, Target>;  // every launch asks, and the answer takes driver calls
+  // Every launch asks, and the answer takes driver calls.
+  static auto& known = *new std::unordered_map<sycl::device, const Architecture*>;
   const std::lock_guard lock(mutex);
   const auto found = known.find(device);
-  return found != known.end() ? found->second : known.emplace(device, query_target(device)).first->second;
+  return found != known.end() ? found->second : known.emplace(device, query_architecture(device)).first->second;
+}
+
+Target target_of(const sycl::device& device) {
+  const Architecture* architecture = architecture_of(device);
+  return architecture == nullptr ? Target{stand_in_sub_group(), false} : Target{architecture->sub_group, true};
 }
 
 sycl::kernel get_kernel(const sycl::queue& queue, const Variant& variant, const std::string& name) {
   // Not destroyed: at exit the SYCL runtime may be gone before a static of ours.
   static ProgramCache& cache = *new ProgramCache;
-  sycl::kernel kernel = cache.get(queue, variant).ext_oneapi_get_kernel(name);
-  check_sub_group(kernel, queue.get_device(), variant, name);
-  return kernel;
+  return cache.get(queue, variant).ext_oneapi_get_kernel(name);
 }
 
 }  // namespace xpu_fp4::syclrt

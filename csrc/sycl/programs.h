@@ -6,9 +6,13 @@
 #include <sycl/sycl.hpp>
 #include <vector>
 
+#include "queue.h"
 #include "variants.h"
 
 namespace xpu_fp4::syclrt {
+
+/// Null for a GPU that we do not know, which is said once on stderr, and for other devices.
+const Architecture* architecture_of(const sycl::device& device);
 
 Target target_of(const sycl::device& device);
 
@@ -16,8 +20,8 @@ Target target_of(const sycl::device& device);
 std::vector<std::string> build_options(const Variant& variant);
 
 /// The kernel of that name, compiled if need be. Thread-safe: several threads may build different variants at once, and one
-/// variant is built once. Throws std::runtime_error with the compiler's log, or if the kernel has another sub-group size than
-/// the variant's SUB_GROUP.
+/// variant is built once. Throws CannotBuild with the compiler's log, or if the kernel has another sub-group size than the
+/// variant's SUB_GROUP; on a GPU the next call throws the same, and does not compile again.
 sycl::kernel get_kernel(const sycl::queue& queue, const Variant& variant, const std::string& name);
 
 }  // namespace xpu_fp4::syclrt

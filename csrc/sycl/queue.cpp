@@ -35,10 +35,7 @@ class SyclQueue final : public Queue {
   int64_t compute_units() const override {
     return static_cast<int64_t>(device_.get_info<sycl::info::device::max_compute_units>());
   }
-  const Architecture* architecture() const override {
-    if (!device_.is_gpu() || !device_.has(sycl::aspect::ext_intel_matrix)) return nullptr;
-    return architecture_of_ip(static_cast<uint64_t>(device_.get_info<syclexp::info::device::architecture>()));
-  }
+  const Architecture* architecture() const override { return architecture_of(device_); }
   Target target() const override { return target_of(device_); }
   std::shared_ptr<void> allocate(int64_t bytes) const override { return allocate_(bytes); }
 
@@ -81,10 +78,10 @@ std::shared_ptr<void> allocate_on_host(int64_t bytes) {
 }
 
 DeviceInfo describe(const sycl::device& device) {
-  const Target target = target_of(device);
+  const Architecture* architecture = architecture_of(device);
   const auto platform = device.get_platform().get_info<sycl::info::platform::name>();
   return {device.get_info<sycl::info::device::name>(), platform + " " + device.get_info<sycl::info::device::driver_version>(),
-          target.sub_group, target.matrix_unit};
+          architecture == nullptr ? "" : architecture->name, target_of(device).sub_group};
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -27,6 +28,11 @@ struct Range {
   std::array<int64_t, 2> global, group;
 };
 
+/// A device's compiler does not take a variant, or makes something else of it.
+struct CannotBuild : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 class Queue {
  public:
   virtual ~Queue() = default;
@@ -41,7 +47,7 @@ class Queue {
   virtual std::shared_ptr<void> allocate(int64_t bytes) const = 0;
 
   /// Submits a kernel, compiled if need be; nothing if the range is empty. `arguments`: its struct of kernels/arguments.hpp.
-  /// Throws std::runtime_error if that fails.
+  /// Throws CannotBuild if the compiler does not take it, std::runtime_error if it does not run.
   template <class Arguments>
   void launch(const Variant& variant, const char* kernel, const Range& range, const Arguments& arguments) const {
     std::vector<Argument> list;

@@ -41,12 +41,12 @@ const bool cpu_compat_binding = [] {
   return true;
 }();
 
-// One line per device: name; driver; sub-group; whether it has the matrix unit.
+// One line per device: name; driver; sub-group; whose kernels it runs.
 std::vector<std::string> describe_sycl_devices() {
   std::vector<std::string> lines;
   for (const auto& device : syclrt::load_plugin().devices()) {
     lines.push_back(device.name + "; " + device.driver + "; sub-group " + std::to_string(device.sub_group) +
-                    (device.has_matrix_unit ? "; int8 matrix unit" : "; stand-in for the matrix unit"));
+                    (device.architecture.empty() ? "; portable kernels" : "; kernels of " + device.architecture));
   }
   return lines;
 }

@@ -72,7 +72,7 @@ Range tiles(const Product& product, Tile tile, int64_t lanes, int64_t group_colu
 
 std::string gemm(const Queue& queue, const Product& product) {
   const auto& [a, w, out] = product;
-  const Target target = queue.target();
+  const Target target = {queue.target().sub_group, false};  // whatever the device's compiler makes of a matrix unit
   const Variant variant = gemm_variant(target, a.to.format, alignment_of({w.codes}));
   queue.launch(variant, "gemm", grid(ceil_div(a.m, target.sub_group), w.n),
                GemmArguments{stored(a), stored(w), output_of(product), w.k, static_cast<int>(out.dtype)});

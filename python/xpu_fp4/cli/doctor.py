@@ -20,6 +20,7 @@ from .._library import ops
 from .._version import __version__
 from ..backends import Backend, backends, cpu_backend
 from ..functional import Mode, linear, mxint8_quantize, quantize
+from .bring_up import bring_up
 
 
 def _installed(distribution: str) -> str:
@@ -101,7 +102,31 @@ def _table(title: str, rows: dict[str, str]) -> Table:
     return table
 
 
+def _architecture_of_xpu() -> str:
+    """Whose kernels torch's current XPU device runs, by what SYCL says of the device of that name; empty: the portable ones."""
+    name = torch.xpu.get_device_name()
+    kernels = [line.rsplit("kernels of ", 1) for line in ops._sycl_devices() if line.startswith(f"{name};")]
+    return next((found[1] for found in kernels if len(found) == 2), "")
+
+
+def _bring_up_table(device: torch.device, architecture: str) -> tuple[Table, bool]:
+    """What each kernel computes, and whether all of it is right."""
+    table = Table("kernel", "task", "result", title=f"Kernels of {architecture or 'no architecture'} on {device}")
+    table.title_justify = "left"
+    good = True
+    for kernel, task, wrong in bring_up(device, architecture):
+        good = good and wrong is None
+        table.add_row(kernel, task, "[green]right[/green]" if wrong is None else f"[red]wrong[/red]: {escape(wrong)}")
+    return table, good
+
+
 @click.command("doctor")
+@click.option(
+    "--kernels",
+    "architecture",
+    metavar="ARCHITECTURE",
+    help="Test all kernels of this architecture (bmg, pvc, ..., portable) on the CPU device; a GPU's own are tested unasked.",
+)
 @click.option(
     "--require",
     "required",
@@ -109,11 +134,13 @@ def _table(title: str, rows: dict[str, str]) -> Table:
     type=click.Choice(["native", "sycl", "xpu"]),
     help="Fail if this backend is off. Can be repeated.",
 )
-def command(required: tuple[str, ...]) -> None:
-    """Show versions, devices and backends, and test each backend against the reference.
+def command(required: tuple[str, ...], architecture: str | None) -> None:
+    """Show versions, devices and backends, and test each backend against the reference; on a GPU, each of its kernels.
 
     Exit code 0: every backend that is on computes the right bits. 1: one does not; or the backend chosen for CPU tensors, or
     one named by --require, is off.
+
+    On a GPU that nobody has reported yet, please paste the output into an issue.
     """
     console = Console()
     try:
@@ -126,6 +153,15 @@ def command(required: tuple[str, ...]) -> None:
     devices = [device for backend in found.values() for device in backend.devices]
     console.print(_table("Devices", {str(i): device for i, device in enumerate(devices)} or {"-": "SYCL shows none"}))
     failed = [name for name, (_, good) in verdicts.items() if not good]
+    for name, kernels_of in {
+        "sycl": "" if architecture == "portable" else architecture,
+        "xpu": _architecture_of_xpu() if found["xpu"].available else None,
+    }.items():
+        if kernels_of is not None and found[name].available:
+            with _serving(name) as device:
+                table, good = _bring_up_table(device, kernels_of)
+            console.print(table)
+            failed += [] if good else [f"kernels of {kernels_of or 'no architecture'}"]
     failed += [name for name in {*required, ops._cpu_backend()} if not found[name].available]
     if failed:
         console.print(f"[red]Not in order[/red]: {', '.join(sorted(failed))}")

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the SYCL backend does where a device's compiler does not take a kernel: it launches the next one. On a queue that
+// launches nothing and is told what it cannot build.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "sycl/backend.h"
+#include "sycl/queue.h"
+
+using namespace xpu_fp4;
+using namespace xpu_fp4::syclrt;
+
+namespace {
+
+class FakeQueue final : public Queue {
+ public:
+  FakeQueue(std::set<std::string> refused, std::vector<std::string>& launched)
+      : refused_(std::move(refused)), launched_(launched) {}
+
+  std::string device_name() const override { return "a GPU"; }
+  bool is_gpu() const override { return true; }
+  int64_t compute_units() const override { return 160; }
+  const Architecture* architecture() const override { return architecture_of(uint64_t{20} << 30, 0); }
+  Target target() const override { return {16, true}; }
+  std::shared_ptr<void> allocate(int64_t bytes) const override {
+    return {std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64), std::free};
+  }
+
+ private:
+  void submit(const Variant& variant, const char* kernel, const Range&, const std::vector<Argument>&) const override {
+    for (const auto& [name, value] : variant.macros) {
+      if (name == "MATRIX_UNIT" && value == 1 && refused_.count("matrix unit") != 0) throw CannotBuild("no matrix unit");
+    }
+    if (refused_.count(kernel) != 0) throw CannotBuild(std::string("no ") + kernel);
+    launched_.emplace_back(kernel);
+  }
+
+  std::set<std::string> refused_;
+  std::vector<std::string>& launched_;
+};
+
+// The last kernel that was launched: the product.
+std::string kernel_of(const std::set<std::string>& refused, int64_t m, Format to) {
+  std::vector<std::string> launched;
+  const auto backend = make_backend(std::make_unique<FakeQueue>(refused, launched));
+  constexpr int64_t k = 4096, n = 4096;
+  static std::vector<uint8_t> memory(static_cast<size_t>(k * n));
+  backend->multiply({Activations::floats(memory.data(), DType::bf16, {to}, m, k),
+                     {WeightForm::stored, n, k, memory.data(), memory.data(), k / kBlock, 1},
+                     {memory.data(), DType::bf16, {nullptr, 0, 0}}});
+  return launched.empty() ? "none" : launched.back();
+}
+
+TEST(Fallback, TheFirstChoiceRunsWhereItBuilds) {
+  EXPECT_EQ(kernel_of({}, 1024, Format::mxfp4), "gemm_large");
+  EXPECT_EQ(kernel_of({}, 1, Format::mxfp4), "gemm_small");
+}
+
+TEST(Fallback, ManyRowsTakeTheKernelForFewWhereTheirOwnDoesNotBuild) {
+  for (const Format to : {Format::mxfp4, Format::mxint8}) EXPECT_EQ(kernel_of({"gemm_large"}, 1024, to), "gemm_small");
+}
+
+TEST(Fallback, TheLastKernelIsThePortableOne) {
+  for (const Format to : {Format::mxfp4, Format::mxint8}) {
+    EXPECT_EQ(kernel_of({"gemm_large", "gemm_small"}, 1024, to), "gemm");
+    EXPECT_EQ(kernel_of({"gemm_small"}, 1, to), "gemm");
+  }
+  EXPECT_EQ(kernel_of({"gemm_w4a16_matrix"}, 1024, Format::none), "gemm_w4a16");
+}
+
+TEST(Fallback, ThePortableProductNeedsNoMatrixUnit) {
+  std::vector<std::string> launched;
+  const auto backend = make_backend(std::make_unique<FakeQueue>(std::set<std::string>{"matrix unit"}, launched));
+  static std::vector<uint8_t> memory(1 << 16);
+  backend->multiply({Activations::codes(Format::mxfp4, memory.data(), memory.data(), 4, 256),
+                     {WeightForm::stored, 64, 256, memory.data(), memory.data(), 8, 1},
+                     {memory.data(), DType::bf16, {nullptr, 0, 0}}});
+  EXPECT_EQ(launched, std::vector<std::string>{"gemm"});
+}
+
+TEST(Fallback, WhereNothingBuildsTheErrorIsTheCompilers) {
+  EXPECT_THROW(kernel_of({"gemm_large", "gemm_small", "gemm"}, 1024, Format::mxfp4), CannotBuild);
+}
+
+TEST(Fallback, AVariantThatWasAskedForIsNotReplaced) {
+  setenv("XPU_FP4_SYCL_VARIANT", "bmg:large", 1);
+  EXPECT_THROW(kernel_of({"gemm_large"}, 1024, Format::mxfp4), CannotBuild);
+  unsetenv("XPU_FP4_SYCL_VARIANT");
+}
+
+TEST(Fallback, DevicesAreKnownByTheirNumbers) {
+  const auto name = [](uint64_t major, uint64_t minor, uint32_t id) {
+    const Architecture* found = architecture_of(major << 30 | minor << 22, id);
+    return std::string(found == nullptr ? "" : found->name);
+  };
+  EXPECT_EQ(name(12, 55, 0), "dg2");
+  EXPECT_EQ(name(12, 60, 0), "pvc");
+  EXPECT_EQ(name(12, 61, 0), "");
+  EXPECT_EQ(name(12, 70, 0), "");
+  EXPECT_EQ(name(20, 1, 0), "bmg");
+  EXPECT_EQ(name(20, 2, 0xE223), "bmg");
+  EXPECT_EQ(name(20, 4, 0), "lnl-m");
+  EXPECT_EQ(name(30, 0, 0), "ptl");
+  EXPECT_EQ(name(35, 11, 0), "cri");
+  for (const uint32_t id : {0xE220u, 0xE221u, 0xE222u, 0xE223u}) EXPECT_EQ(name(0, 0, id), "bmg");
+  EXPECT_EQ(name(0, 0, 0xFD80), "ptl");
+  EXPECT_EQ(name(0, 0, 0xE224), "");
+  EXPECT_EQ(name(0, 0, 0), "");
+}
+
+}  // namespace
