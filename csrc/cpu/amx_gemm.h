@@ -4,6 +4,7 @@
 // K = 32, which cost as much. Sums leave through memory: tiles have no path to the vector registers. Between the tile products
 // of an aligned quad, the sums of the quad before are added to the accumulators, so that both units work all the time.
 #pragma once
+#include "amx_tiles.h"
 #include "avx512_activations.h"
 #include "avx512_epilogue.h"
 #include "avx512_tile.h"
@@ -12,32 +13,11 @@
 namespace xpu_fp4::cpu {
 namespace {
 
-// What LDTILECFG reads. Tiles 0 to 3 are sums, 4 and 5 rows of A, 6 and 7 strips of W.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  explicit constexpr TileConfig(int depth) {
-    for (int tile = 0; tile < 8; ++tile) {
-      row_bytes[tile] = static_cast<uint16_t>(tile == 4 || tile == 5 ? depth : 64);
-      rows[tile] = static_cast<uint8_t>(tile >= 6 ? depth / 4 : 16);
-    }
-  }
-};
-
 struct Amx {
   static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2, kPanelQuads = 8, kDirectRows = 0, kBlockRows = 256;
   using GroupQuad = ActivationQuad<kGroupRows, 64>;
   using StripQuad = WeightQuad;
-
-  // Tiles are configured while a product runs.
-  struct Session {
-    Session() { configure(64); }
-    ~Session() { _tile_release(); }
-    Session(const Session&) = delete;
-    Session& operator=(const Session&) = delete;
-  };
+  using Session = TileSession;
 
   static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
     expand_quad<0>(source, block, blocks, out, row);
@@ -67,11 +47,6 @@ struct Amx {
   }
 
  private:
-  static void configure(int depth) {
-    static constexpr TileConfig kFull(64), kHalf(32);
-    _tile_loadconfig(depth == 64 ? &kFull : &kHalf);
-  }
-
   // Sums of a part of a quad (all of it, a half, a block) for each group of sixteen rows and each strip.
   template <int kGroups, int kStrips>
   struct alignas(64) Sums {
@@ -109,9 +84,9 @@ struct Amx {
       for (int half = 0; half < 2; ++half) multiply<64, 1>(a, w, 64 * half, out[half], nothing);
       return;
     }
-    configure(32);
+    configure_tiles(32);
     for (int b = 0; b < kQuad; ++b) multiply<32, 1>(a, w, kBlock * b, out[b], nothing);
-    configure(64);
+    configure_tiles(64);
   }
 
   // The sums over kParts parts of kDepth elements each, from a position on. After each tile product `between` is called with

@@ -63,6 +63,13 @@ struct Avx512Float {
     for (int q = 0; q < depth; ++q) tile(a[q], w + q * panel_strips, acc);
   }
 
+  // Nibble i of each dword as its value; a permutation looks at the low four bits of its index.
+  template <int i>
+  static __m512 value(__m512i codes) {
+    const __m512i index = i == 0 ? codes : _mm512_srli_epi32(codes, 4 * i);
+    return _mm512_permutexvar_ps(index, _mm512_load_ps(kFloatValues.data()));
+  }
+
   // All quads of one strip for up to kDirectRows rows; acc has a row of kPanelStrips strips for each.
   static void add_strip(const GroupQuad* a, int rows, const Weight& w, int64_t strip, float* acc) {
     static constexpr Direct kDirect[kDirectRows] = {add_strip<1>, add_strip<2>, add_strip<3>, add_strip<4>};
@@ -72,13 +79,6 @@ struct Avx512Float {
  private:
   using Tile = void (*)(const GroupQuad&, const StripQuad*, float*);
   using Direct = void (*)(const GroupQuad*, const Weight&, int64_t, float*);
-
-  // Nibble i of each dword as its value; a permutation looks at the low four bits of its index.
-  template <int i>
-  static __m512 value(__m512i codes) {
-    const __m512i index = i == 0 ? codes : _mm512_srli_epi32(codes, 4 * i);
-    return _mm512_permutexvar_ps(index, _mm512_load_ps(kFloatValues.data()));
-  }
 
   // What a block's two runs add to a pair of blocks.
   static __m512 add_block(int b, __m512 first_run, __m512 second_run, __m512 factor, __m512 pair) {

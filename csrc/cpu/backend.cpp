@@ -25,7 +25,7 @@ namespace {
 // Blocks per task: 64 KiB of float32 input, so that starting a task costs little beside it.
 constexpr int64_t kBlocksPerTask = 512;
 // Rows whose activations are expanded at a time, which bounds the memory of a call: for each 1024 of K, 1.7 KiB a row for W4A4
-// and W4A8, 4 KiB for W4A16.
+// and W4A8, up to 4 KiB for W4A16.
 constexpr int64_t kChunkRows = 1024;
 // Records and rows of a weight that are worth a thread where its form changes.
 constexpr int64_t kRecordsPerTask = 16, kRowsPerTask = 64;
@@ -47,7 +47,7 @@ class NativeBackend final : public Backend {
   void multiply(const Product& product) const override {
     const int64_t m = product.activations.m;
     if (m == 0 || product.weight.n == 0) return;
-    const ProductKernels& kernels = kernels_.product(product.activations.to.format, m);
+    const ProductKernels& kernels = kernels_.product(product.activations);
     std::optional<AlignedBuffer> expanded;  // of the first chunk, the largest
     for (int64_t first = 0; first < m; first += kChunkRows) {
       Grouped chunk;

@@ -101,7 +101,7 @@ class Chunk {
     if (a.m == 0 || w.n == 0) return;
     out.y = static_cast<std::byte*>(out.y) + first_row(expert) * w.n * size_of(out.dtype);
     if (bias != nullptr) out.bias = {bias + expert * w.n, 0, 1};
-    grouped.add(kernels_.product(a.to.format, a.m), {a, of_expert(w, expert), out}, 0, a.m);
+    grouped.add(kernels_.product(a), {a, of_expert(w, expert), out}, 0, a.m);
   }
 
   void combine(const std::byte* v, const ParallelFor& parallel_for) const {

@@ -13,8 +13,8 @@ namespace xpu_fp4::cpu {
 namespace {
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
-const ProductKernels& product(Format activations, int64_t) {
-  return activations == Format::none ? product_kernels<Avx2Float, finish_row_scalars>
+const ProductKernels& product(const Activations& a) {
+  return a.to.format == Format::none ? product_kernels<Avx2Float, finish_row_scalars>
                                      : product_kernels<Avx2, finish_row_scalars>;
 }
 }  // namespace

@@ -15,8 +15,8 @@ bool supported() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 }
 
-const ProductKernels& product(Format activations, int64_t m) {
-  return activations == Format::none ? kAvx512Vnni.product(activations, m) : product_kernels<Vnni<true>, finish_row>;
+const ProductKernels& product(const Activations& a) {
+  return a.to.format == Format::none ? kAvx512Vnni.product(a) : product_kernels<Vnni<true>, finish_row>;
 }
 }  // namespace
 

@@ -18,8 +18,8 @@ bool supported() {
          __builtin_cpu_supports("avx512vnni");
 }
 
-const ProductKernels& product(Format activations, int64_t) {
-  return activations == Format::none ? product_kernels<Avx512Float, finish_row> : product_kernels<Vnni<false>, finish_row>;
+const ProductKernels& product(const Activations& a) {
+  return a.to.format == Format::none ? product_kernels<Avx512Float, finish_row> : product_kernels<Vnni<false>, finish_row>;
 }
 }  // namespace
 

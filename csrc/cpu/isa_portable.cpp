@@ -6,8 +6,8 @@
 namespace xpu_fp4::cpu {
 
 namespace {
-const ProductKernels& product(Format activations, int64_t) {
-  return activations == Format::none ? product_kernels<PortableFloat, finish_row_scalars>
+const ProductKernels& product(const Activations& a) {
+  return a.to.format == Format::none ? product_kernels<PortableFloat, finish_row_scalars>
                                      : product_kernels<Portable, finish_row_scalars>;
 }
 }  // namespace

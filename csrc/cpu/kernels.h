@@ -82,8 +82,8 @@ struct KernelTable {
   void (*group_quantize)(const GroupQuantize&, Range blocks);
   void (*dequantize)(const Dequantize&, Range blocks);
   void (*combine)(const Combine&, Range tokens);
-  /// The kernels for an A of m rows that is multiplied in this format.
-  const ProductKernels& (*product)(Format activations, int64_t m);
+  /// The kernels for such an A.
+  const ProductKernels& (*product)(const Activations&);
 };
 
 /// Any processor.

@@ -2,6 +2,7 @@
 #include "limits.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -66,7 +67,7 @@ bool has_avx2() { return __builtin_cpu_supports("avx2"); }
   return iterations * kSums * 32 * kOpsPerMultiplyAdd;
 }
 
-// ---- AMX int8: four sums of 16 x 16 from two tiles of each operand ----
+// ---- AMX: four sums of 16 x 16 from two tiles of each operand ----
 
 constexpr int kTileRows = 16, kTileRowBytes = 64;
 
@@ -78,11 +79,29 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-bool has_amx_int8() {
+// Constants, because GCC takes a local's stores for dead that only these instructions read.
+constexpr TileConfig kAllTiles = [] {
+  TileConfig config = {};
+  config.palette = 1;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.rows[tile] = kTileRows;
+    config.row_bytes[tile] = kTileRowBytes;
+  }
+  return config;
+}();
+alignas(64) constexpr std::array<uint8_t, kTileRows * kTileRowBytes> kOnes = [] {
+  std::array<uint8_t, kTileRows * kTileRowBytes> ones{};
+  for (uint8_t& one : ones) one = 1;
+  return ones;
+}();
+
+constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;  // CPUID leaf 7, EDX
+
+template <unsigned kFeature>
+bool has_amx() {
   static const bool has = [] {
-    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // leaf 7, EDX
     unsigned a, b, c, d;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTile) == 0 || (d & kInt8) == 0) return false;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTile) == 0 || (d & kFeature) == 0) return false;
 #if defined(__linux__)
     constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -93,37 +112,47 @@ bool has_amx_int8() {
   return has;
 }
 
-[[gnu::target("amx-tile,amx-int8")]] int64_t run_amx_int8(int64_t iterations) {
-  TileConfig previous, config = {};
-  config.palette = 1;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.rows[tile] = kTileRows;
-    config.row_bytes[tile] = kTileRowBytes;
-  }
-  alignas(64) uint8_t ones[kTileRows * kTileRowBytes];
-  std::memset(ones, 1, sizeof(ones));
+// Calls products() so many times, between tiles of bytes that are one, and restores the kernels' configuration.
+template <class Products>
+[[gnu::target("amx-tile,amx-int8,amx-bf16"), gnu::always_inline]] inline void run_amx(int64_t iterations,
+                                                                                      const Products& products) {
+  TileConfig previous = {};
   _tile_storeconfig(&previous);  // of the kernels, which configure a thread once
-  _tile_loadconfig(&config);
+  _tile_loadconfig(&kAllTiles);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  _tile_loadd(4, ones, kTileRowBytes);
-  _tile_loadd(5, ones, kTileRowBytes);
-  _tile_loadd(6, ones, kTileRowBytes);
-  _tile_loadd(7, ones, kTileRowBytes);
-  for (int64_t i = 0; i < iterations; ++i) {
-    _tile_dpbusd(0, 4, 6);
-    _tile_dpbusd(1, 4, 7);
-    _tile_dpbusd(2, 5, 6);
-    _tile_dpbusd(3, 5, 7);
-  }
+  _tile_loadd(4, kOnes.data(), kTileRowBytes);
+  _tile_loadd(5, kOnes.data(), kTileRowBytes);
+  _tile_loadd(6, kOnes.data(), kTileRowBytes);
+  _tile_loadd(7, kOnes.data(), kTileRowBytes);
+  for (int64_t i = 0; i < iterations; ++i) products();
   if (previous.palette == 0) {
     _tile_release();
   } else {
     _tile_loadconfig(&previous);
   }
+}
+
+[[gnu::target("amx-tile,amx-int8,amx-bf16")]] int64_t run_amx_int8(int64_t iterations) {
+  run_amx(iterations, []() __attribute__((target("amx-tile,amx-int8,amx-bf16"), always_inline)) {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+  });
   return iterations * 4 * kTileRows * kTileRows * kTileRowBytes * kOpsPerMultiplyAdd;
+}
+
+[[gnu::target("amx-tile,amx-int8,amx-bf16")]] int64_t run_amx_bf16(int64_t iterations) {
+  run_amx(iterations, []() __attribute__((target("amx-tile,amx-int8,amx-bf16"), always_inline)) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  });
+  return iterations * 4 * kTileRows * kTileRows * (kTileRowBytes / 2) * kOpsPerMultiplyAdd;
 }
 
 #define XPU_FP4_VECTOR_CLONES [[gnu::target_clones("avx512f", "avx2", "default")]]
@@ -136,7 +165,8 @@ bool has_amx_int8() {
 const std::vector<ComputeLimit>& compute_limits() {
   static const std::vector<ComputeLimit> limits = {
 #if defined(__x86_64__)
-      {"tdpbusd", has_amx_int8, run_amx_int8},
+      {"tdpbusd", has_amx<kInt8>, run_amx_int8},
+      {"tdpbf16ps", has_amx<kBf16>, run_amx_bf16},
       {"vpdpbusd", has_avx512_vnni, run_avx512_vnni},
       {"vpdpbusd-256", has_avx_vnni, run_avx_vnni},
       {"vpmaddubsw", has_avx2, run_avx2},

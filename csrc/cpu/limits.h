@@ -7,7 +7,7 @@
 
 namespace xpu_fp4::cpu {
 
-/// Int8 products added up in registers by one instruction, from operands that stay in registers.
+/// Int8 or bfloat16 products added up in registers by one instruction, from operands that stay in registers.
 struct ComputeLimit {
   const char* instruction;
   bool (*supported)();

@@ -483,33 +483,201 @@ TEST_P(NativeProduct, ZeroBlocksFitAnyScale) {
   EXPECT_TRUE(same_bits(in.gemm(*backend()), in.gemm(*portable)));
 }
 
+// W4A16: x as its dtype holds it, times the W of some operands.
+struct Unquantized {
+  Operands w;
+  DType dtype;
+  std::vector<uint8_t> x;
+
+  Unquantized(const Operands& of_w, DType of_x, const std::vector<float>& values)
+      : w(of_w), dtype(of_x), x(values.size() * static_cast<size_t>(size_of(of_x))) {
+    for (size_t i = 0; i < values.size(); ++i) store(dtype, x, i, values[i]);
+  }
+
+  // Some of the rows, `count` from `first` on.
+  std::vector<float> multiply(const Backend& backend, const Weight& weight, int64_t first, int64_t count) const {
+    std::vector<float> y(static_cast<size_t>(count * w.n));
+    backend.multiply({Activations::floats(x.data() + first * w.k * size_of(dtype), dtype, {Format::none}, count, w.k),
+                      weight,
+                      {y.data(), DType::f32, {nullptr, 0, 0}}});
+    return y;
+  }
+  std::vector<float> multiply(const Backend& backend) const { return multiply(backend, w.weight(), 0, w.m); }
+
+  // The largest error over its bound.
+  double error(const std::vector<float>& y) const {
+    double worst = 0;
+    for (int64_t row = 0; row < w.m; ++row) {
+      for (int64_t column = 0; column < w.n; ++column) {
+        double sum = 0, magnitude = 0, largest_scale = 1;
+        for (int64_t i = 0; i < w.k; ++i) {
+          const int64_t element = column * w.k + i;
+          const double scale = std::ldexp(1.0, w.w_scale[static_cast<size_t>(element / 32)] - 127);
+          const double term =
+              load(dtype, x, static_cast<size_t>(row * w.k + i)) * definition::value(definition::code_at(w.w, element)) * scale;
+          sum += term;
+          magnitude += std::fabs(term);
+          largest_scale = std::max(largest_scale, scale);
+        }
+        const auto k = static_cast<double>(w.k);
+        const double bound = std::ldexp(std::sqrt(k), -22) * magnitude + std::ldexp(k, -126) * largest_scale;
+        const double of_bound = std::fabs(y[static_cast<size_t>(row * w.n + column)] - sum) / bound;
+        worst = of_bound <= worst ? worst : of_bound;  // NaN stays
+      }
+    }
+    return worst;
+  }
+};
+
+constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
+
 TEST_P(Native, W4A16IsWithinItsBoundAtTileEdges) {
   const auto own = backend();
-  for (const int64_t m : {1, 3, 4, 5, 8, 9}) {
-    for (const int64_t n : {1, 16, 17, 49}) {
-      const Operands in(m, n, 416, 110, 140, static_cast<unsigned>(m * n));
-      const std::vector<float> x = random_floats(m * in.k, 3, 6.0f);
-      std::vector<float> y(static_cast<size_t>(m * n)), from_strips = y;
-      const Activations floats = Activations::floats(x.data(), DType::f32, {Format::none}, m, in.k);
-      own->multiply({floats, in.weight(), {y.data(), DType::f32, {nullptr, 0, 0}}});
-      const std::vector<uint8_t> strips = prepacked(in);
-      own->multiply({floats, as_strips(in, strips), {from_strips.data(), DType::f32, {nullptr, 0, 0}}});
-      EXPECT_TRUE(same_bits(from_strips, y));
-      for (int64_t row = 0; row < m; ++row) {
-        for (int64_t column = 0; column < n; ++column) {
-          double sum = 0, magnitude = 0;
-          for (int64_t i = 0; i < in.k; ++i) {
-            const double scale = std::ldexp(1.0, in.w_scale[static_cast<size_t>((column * in.k + i) / 32)] - 127);
-            const double term = x[static_cast<size_t>(row * in.k + i)] *
-                                definition::value(definition::code_at(in.w, column * in.k + i)) * scale;
-            sum += term;
-            magnitude += std::fabs(term);
-          }
-          const double error = std::fabs(y[static_cast<size_t>(row * n + column)] - sum);
-          ASSERT_LE(error, std::ldexp(std::sqrt(static_cast<double>(in.k)), -22) * magnitude) << m << "x" << n;
+  for (const DType dtype : kDTypes) {
+    for (const int64_t m : {1, 3, 4, 5, 8, 9, 16, 17, 33, 65}) {
+      for (const int64_t n : {1, 16, 17, 49}) {
+        const int64_t k = std::array{32, 96, 416, 544, 1056}[(m + n) % 5];
+        const Unquantized in(Operands(m, n, k, 110, 140, static_cast<unsigned>(m * n)), dtype, random_floats(m * k, 3, 6.0f));
+        const std::vector<float> y = in.multiply(*own);
+        const std::vector<uint8_t> strips = prepacked(in.w);
+        EXPECT_TRUE(same_bits(in.multiply(*own, as_strips(in.w, strips), 0, m), y));
+        ASSERT_LE(in.error(y), 1) << m << "x" << n << "x" << k << " " << static_cast<int>(dtype);
+      }
+    }
+  }
+}
+
+TEST_P(Native, W4A16IsWithinItsBoundForEveryScale) {
+  const std::vector<float> floats = random_floats(5 * 288, 9, 4.0f);
+  for (const DType dtype : kDTypes) {
+    for (int byte = 0; byte < 255; ++byte) {
+      // So that the least scales are more than underflow, and the largest do not overflow.
+      std::vector<float> x = floats;
+      for (float& value : x) value = std::ldexp(value, byte < 127 ? 8 : -10);
+      // Shared by a weight, and among the usual ones.
+      for (const size_t step : {1, 7}) {
+        Unquantized in(Operands(5, 17, 288, 120, 130, static_cast<unsigned>(byte)), dtype, x);
+        for (size_t i = 0; i < in.w.w_scale.size(); i += step) in.w.w_scale[i] = static_cast<uint8_t>(byte);
+        ASSERT_LE(in.error(in.multiply(*backend())), 1) << byte << " " << step << " " << static_cast<int>(dtype);
+      }
+    }
+  }
+}
+
+// 2^24 and then numbers that each lose 2^-7 where they are added one by one to a sum so large.
+TEST_P(Native, W4A16HasNoLongChains) {
+  for (const DType dtype : kDTypes) {
+    for (const int64_t k : {32, 64, 96, 128, 512, 1024, 4096, 16384}) {
+      for (const int64_t large : {1, 2, 32}) {
+        std::vector<float> x(static_cast<size_t>(3 * k), 1.0078125f);
+        for (int64_t i = 0; i < 3; ++i) std::fill_n(x.begin() + i * k, large, 16777216.0f);
+        if (dtype == DType::f16) {
+          for (float& value : x) value = std::ldexp(value, -14);
+        }
+        Unquantized in(Operands(3, 17, k, 127, 127, 1), dtype, x);
+        std::fill(in.w.w.begin(), in.w.w.end(), uint8_t{0x22});  // ones
+        ASSERT_LE(in.error(in.multiply(*backend())), 1) << k << " " << large << " " << static_cast<int>(dtype);
+      }
+    }
+  }
+}
+
+// Large scales bring elements near the end of the exponents back, so none of them may count as zero.
+TEST_P(Native, W4A16HasNoZeroesForTinyElements) {
+  for (const DType dtype : kDTypes) {
+    for (const int exponent : {-133, -127, -126, -110, -101, -100, -99}) {
+      for (const int byte : {100, 127, 147, 182, 240, 252, 254}) {
+        for (const size_t step : {1, 200}) {  // every element, or few beside larger ones
+          std::vector<float> x = random_floats(9 * 256, 4, 2.0f);
+          for (float& value : x) value = std::ldexp(value, -90);
+          for (size_t i = 0; i < x.size(); i += step) x[i] = std::ldexp(1.984375f, exponent);
+          Unquantized in(Operands(9, 18, 256, byte, byte, 5), dtype, x);
+          std::fill(in.w.w.begin(), in.w.w.end(), uint8_t{0x77});  // the largest, so that together they exceed the bound
+          ASSERT_LE(in.error(in.multiply(*backend())), 1) << exponent << " " << byte << " " << static_cast<int>(dtype);
         }
       }
     }
+  }
+}
+
+// Rows of all kinds and strips of all scales, about each end of what tiles take: what is left to another way of computing must
+// not depend on who is beside it.
+TEST_P(Native, W4A16RowsDoNotDependOnTheirNeighbours) {
+  constexpr int64_t kRows = 69, kDepth = 1184;
+  for (const DType dtype : kDTypes) {
+    std::vector<float> x = random_floats(kRows * kDepth, 41, 6.0f);
+    std::mt19937 random(42);
+    for (const float special : {0x1p-130f, 0x1p-101f, 0x1.fep-61f, 0x1p-60f, 0x1.fep59f, 0x1p60f, INFINITY, NAN}) {
+      for (int i = 0; i < 9; ++i) x[random() % x.size()] = special;
+    }
+    Unquantized in(Operands(kRows, 55, kDepth, 115, 135, 43), dtype, x);
+    for (const int byte : {0, 68, 69, 182, 183, 253, 255}) {
+      for (int i = 0; i < 3; ++i) in.w.w_scale[random() % in.w.w_scale.size()] = static_cast<uint8_t>(byte);
+    }
+    for (size_t block = 5; block < in.w.w_scale.size(); block += 97) {
+      std::fill_n(in.w.w.begin() + static_cast<int64_t>(block) * 16, 16, uint8_t{0x08});
+      in.w.w_scale[block] = block % 2 == 0 ? 0 : 254;
+    }
+    const std::vector<float> y = in.multiply(*backend());
+    const auto part = [&](int64_t first, int64_t count) {
+      return std::vector<float>(y.begin() + first * in.w.n, y.begin() + (first + count) * in.w.n);
+    };
+    for (int64_t row = 0; row < kRows; ++row) {
+      ASSERT_TRUE(same_bits(in.multiply(*backend(), in.w.weight(), row, 1), part(row, 1))) << row;
+    }
+    for (const int64_t rows : {2, 4, 5, 8, 16, 17, 31, 33}) {
+      const int64_t first = kRows - rows - 1;
+      ASSERT_TRUE(same_bits(in.multiply(*backend(), in.w.weight(), first, rows), part(first, rows))) << rows;
+    }
+    ASSERT_TRUE(same_bits(in.multiply(*cpu::make_backend(*GetParam(), in_reverse_on_threads)), y));
+  }
+}
+
+// As all-zero blocks have the least scale.
+TEST_P(Native, W4A16ZeroBlocksFitAnyScale) {
+  for (const int64_t m : {2, 20}) {
+    Unquantized in(Operands(m, 50, 288, 120, 130, 5), DType::bf16, random_floats(m * 288, 6, 4.0f));
+    std::vector<float> expected;
+    for (const bool extreme : {false, true}) {
+      for (size_t block = 0; block < in.w.w_scale.size(); block += 5) {
+        std::fill_n(in.w.w.begin() + static_cast<int64_t>(block) * 16, 16, uint8_t{0x80});
+        in.w.w_scale[block] = !extreme ? 125 : block % 2 == 0 ? 0 : 254;
+      }
+      std::vector<float> y = in.multiply(*backend());
+      if (extreme) {
+        EXPECT_TRUE(same_bits(y, expected)) << m;
+      }
+      expected = std::move(y);
+    }
+  }
+}
+
+// What the bound of short K rests on: a tile product is two chains of sixteen fma, as Intel's manual says.
+TEST_P(Native, W4A16FollowsTheOrderOfATile) {
+  if (GetParam()->isa != std::string("amx")) GTEST_SKIP() << "no tiles";
+  constexpr int64_t kDepth = 256;
+  for (const int64_t m : {3, 16}) {
+    std::vector<float> x = random_floats(m * kDepth, 51, 6.0f);
+    for (float& value : x) value = std::ldexp(value, -30);
+    const Operands w(m, 32, kDepth, 70, 80, 52);  // and products are near the least that floats hold
+    const Unquantized in(w, DType::bf16, x);
+    std::vector<float> expected;
+    for (int64_t i = 0; i < m * w.n; ++i) {
+      float acc = 0.0f;
+      for (int64_t block = 0; block < kDepth; block += 32) {
+        float chain[2] = {};
+        for (int64_t k = block; k < block + 32; ++k) {
+          const int64_t element = i % w.n * kDepth + k;
+          const double value = definition::value(definition::code_at(w.w, element));
+          const auto scaled = static_cast<float>(std::ldexp(value, w.w_scale[static_cast<size_t>(element / 32)] - 127));
+          const auto of_x = static_cast<float>(load(DType::bf16, in.x, static_cast<size_t>(i / w.n * kDepth + k)));
+          chain[k % 2] = std::fmaf(of_x, scaled, chain[k % 2]);
+        }
+        acc = acc + (chain[0] + chain[1]);
+      }
+      expected.push_back(acc);
+    }
+    EXPECT_TRUE(same_bits(in.multiply(*backend()), expected)) << m;
   }
 }
 

@@ -50,7 +50,7 @@ CONVERSIONS = (*_CONVERTED, *_TRANSFORMED, *(f"limit-copy-{name}" for name in _C
 FORMS = ("linear", "linear-prepacked", "linear-expanded", "gemm", "gemm-prepacked")
 QUANTIZED = tuple(f"{mode}-{form}" for mode in ("w4a4", "w4a8") for form in FORMS)
 """Our products with quantized activations."""
-LIMITS = ("limit-vpdpbusd", "limit-tdpbusd", "limit-vpmaddubsw", "limit-vpdpbusd-256", "limit-read")
+LIMITS = ("limit-vpdpbusd", "limit-tdpbusd", "limit-tdpbf16ps", "limit-vpmaddubsw", "limit-vpdpbusd-256", "limit-read")
 
 
 def _targets(threads: int) -> list[Case]:

@@ -49,7 +49,7 @@ def _copy(name: str, sizes: Callable[[Problem], tuple[int, int]]) -> Contender:
 
 
 def limits() -> tuple[Contender, ...]:
-    """The limits of this machine: each instruction for int8 products that it has, the fastest first; reading; copying."""
+    """The limits of this machine: each instruction for products that it has, the fastest first; reading; copying."""
     read = Contender(
         "limit-read", "limit", "memory read once, all threads", _read, lambda _: 0, lambda _: READ_BYTES, device="cpu"
     )
