@@ -4,6 +4,7 @@
 import copy
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -673,6 +674,22 @@ def test_the_command_names_what_is_no_text(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["quantize", str(folder), str(tmp_path / "out"), f"--calibrate={tmp_path / 'text'}"])
     assert result.exit_code == 1
     assert "text is no UTF-8 text" in result.output
+
+
+def test_the_command_says_how_to_get_llm_compressor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llmcompressor", None)  # as if it were not installed
+    folder = save_llama(tmp_path / "source")
+    tokenizer().save_pretrained(folder)
+    (tmp_path / "text").write_text(TEXT)
+    command = ["quantize", str(folder), str(tmp_path / "out"), "--with=llm-compressor"]
+    data = [f"--calibrate={tmp_path / 'text'}", "--samples=8", "--length=40"]
+    result = CliRunner().invoke(main, [*command, *data])
+    assert result.exit_code == 1
+    assert "llm-compressor is needed for this: pip install 'xpu_fp4[llm-compressor]'" in result.output
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert "--with llm-compressor needs --calibrate or --chat" in " ".join(result.output.split())
+    assert not list(tmp_path.glob("out*"))
 
 
 # ---- the example's data ----

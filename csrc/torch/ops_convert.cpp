@@ -34,8 +34,11 @@ std::tuple<Tensor, Tensor> quantize(const Backend& backend, const Argument& arg,
   const HeldTransform transform = check_transform(arg, hadamard, input_offset);
   to.transform = transform.view;
   const Tensor dense = x.contiguous();
-  const Tensor q = at::empty(with_last(x, code_bytes(to.format, k)), x.options().dtype(code_type(to.format)));
-  const Tensor scale = at::empty(with_last(x, k / kBlock), x.options().dtype(at::kFloat8_e8m0fnu));
+  // As bytes: where torch's algorithms are to be deterministic, it fills what is empty, and knows no such value of MXFP4's codes.
+  const auto empty = [&](int64_t last, ScalarType type) {
+    return at::empty(with_last(x, last), x.options().dtype(at::kByte)).view(type);
+  };
+  const Tensor q = empty(code_bytes(to.format, k), code_type(to.format)), scale = empty(k / kBlock, at::kFloat8_e8m0fnu);
   if (x.numel() == 0) return {q, scale};
   backend.quantize({dense.const_data_ptr(), dtype, to, rows_of(x), k, static_cast<uint8_t*>(q.data_ptr()),
                     static_cast<uint8_t*>(scale.data_ptr())});

@@ -27,6 +27,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     texts = [" ".join(f"w{(7 * i + j) % 100}" for j in range(40)) for i in range(16)]
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     found = {}
+    deterministic = torch.are_deterministic_algorithms_enabled()
     for name in FORMATS:
         tuner = AutoRound(
             str(source),
@@ -41,6 +42,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         tuner.quantize_and_save(output_dir=str(folder / name), format=name)
         found[name] = next((folder / name).rglob("config.json")).parent
+    torch.use_deterministic_algorithms(deterministic)  # AutoRound turns it on, for all that follows
     return found
 
 
