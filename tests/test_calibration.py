@@ -292,7 +292,7 @@ def test_each_linear_is_calibrated_on_what_those_before_it_give_once_quantized(l
         setattr(before.get_submodule(owner), attribute, whole.get_submodule(name))
     for model, is_equal in ((before, True), (original, False)):
         alone = calibrate_(model, BATCHES, filter_fn=lambda module, name: name == layer, **options).get_submodule(layer)
-        assert torch.equal(alone.weight_packed, whole.get_submodule(layer).weight_packed) == is_equal  # type: ignore[arg-type]
+        assert torch.equal(alone.weight_packed, whole.get_submodule(layer).weight_packed) == is_equal
 
 
 @torch.no_grad()
