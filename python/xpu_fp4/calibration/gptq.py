@@ -21,7 +21,7 @@ _CODE_OF_DOUBLE = torch.tensor([0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7], dtype=to
 
 
 class Products:
-    """Sums over rows a, b [T, K]: of a^T b in float32, of a, of b in float64, and T. A Hessian is one of inputs alone."""
+    """Sums over rows a, b [T, K]: of a^T b in float32, of a and b in float64; and T. A Hessian is of inputs by themselves."""
 
     def __init__(self, k: int) -> None:
         self.sum = torch.zeros(k, k)
