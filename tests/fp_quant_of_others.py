@@ -54,11 +54,11 @@ def linear(x: Tensor, weight: Tensor, turn: Tensor, method: str) -> Tensor:
     return a @ w.t() / TIMES[method] ** 2
 
 
-def emulate(model: nn.Module, linears: Iterable[str], turn: Tensor, method: str) -> None:
-    """Has linear layers compute as FP-Quant's do, in float64, with their weights of now."""
+def emulate(model: nn.Module, linears: Iterable[str], weight_turn: Tensor, turn: Tensor, method: str) -> None:
+    """Has linear layers compute as FP-Quant's do, in float64, with their weights of now; weights have a matrix of their own."""
 
     def forward_of(layer: Any) -> Callable[[Tensor], Tensor]:
-        weight = values(*quantize(layer.weight, turn, method)).t() / TIMES[method] ** 2
+        weight = values(*quantize(layer.weight, weight_turn, method)).t() / TIMES[method] ** 2
         bias = 0 if layer.bias is None else layer.bias.double()
         return lambda x: (values(*quantize(x, turn, method)) @ weight + bias).to(x.dtype)
 

@@ -56,7 +56,7 @@ def test_a_model_computes_what_fp_quant_does(tmp_path: Path, method: str, size: 
     original = llama(dtype=torch.float32, **LARGE)
     original.load_state_dict(llama(**LARGE).state_dict())
     ours = xpu_fp4.load_model(save(tmp_path, method, size), dtype=torch.float32)
-    fp_quant.emulate(original, LINEARS, fp_quant.matrix(size), method)
+    fp_quant.emulate(original, LINEARS, fp_quant.matrix(size), fp_quant.matrix(size), method)
     with torch.inference_mode():
         expected, found = original(IDS).logits, ours(IDS).logits
         assert (found - expected).norm() < 0.1 * expected.norm()

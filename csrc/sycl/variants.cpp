@@ -212,6 +212,8 @@ void add_products(const Architecture& architecture, std::vector<Counted>& all) {
   for (const int row_units : {1, 2, 4}) {
     all.push_back({gemm_w4a16_matrix_variant(gpu, {row_units, 1}, kSmallSplit, DType::bf16, DType::bf16, true, 16)});
   }
+  all.push_back({with_factor(gemm_large_variant(gpu, Format::mxfp4, architecture.large, DType::bf16)), false});
+  all.push_back({with_factor(gemm_small_variant(gpu, Format::mxfp4, 8, Weights::scales_together, DType::bf16, 16)), false});
   if (architecture.bdpas.row_units > 0) all.push_back({gemm_bdpas_variant(gpu, architecture.bdpas, DType::bf16)});
 }
 
@@ -263,6 +265,20 @@ void add_streams(const Architecture& architecture, std::vector<Counted>& all) {
   }
 }
 
+// Quantizers by FP-Quant's rules.
+void add_rules(const Architecture& architecture, std::vector<Counted>& all) {
+  if (!stands_for_others(architecture)) return;
+  const Gpu gpu = {&architecture, true};
+  const Target target = {architecture.sub_group, true};
+  for (const ScaleMode rule : {ScaleMode::abs_max, ScaleMode::quest}) {
+    const Floats floats = {DType::bf16, true};
+    for (const Variant& variant : {expand_activations_variant(gpu, Format::mxfp4, floats, ElementOrder::apart, 16),
+                                   quantize_variant(target, DType::bf16, 16), transform_variant(target, DType::bf16, 16)}) {
+      all.push_back({with_scale_mode(variant, rule), false});
+    }
+  }
+}
+
 // For GPUs without a matrix unit, which we do not know: compiled for ones that we do.
 void add_portable(const Architecture& architecture, std::vector<Counted>& all) {
   if (!stands_for_others(architecture)) return;
@@ -296,6 +312,7 @@ std::string json(const Architecture& architecture) {
   add_products(architecture, all);
   add_experts(architecture, all);
   add_streams(architecture, all);
+  add_rules(architecture, all);
   add_portable(architecture, all);
   const Costs& costs = architecture.costs;
   return "{\"name\": " + quoted(architecture.name) + ", \"block_2d\": " + (architecture.block_2d ? "true" : "false") +

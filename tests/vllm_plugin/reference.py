@@ -100,9 +100,10 @@ def certain_tokens(
             rotate(model)  # in the dtype of the checkpoint, so that weights are rounded alike
         model.to(dtype)
         if fp_quant is not None:
-            # Not with its matrix in bfloat16, by whose rounding, 1 in 10,000, tokens would be uncertain.
-            turn = fp_quant_of_others.matrix(HADAMARD).double().sign() * HADAMARD**-0.5
-            fp_quant_of_others.emulate(model, linears_of(model), turn, fp_quant)
+            # Inputs not with its matrix in bfloat16, by whose rounding, 1 in 10,000, tokens would be uncertain.
+            stored = fp_quant_of_others.matrix(HADAMARD)
+            exact = stored.double().sign() * HADAMARD**-0.5
+            fp_quant_of_others.emulate(model, linears_of(model), stored, exact, fp_quant)
             linears = [model.get_submodule(name) for name in linears_of(model)]
         else:
             quantize(model, groups)
