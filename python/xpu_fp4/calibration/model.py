@@ -13,9 +13,10 @@ from torch import nn
 from .._text import shorten
 from ..checkpoints.description import Scheme
 from ..checkpoints.quantized import QuantizedLinear, round_to_nearest, schemes_of
-from ..convert import Filter, all_but_lm_head, linears_to_replace
+from ..convert import Filter, all_but_lm_head, experts_to_replace, linears_to_replace
 from ..functional import Group, Hadamard, Mode, ScaleMode, check_mode
 from .blocks import Batch, Call, block_lists, walk
+from .experts import fuse, schemes_of_each, unfuse
 from .layers import linear_of, put, quantize_block
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,6 +39,8 @@ def calibrate_(
 ) -> Model:
     """Replaces the nn.Linear modules of a model by MXFP4Linear, in place, their weights rounded by GPTQ, and returns the model.
 
+    Modules of experts become MXFP4Experts, each expert's weights rounded on the tokens that are routed to it.
+
     It goes block by block (the entries of a model's ModuleLists), with the blocks before quantized, and in each linear by
     linear, on the inputs as they will be multiplied: without their offset, transformed, quantized. The same model, batches and
     number of threads give the same bits.
@@ -51,7 +54,8 @@ def calibrate_(
         mode, scale_mode, group, hadamard: as for MXFP4Linear.
         offset: whether each layer subtracts the mean of its inputs first; what that takes from the output is put into the bias.
         keep_high: linears that compute in W4A16, by the last part of their names, the whole name, or `re:` and a regex.
-        filter_fn: called with (module, its dotted name) for every nn.Linear; those for which it is false stay.
+        filter_fn: called with (module, its dotted name) for every nn.Linear and every module of experts; those for which it is
+            false stay.
         progress: called with the number of blocks that are done, and of all.
 
     Raises:
@@ -67,7 +71,11 @@ def calibrate_(
     first: dict[nn.Linear, str] = {}  # of a shared layer's names
     for name, linear in linears.items():
         first.setdefault(linear, name)
-    schemes = schemes_of(list(first.values()), Scheme(mode, scale_mode, group, hadamard, offset), keep_high)
+    experts = list(experts_to_replace(model, filter_fn, hadamard))
+    schemes = schemes_of([*first.values(), *experts], Scheme(mode, scale_mode, group, hadamard, offset), keep_high)
+    of_experts = {name: schemes.pop(name) for name in experts}
+    unfuse(model, experts)
+    schemes |= schemes_of_each(model, of_experts)
     rounded = calibrate_blocks(model, batches, schemes, progress)
     outside = [name for name in schemes if isinstance(model.get_submodule(name), nn.Linear)]
     for name in outside:
@@ -75,6 +83,7 @@ def calibrate_(
     for name, linear in linears.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, model.get_submodule(first[linear]))
+    fuse(model, of_experts)
     if rounded or outside:
         warnings.warn(not_calibrated(rounded, outside), stacklevel=2)
     return model
