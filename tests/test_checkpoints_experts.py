@@ -64,6 +64,8 @@ def original(family: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     model = model_class._from_config(copy.deepcopy(config), dtype=dtype).eval()
     generator = seeded(11)
+    if not list(experts_in(model)):
+        pytest.skip("this Transformers has these experts in layers of its own, which stay as they are")
     for name, module in experts_in(model):
         for kind, parameter in module.named_parameters():
             size = 0.3 if kind.endswith("bias") else 0.1
@@ -331,6 +333,7 @@ def test_fused_experts_of_a_layer_may_stay_in_w4a16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt-oss", "granite"])
 def test_a_k_that_is_no_multiple_of_a_block_is_named(family: str, tmp_path: Path) -> None:
+    original(family)  # which may skip
     model_class, config = FAMILIES[family]
     changed = type(config).from_dict(config.to_dict() | {"intermediate_size": 48})
     model = model_class(changed)
