@@ -107,9 +107,10 @@ def command(
 ) -> None:
     """Quantize the linear layers and experts of the Transformers model in SOURCE into the new directory OUT.
 
-    OUT has compressed-tensors' format, gpt-oss its own; vLLM, Transformers and xpu_fp4 load both. It appears when it is complete. Interrupted,
-    run the same command again: finished shards in OUT.partial are kept, and finished blocks of a calibration. Memory: about one
-    shard of SOURCE, and what becomes of it; to calibrate, one block of the model and what all blocks give on the windows.
+    OUT has compressed-tensors' format, gpt-oss its own; vLLM, Transformers and xpu_fp4 load both. It appears when it is
+    complete. Interrupted, run the same command again: finished shards in OUT.partial are kept, and finished blocks of a
+    calibration. Memory: about one shard of SOURCE, and what becomes of it; to calibrate, one block of the model and what all
+    blocks give on the windows.
 
     Weights are rounded to nearest or, with --calibrate or --chat, such that outputs on the windows change little. For a
     language model: --scheme w4a8 --hadamard 32 --calibrate TEXT --chat CONVERSATIONS.
