@@ -57,7 +57,7 @@ def bounds(size: Size) -> dict[str, int]:
     """Bytes that each step may take.
 
     quantize: one shard of the source, mapped, and what it becomes, 17/64 of it, once more while it is written.
-    generate: twice all that is loaded, 17/64 of the experts and the rest as it is, as Transformers has every file mapped until
+    generate: twice all that is loaded, 17/64 of the experts and the rest as it is, since Transformers maps every file until
     it has read the last; and twice a layer's experts, which the first forward moves into another layout, with N rounded up to
     16 and K to 128.
     """

@@ -32,6 +32,7 @@ from .functional import (
     unprepack,
 )
 from .modules import MXFP4Linear
+from .moe import MXFP4Experts
 from .warmup import warmup
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ __all__ = [
     "Backend",
     "Group",
     "Hadamard",
+    "MXFP4Experts",
     "MXFP4Linear",
     "Mode",
     "ScaleMode",

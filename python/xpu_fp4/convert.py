@@ -12,7 +12,7 @@ from ._library import BLOCK
 from ._text import shorten
 from .functional import Group, Hadamard, Mode, ScaleMode, modes_of
 from .modules import MXFP4Linear
-from .moe import MXFP4Experts, experts_in, experts_kind, put
+from .moe import MXFP4Experts, experts_in, is_known, put
 
 Model = TypeVar("Model", bound=nn.Module)
 _WORTH_A_WORD = 0.01
@@ -80,11 +80,7 @@ def experts_to_replace(model: nn.Module, filter_fn: Filter, hadamard: Hadamard =
     """
     chosen = {}
     for name, module in experts_in(model):
-        try:
-            experts_kind(module)
-        except ValueError:
-            continue
-        if filter_fn(module, name):
+        if is_known(module) and filter_fn(module, name):
             chosen[name] = module
             try:
                 MXFP4Experts.like(module, hadamard=hadamard)

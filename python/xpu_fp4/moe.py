@@ -57,6 +57,14 @@ def experts_kind(module: nn.Module) -> ExpertsKind:
     return ExpertsKind(SILU_HALVES, made.is_transposed)
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether a module has experts of a known kind."""
+    try:
+        return is_experts(module) and experts_kind(module) is not None
+    except ValueError:
+        return False
+
+
 def _check_silu(module: nn.Module) -> None:
     activation = type(cast(Any, module).act_fn).__name__
     if activation not in ("SiLU", "SiLUActivation"):
@@ -284,6 +292,6 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     owner, _, attribute = name.rpartition(".")
     layer = model.get_submodule(owner)
     setattr(layer, attribute, module)
-    if isinstance(module, MXFP4Experts) and module.router_on_input:
+    if getattr(module, "router_on_input", False) and not isinstance(layer, RoutedOnInput):
         above, _, name_of_layer = owner.rpartition(".")
         setattr(model.get_submodule(above), name_of_layer, RoutedOnInput(layer))

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import warnings
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 
 from ..checkpoints.description import Scheme
 from ..checkpoints.errors import printable
+from ..checkpoints.fused import split
 from ..checkpoints.models import map_original
 from ..checkpoints.output import write_tensors
+from ..checkpoints.placement import EXPERT, PARTS
 from ..checkpoints.quantized import QuantizedLinear
 from ..checkpoints.quantizer import Plan
+from ..moe import DOWN, is_known
+from .experts import unfuse
 from .model import FinishedBlock, Progress, calibrate_blocks, not_calibrated
 
 _BATCH_TOKENS = 2048
@@ -45,21 +50,58 @@ class CheckpointCalibration:
 
     def run(self, plan: Plan, schemes: Mapping[str, Scheme], folder: Path) -> Mapping[str, QuantizedLinear]:
         model = map_original(plan.source)
-        linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
-        in_files = {plan.in_model[name]: name for name in schemes if plan.in_model[name] in linears}
-        in_model = {name: schemes[name_in_files] for name, name_in_files in in_files.items()}
+        layers, experts = _layers(model, plan, schemes)
+        unfuse(model, experts)
+        of_experts = {of.in_model: of.name for of in plan.experts}
+        in_model = {}
+        for name, in_files in layers.items():
+            fused = next((e for e in experts if name.startswith(f"{e}.")), None)
+            scheme = schemes[of_experts.get(fused or "", in_files[0])]
+            in_model[name] = scheme if fused is None else replace(scheme, input_offset=False)
         store = FinishedLayers(folder, in_model)
         batches = batches_of(model, self.windows)
         rounded = calibrate_blocks(model, batches, in_model, self.progress, store, correct=self.correct)
-        calibrated = store.layers()
-        warn_of_rest(plan, rounded, schemes.keys() - {in_files[name] for name in calibrated})
-        return {in_files[name]: layer for name, layer in calibrated.items()}
+        results: dict[str, QuantizedLinear] = {}
+        for name, layer in store.layers().items():
+            names = layers[name]
+            results |= zip(names, split(layer, len(names)) if len(names) > 1 else (layer,), strict=True)
+        warn_of_rest(plan, rounded, set(plan.quantized) - results.keys())
+        return results
 
 
 def digest(windows: Tensor) -> dict[str, Any]:
     """What tells windows from others, as JSON."""
     content = windows.contiguous().numpy().tobytes()
     return {"windows": list(windows.shape), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _layers(model: nn.Module, plan: Plan, schemes: Mapping[str, Scheme]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """What can be calibrated, by its name in the model once experts are unfused: the names in the files that make up its rows.
+
+    Also the experts modules to unfuse. Of fused experts, a name in the files is FusedExperts.layer's.
+    """
+    modules = dict(model.named_modules())
+    layers: dict[str, tuple[str, ...]] = {}
+    single: defaultdict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    for name in plan.quantized:
+        in_model = plan.in_model[name]
+        if type(modules.get(in_model)) is nn.Linear:
+            layers[in_model] = (name,)
+        elif (match := EXPERT.fullmatch(in_model)) and match[3] in PARTS and match[1] in modules:
+            projection, part = PARTS[match[3]]
+            single[match[1]][f"{in_model.rpartition('.')[0]}.{projection}"][part] = name
+    experts = [of.in_model for of in plan.experts]
+    for of in plan.experts:
+        count = len(modules[of.in_model].get_parameter(DOWN))
+        names = [of.layer(projection, expert) for expert in range(count) for projection in of.tensors]
+        layers |= {name: (name,) for name in names}
+    for module, found in single.items():
+        parts = {name: tuple(names[part] for part in sorted(names)) for name, names in found.items()}
+        is_whole = len(parts) == 2 * len(modules[module].get_parameter(DOWN)) and is_known(modules[module])
+        if is_whole and len({schemes[name] for names in parts.values() for name in names}) == 1:
+            layers |= parts
+            experts.append(module)
+    return layers, experts
 
 
 def batches_of(model: Any, windows: Tensor) -> list[dict[str, Tensor]]:

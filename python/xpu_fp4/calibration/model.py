@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .._text import shorten
 from ..checkpoints.description import Scheme, get_scale_mode
 from ..checkpoints.quantized import QuantizedLinear, round_to_nearest, schemes_of
-from ..convert import Filter, all_but_lm_head, linears_to_replace
+from ..convert import Filter, all_but_lm_head, experts_to_replace, linears_to_replace
 from ..functional import Group, Hadamard, Mode, ScaleMode, check_mode
 from .blocks import Batch, Call, block_lists, record, walk
+from .experts import fuse, schemes_of_each, unfuse
 from .layers import linear_of, put, quantize_block
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,6 +40,8 @@ def calibrate_(
 ) -> Model:
     """Replaces the nn.Linear modules of a model by MXFP4Linear, in place, their weights rounded by GPTQ, and returns the model.
 
+    Modules of experts become MXFP4Experts, each expert's weights rounded on the tokens that are routed to it.
+
     It goes block by block (the entries of a model's ModuleLists), with the blocks before quantized, and in each linear by
     linear, on the inputs as they will be multiplied: without their offset, transformed, quantized. The same model, batches and
     number of threads give the same bits.
@@ -55,7 +58,8 @@ def calibrate_(
         keep_high: linears that compute in W4A16, by the last part of their names, the whole name, or `re:` and a regex.
         correct: whether each layer makes up for a part of what those before it have lost, besides its own rounding. The
             original is computed alongside, in 1.6 times the arithmetic.
-        filter_fn: called with (module, its dotted name) for every nn.Linear; those for which it is false stay.
+        filter_fn: called with (module, its dotted name) for every nn.Linear and every module of experts; those for which it is
+            false stay.
         progress: called with the number of blocks that are done, and of all.
 
     Raises:
@@ -71,9 +75,12 @@ def calibrate_(
     first: dict[nn.Linear, str] = {}  # of a shared layer's names
     for name, linear in linears.items():
         first.setdefault(linear, name)
-    schemes = schemes_of(
-        list(first.values()), Scheme(mode, get_scale_mode(scale_mode, "calibrate_"), group, hadamard, offset), keep_high
-    )
+    experts = list(experts_to_replace(model, filter_fn, hadamard))
+    scheme = Scheme(mode, get_scale_mode(scale_mode, "calibrate_"), group, hadamard, offset)
+    schemes = schemes_of([*first.values(), *experts], scheme, keep_high)
+    of_experts = {name: schemes.pop(name) for name in experts}
+    unfuse(model, experts)
+    schemes |= schemes_of_each(model, of_experts)
     rounded = calibrate_blocks(model, batches, schemes, progress, correct=correct)
     outside = [name for name in schemes if isinstance(model.get_submodule(name), nn.Linear)]
     for name in outside:
@@ -81,6 +88,7 @@ def calibrate_(
     for name, linear in linears.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, model.get_submodule(first[linear]))
+    fuse(model, of_experts)
     if rounded or outside:
         warnings.warn(not_calibrated(rounded, outside), stacklevel=2)
     return model

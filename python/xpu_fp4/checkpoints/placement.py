@@ -15,7 +15,7 @@ from .errors import CheckpointError
 from .names import names_in_model
 from .tensor_files import TensorFiles
 
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 STACKS = (
     (GATE_UP, ("gate_proj", "up_proj")),
     (DOWN, ("down_proj",)),
@@ -23,7 +23,7 @@ STACKS = (
     (DOWN, ("w2",)),
 )
 """What checkpoints call the linear layers of one expert that make up the rows of a projection of the experts module."""
-_PARTS = {name: (projection, part) for projection, names in STACKS for part, name in enumerate(names)}
+PARTS = {name: (projection, part) for projection, names in STACKS for part, name in enumerate(names)}
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def _place(model: nn.Module, layer: Layer, name: str) -> Place:
     if len(layer.shape) == 3:
         owner, _, projection = name.rpartition(".")
         return Place(owner, projection)
-    if (match := _EXPERT.fullmatch(name)) and match[3] in _PARTS and not _has(model, name):
-        projection, part = _PARTS[match[3]]
+    if (match := EXPERT.fullmatch(name)) and match[3] in PARTS and not _has(model, name):
+        projection, part = PARTS[match[3]]
         return Place(match[1], projection, int(match[2]), part)
     return Place(name)
 

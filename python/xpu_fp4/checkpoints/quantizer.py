@@ -134,7 +134,10 @@ class Calibration(Protocol):
         ...
 
     def run(self, plan: Plan, schemes: Mapping[str, Scheme], folder: Path) -> Mapping[str, QuantizedLinear]:
-        """What becomes of the layers, by their names in the files; of those that are not there, nothing is known."""
+        """What becomes of the layers, by their names in the files, and of fused experts by those of `FusedExperts.layer`.
+
+        Of those that are not there, nothing is known.
+        """
         ...
 
 
@@ -188,8 +191,7 @@ def quantize_checkpoint(
         calibrated: Mapping[str, QuantizedLinear] = {}
         if calibration is not None:
             (partial / _CALIBRATED).mkdir(exist_ok=True)
-            linears = {name: schemes[name] for name in plan.quantized}
-            calibrated = calibration.run(plan, linears, partial / _CALIBRATED)
+            calibrated = calibration.run(plan, schemes, partial / _CALIBRATED)
         total = sum(file.stat().st_size for file in plan.files.files)
         done = 0
         for file in plan.files.files:
@@ -311,6 +313,9 @@ def _write_shard(
             experts, projection = fused[name]
             tensors |= _tensors_of_experts(experts, projection, tensor, schemes[experts.name], calibrated, str(info))
             continue
+        if name.removesuffix("_bias") in fused:
+            tensors[name] = _bias_of_experts(*fused[name.removesuffix("_bias")], tensor, calibrated)
+            continue
         if module in schemes and kind == "weight":
             tensors |= _tensors_of(module, calibrated.get(module) or round_to_nearest(tensor, schemes[module], str(info)))
         elif not (module in calibrated and kind == "bias" and calibrated[module].bias is not None):
@@ -351,6 +356,16 @@ def _tensors_of_experts(
         for part, rows in zip(names, split(layer, len(names)), strict=True):
             tensors |= _tensors_of(f"{experts.name}.{expert}.{part}", rows)
     return tensors
+
+
+def _bias_of_experts(experts: FusedExperts, projection: str, bias: Tensor, calibrated: Mapping[str, QuantizedLinear]) -> Tensor:
+    """[E, N], each expert's as the calibration has left it."""
+    rows = bias.clone()
+    for expert in range(len(bias)):
+        layer = calibrated.get(experts.layer(projection, expert))
+        if layer is not None and layer.bias is not None:
+            rows[expert] = layer.bias
+    return rows
 
 
 def _copy_small_files(source: Path, partial: Path) -> None:

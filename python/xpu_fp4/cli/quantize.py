@@ -120,11 +120,12 @@ def command(
     seed: int,
     template: bool,
 ) -> None:
-    """Quantize the linear layers of the Transformers model in SOURCE into the new directory OUT.
+    """Quantize the linear layers and experts of the Transformers model in SOURCE into the new directory OUT.
 
-    OUT has compressed-tensors' format, which vLLM, Transformers and xpu_fp4 load. It appears when it is complete. Interrupted,
-    run the same command again: finished shards in OUT.partial are kept, and finished blocks of a calibration. Memory: about one
-    shard of SOURCE, and what becomes of it; to calibrate, one block of the model and what all blocks give on the windows.
+    OUT has compressed-tensors' format, gpt-oss its own; vLLM, Transformers and xpu_fp4 load both. It appears when it is
+    complete. Interrupted, run the same command again: finished shards in OUT.partial are kept, and finished blocks of a
+    calibration. Memory: about one shard of SOURCE, and what becomes of it; to calibrate, one block of the model and what all
+    blocks give on the windows.
 
     Weights are rounded to nearest or, with --calibrate or --chat, such that outputs on the windows change little. For a
     language model: --scheme w4a8 --hadamard 32 --calibrate TEXT --chat CONVERSATIONS --correct.
@@ -179,5 +180,6 @@ def _report(console: Console, plan: Plan, out: Path) -> None:
     before = sum(file.stat().st_size for file in plan.files.files)
     after = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     kept = ", ".join(plan.kept) or "none"
-    console.print(plain(f"{len(plan.quantized)} linear layers are MXFP4; kept as they are: {kept}"), soft_wrap=True)
+    experts = f" and the experts of {len(plan.experts)} layers" if plan.experts else ""
+    console.print(plain(f"{len(plan.quantized)} linear layers{experts} are MXFP4; kept as they are: {kept}"), soft_wrap=True)
     console.print(plain(f"{out}: {decimal(after)}, from {decimal(before)} of weights"), soft_wrap=True)
