@@ -154,42 +154,65 @@ def test_a_shard_that_cuts_a_block_is_refused_or_padded() -> None:
 # ---- what it computes ----
 
 
+TOKENS, HIDDEN, INNER, EXPERTS = 7, 64, 32, 4
+EXPERT_MAP = torch.tensor([1, -1, 0, 3, -1, 2, -1, -1], dtype=torch.int32)
+
+
+def random_experts(scheme: Scheme) -> tuple[PackedExperts, XpuFp4Experts]:
+    """Stored weights, and our class with their scales and random biases."""
+    w13, w13_scale = _quantized(EXPERTS, 2 * INNER, HIDDEN)
+    w2, w2_scale = _quantized(EXPERTS, HIDDEN, INNER)
+    biases = torch.randn(EXPERTS, 2 * INNER), torch.randn(EXPERTS, HIDDEN)
+    names = ("swiglu_limit", "swiglu_alpha", "swiglu_beta", "activation_situ_beta", "activation_situ_linear_beta")
+    moe: Any = SimpleNamespace(**dict.fromkeys(names))
+    weights = PackedExperts.stored(w13, w13_scale, w2, w2_scale)
+    ours = XpuFp4Experts(moe, mxfp4_w4a16_moe_quant_config(w13_scale, w2_scale, *biases))
+    ours.serve(weights, scheme)
+    return weights, ours
+
+
+def random_tokens() -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.randint(-1, len(EXPERT_MAP), (TOKENS, 1), dtype=torch.int32)
+    return torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, 1), ids
+
+
+def apply(ours: XpuFp4Experts, w1: Tensor, w2: Tensor, x: Tensor, r: Tensor, ids: Tensor, *, on_input: bool = False) -> Tensor:
+    output, none = torch.empty_like(x), torch.empty(0)
+    gate = MoEActivation.SWIGLUOAI
+    ours.apply(output, x, w1, w2, r, ids, gate, len(EXPERT_MAP), EXPERT_MAP, None, None, none, none, None, on_input)
+    return output
+
+
 @pytest.mark.parametrize("form", ["stored", "prepacked"])
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("scheme", [W4A4, W4A8], ids=str)
 def test_it_computes_the_op_for_a_layer(form: str, on_input: bool, scheme: Scheme) -> None:
-    tokens, hidden, inner, count = 7, 64, 32, 4
-    w13, w13_scale = _quantized(count, 2 * inner, hidden)
-    w2, w2_scale = _quantized(count, hidden, inner)
-    weights = PackedExperts.stored(w13, w13_scale, w2, w2_scale)
-    held = weights if form == "stored" else weights.prepacked()
-    quant_config = mxfp4_w4a16_moe_quant_config(w13_scale, w2_scale, torch.randn(count, 2 * inner), torch.randn(count, hidden))
-    moe: Any = SimpleNamespace(
-        swiglu_limit=None,
-        swiglu_alpha=None,
-        swiglu_beta=None,
-        activation_situ_beta=None,
-        activation_situ_linear_beta=None,
-    )
-    ours = XpuFp4Experts(moe, quant_config)
-    ours.serve(held, scheme)
-    x, r = torch.randn(tokens, hidden), torch.rand(tokens, 1)
-    ids = torch.randint(-1, 2 * count, (tokens, 1), dtype=torch.int32)
-    expert_map = torch.tensor([1, -1, 0, 3, -1, 2, -1, -1], dtype=torch.int32)
-    output, none = torch.empty_like(x), torch.empty(0)
-    w1, w2_held = held.tensors[0], held.tensors[-1 if form == "prepacked" else 2]
-    ours.apply(output, x, w1, w2_held, r, ids, MoEActivation.SWIGLUOAI, 8, expert_map, None, None, none, none, None, on_input)
+    weights, ours = random_experts(scheme)
+    x, r, ids = random_tokens()
+    w1, w2 = weights.tensors[0], weights.tensors[2]
+    if form == "prepacked":
+        held = weights.prepacked()
+        ours.serve(held, scheme)
+        w1, w2 = held.tensors
     expected = weights.layer(
         x,
         ids,
         torch.ones_like(r) if on_input else r,
-        quant_config.w1_bias,
-        quant_config.w2_bias,
+        ours.w1_bias,
+        ours.w2_bias,
         gate=experts._GATES[MoEActivation.SWIGLUOAI],
         mode=scheme.mode,
-        expert_map=expert_map,
+        expert_map=EXPERT_MAP,
     )
-    assert torch.equal(output, expected)
+    assert torch.equal(apply(ours, w1, w2, x, r, ids, on_input=on_input), expected)
+
+
+def test_dynamo_traces_the_experts_without_a_break() -> None:
+    weights, ours = random_experts(W4A8)
+    given = (weights.tensors[0], weights.tensors[2], *random_tokens())
+    compiled = torch.compile(lambda *tensors: apply(ours, *tensors), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(*given), apply(ours, *given))
 
 
 def _quantized(count: int, n: int, k: int) -> tuple[Tensor, Tensor]:
