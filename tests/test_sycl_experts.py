@@ -94,13 +94,16 @@ def test_a_layer_is_so_many_launches(
     assert launches(capfd) == expected
 
 
-@pytest.mark.parametrize(("variant", "dtype"), [("bmg:small", torch.bfloat16), ("dg2:large", torch.float16)])
-def test_w4a16_stays_within_the_bound(monkeypatch: pytest.MonkeyPatch, variant: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("variant", "tokens", "dtype"),
+    [("bmg:small", 31, torch.bfloat16), ("bmg:small", 9, torch.bfloat16), ("dg2:large", 31, torch.float16)],
+)
+def test_w4a16_stays_within_the_bound(monkeypatch: pytest.MonkeyPatch, variant: str, tokens: int, dtype: torch.dtype) -> None:
     """The first product is of small integers, so exact in any order; a token has one slot of weight 1, so y is the second."""
     monkeypatch.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    given = layer(31, 1, 3, 160, 96, dtype=dtype)
+    given = layer(tokens, 1, 3, 160, 96, dtype=dtype)
     x = torch.randint(-3, 4, given.x.shape, generator=seeded(2)).to(dtype)
-    given = changed(given, x=x, weights=torch.ones(31, 1), w13_scale=torch.full_like(given.w13_scale, 124))
+    given = changed(given, x=x, weights=torch.ones(tokens, 1), w13_scale=torch.full_like(given.w13_scale, 124))
     assert given.w13_bias is not None
     assert given.w2_bias is not None
     with xpu_fp4.cpu_backend("sycl"):

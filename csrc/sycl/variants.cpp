@@ -140,6 +140,7 @@ Variant expand_activations_variant(Gpu gpu, Format of, std::optional<Floats> flo
 Variant expand_experts_variant(Gpu gpu, Format of, DType dtype, ElementOrder order, int alignment) {
   Variant variant = expand_activations_variant(gpu, of, Floats{dtype, false}, order, alignment);
   variant.macros.emplace_back("EXPERTS", 1);
+  if (of == Format::mxint8) variant.macros.emplace_back("REGISTERS", kLargeRegisters);
   variant.label += ", experts";
   variant.kernels = {"gather_quantize_expand", "gate_quantize_expand"};
   return variant;

@@ -244,9 +244,22 @@ gate_quantize_expand(const void* u, XPU_FP4_GATE_PARAMETERS, XPU_FP4_GROUPED_ROW
   const ExpertTile own = rows.tile[at.row / rows.stride];
   const int64_t blocks = k / kBlock, first = int64_t{at.quad} * kQuad;
   const Gate gate = XPU_FP4_GATE;
+  const auto block = [&](int b) { return gated_block<kDType>(gate, u, at.row, first + b, blocks); };
   expand_quantized(XPU_FP4_EXPANDED(out), at, blocks, own.expert >= 0 && at.row < own.end, [&](RowQuad& in) {
-    quantize_quad([&](int b) { return gated_block<kDType>(gate, u, at.row, first + b, blocks); }, blocks - first, {mode, group},
-                  in);
+    if constexpr (kFormat == Format::mxfp4) {
+      quantize_quad(block, blocks - first, {mode, group}, in);
+    } else {
+      // Its floats are read twice: in registers, so that the gate is computed once.
+      float h[kQuadElements];
+#pragma unroll(kUnroll)
+      for (int b = 0; b < kQuad; ++b) {
+        if (b >= blocks - first) break;
+        const BlockValues values = block(b);
+#pragma unroll(kUnroll)
+        for (int i = 0; i < kBlock; ++i) h[b * kBlock + i] = values.x[i];
+      }
+      quantize_quad([&](int b) { return BlockValues(h + b * kBlock); }, blocks - first, {mode, group}, in);
+    }
   });
 }
 #elif defined XPU_FP4_TRANSFORM

@@ -22,8 +22,9 @@ class Layer {
   Layer(const Queue& queue, const ExpertsPlan& plan, const Experts& args)
       : queue_(queue), plan_(plan), args_(args), slots_(args.experts == 0 ? 0 : args.tokens * args.top_k) {
     rows_.height = tile_rows();
-    rows_.stride =
-        plan.product.kernel == Kernel::small ? round_up(rows_.height, plan.gpu->architecture->sub_group) : rows_.height;
+    // gemm_small's exponents come in groups of lanes.
+    const bool groups = is_small() && args.to.format != Format::none;
+    rows_.stride = groups ? round_up(rows_.height, plan.gpu->architecture->sub_group) : rows_.height;
     rows_.tiles = plan.sorted ? most_tiles(slots_, args.experts, rows_.height) : slots_;
     if (rows() + slots_ > std::numeric_limits<int32_t>::max()) {
       throw std::runtime_error("xpu_fp4: " + std::to_string(slots_) + " slots of experts are more than 32 bits count");
