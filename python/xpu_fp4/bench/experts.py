@@ -32,9 +32,12 @@ class LayerWeights(Weights):
         super().__init__(case.n, case.k, case.data, device, working_set)
 
     def draw(self, generator: torch.Generator) -> None:
+        # Each expert has the rows of the first, turned by some.
         def stacked(n: int, k: int) -> tuple[Tensor, Tensor]:
-            codes, scale = zip(*(gaussian_mxfp4(n, k, generator) for _ in range(self.layer.experts)), strict=True)
-            return torch.stack(codes).to(self.device), torch.stack(scale).to(self.device)
+            codes, scale = (
+                torch.stack([of.roll(e, 0) for e in range(self.layer.experts)]) for of in gaussian_mxfp4(n, k, generator)
+            )
+            return codes.to(self.device), scale.to(self.device)
 
         self.codes, self.scale = stacked(2 * self.n, self.k)
         self.w2, self.w2_scale = stacked(self.k, self.n)
