@@ -2,7 +2,8 @@
 // W4A4 and W4A8 on AVX2. vpmaddubsw multiplies unsigned by signed bytes and adds pairs to int16, so W's integers are stored 12
 // too large. A block's eight pairs are added in int16, modulo 2^16, from -12 times the sum of A's integers on: what they end at
 // is the sum without the bias, at most 16 * 128 * 12 = 24576, and is widened once a block. Shifts would overflow, so blocks are
-// scaled one by one. A tile is four rows by sixteen columns.
+// scaled one by one. A tile is four rows by sixteen columns. As few rows as one tile has take the direct way: W is decoded in
+// registers, half of a strip's columns at a time.
 #pragma once
 #include "avx2_quantize.h"
 #include "generic_output.h"
@@ -20,7 +21,8 @@ constexpr std::array<int8_t, 16> integers_of_codes(int bias) {
 }
 
 struct Avx2 {
-  static constexpr int kGroupRows = 4, kPanelStrips = 1, kPanelQuads = 8, kDirectRows = 0, kBlockRows = 512, kWeightBias = 12;
+  static constexpr int kGroupRows = 4, kPanelStrips = 1, kPanelQuads = 8, kDirectRows = 4, kBlockRows = 512, kWeightBias = 12;
+  static constexpr int kHalves = 2, kHalf = strips::kColumns / kHalves;
   using GroupQuad = ActivationQuad<kGroupRows>;
   using StripQuad = WeightQuad;
   struct Session {};
@@ -49,26 +51,17 @@ struct Avx2 {
   static Level fill(const Weight& w, int64_t strip, int64_t quad, StripQuad& out) {
     alignas(64) uint8_t buffer[strips::kRecordBytes];
     const uint8_t* record = record_of(w, strip, quad, buffer);
-    const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kBiased.data())));
     for (int d = 0; d < kQuadBytes / 4; ++d) {
-      for (int half = 0; half < 2; ++half) {
-        const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(record + 64 * d + 32 * half));
-        const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, nibble));
-        const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(out.codes[2 * d][8 * half]), low);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(out.codes[2 * d + 1][8 * half]), high);
+      for (int half = 0; half < kHalves; ++half) {
+        const Integers integers = decode(record, d, half);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out.codes[2 * d][kHalf * half]), integers.low);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out.codes[2 * d + 1][kHalf * half]), integers.high);
       }
     }
-    Level level = Level::block;
-    for (int c = 0; c < strips::kColumns; ++c) {
-      for (int b = 0; b < kQuad; ++b) {
-        const uint8_t scale = record[strips::scale_offset(c, b)];
-        out.factor[b][c] = e8m0::value(scale);
-        if (scale < kLeastSafeByte || scale > kLargestSafeByte) level = Level::general;
-      }
+    for (int half = 0; half < kHalves; ++half) {
+      for (int b = 0; b < kQuad; ++b) _mm256_store_ps(out.factor[b] + kHalf * half, factor_of(record, b, half));
     }
-    return level;
+    return level_of(record);
   }
 
   static void add_quads(const GroupQuad* a, int64_t, int rows, const StripQuad* w, int, const Level* levels, int depth,
@@ -79,8 +72,58 @@ struct Avx2 {
     }
   }
 
+  // All quads of one strip for up to kDirectRows rows; acc has a row of a strip for each.
+  static void add_strip(const GroupQuad* a, int rows, const Weight& w, int64_t strip, float* acc) {
+    static constexpr Direct kDirect[kDirectRows][2] = {{add_directly<1, false>, add_directly<1, true>},
+                                                       {add_directly<2, false>, add_directly<2, true>},
+                                                       {add_directly<3, false>, add_directly<3, true>},
+                                                       {add_directly<4, false>, add_directly<4, true>}};
+    alignas(64) uint8_t buffer[strips::kRecordBytes];
+    for (int64_t quad = 0; quad < strips::quads(w.k); ++quad) {
+      const uint8_t* record = record_of(w, strip, quad, buffer);
+      const bool general = std::max(level_of(record), a[quad].level) == Level::general;
+      kDirect[rows - 1][general ? 1 : 0](a[quad], record, acc);
+    }
+  }
+
  private:
   static constexpr auto kBiased = integers_of_codes(kWeightBias), kTwice = integers_of_codes(0);
+
+  // Of a half's columns, dword d of the codes in the quad as integers kWeightBias too large: of the low nibbles of each of its
+  // bytes, and of the high ones.
+  struct Integers {
+    __m256i low, high;
+  };
+  [[gnu::always_inline]] static Integers decode(const uint8_t* record, int d, int half) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(record + 64 * d + 32 * half));
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kBiased.data())));
+    const __m256i nibble = _mm256_set1_epi8(15);
+    return {_mm256_shuffle_epi8(table, _mm256_and_si256(codes, nibble)),
+            _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble))};
+  }
+
+  static __m256i scales_of(const uint8_t* record, int half) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(record + strips::kCodeBytes + 32 * half));
+  }
+
+  // e8m0::value of a half's scales of block b.
+  static __m256 factor_of(const uint8_t* record, int b, int half) {
+    const __m256i byte = _mm256_and_si256(_mm256_srli_epi32(scales_of(record, half), 8 * b), _mm256_set1_epi32(255));
+    const __m256i least = _mm256_cmpeq_epi32(byte, _mm256_setzero_si256());  // 2^-127 is subnormal
+    const __m256i nan = _mm256_cmpeq_epi32(byte, _mm256_set1_epi32(e8m0::kNan));
+    const __m256i bits = _mm256_blendv_epi8(_mm256_slli_epi32(byte, 23), _mm256_set1_epi32(1 << 22), least);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(bits, _mm256_set1_epi32(static_cast<int>(kNanBits)), nan));
+  }
+
+  static Level level_of(const uint8_t* record) {
+    const __m256i window = _mm256_set1_epi8(kLargestSafeByte - kLeastSafeByte);
+    const auto beyond = [&](int half) {
+      const __m256i from_least = _mm256_sub_epi8(scales_of(record, half), _mm256_set1_epi8(kLeastSafeByte));
+      return _mm256_subs_epu8(from_least, window);
+    };
+    const __m256i any = _mm256_or_si256(beyond(0), beyond(1));
+    return _mm256_testz_si256(any, any) != 0 ? Level::block : Level::general;
+  }
 
   // The integers of a block of A in the order of panels.h.
   static __m256i integers_of_e2m1(const uint8_t* packed) {
@@ -106,6 +149,11 @@ struct Avx2 {
   }
 
   using Tile = void (*)(const GroupQuad&, const StripQuad&, float*, int64_t);
+
+  // kMagicBits and what pairs of int16 add up to.
+  static __m256i magic_of(__m256i sums) {
+    return _mm256_add_epi32(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)), _mm256_set1_epi32(kMagicBits));
+  }
 
   // p: the block's product or, in the safe window, where products are exact, its sum with the pair's first.
   template <bool kGeneral>
@@ -143,10 +191,8 @@ struct Avx2 {
         const BlockFactor& f = a.block[r][b];
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-          const __m256i wide = _mm256_madd_epi16(sum[r][half], _mm256_set1_epi16(1));
-          const __m256i bits = _mm256_add_epi32(wide, _mm256_set1_epi32(kMagicBits));
           __m256& out = pair[b / 2][r][half];
-          out = product<kGeneral>(bits, f, _mm256_load_ps(w.factor[b] + 8 * half), b % 2 != 0, out);
+          out = product<kGeneral>(magic_of(sum[r][half]), f, _mm256_load_ps(w.factor[b] + 8 * half), b % 2 != 0, out);
         }
       }
     }
@@ -154,6 +200,44 @@ struct Avx2 {
       for (int half = 0; half < 2; ++half) {
         float* at = acc + r * stride + 8 * half;
         _mm256_store_ps(at, _mm256_add_ps(_mm256_load_ps(at), _mm256_add_ps(pair[0][r][half], pair[1][r][half])));
+      }
+    }
+  }
+
+  using Direct = void (*)(const GroupQuad&, const uint8_t*, float*);
+
+  // acc += one quad of a strip.
+  template <int R, bool kGeneral>
+  static void add_directly(const GroupQuad& a, const uint8_t* record, float* acc) {
+    for (int half = 0; half < kHalves; ++half) {
+      __m256 pair[2][R];
+#pragma GCC unroll 4
+      for (int b = 0; b < kQuad; ++b) {
+        __m256i sum[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[r] = _mm256_set1_epi32(a.block[r][b].start);
+#pragma GCC unroll 4
+        for (int d = 4 * b; d < 4 * b + 4; ++d) {
+          const Integers w = decode(record, d, half);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            int32_t dwords[2];
+            std::memcpy(dwords, a.at(r, 8 * d), sizeof(dwords));
+            sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(w.low, _mm256_set1_epi32(dwords[0])));
+            sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(w.high, _mm256_set1_epi32(dwords[1])));
+          }
+        }
+        const __m256 factor = factor_of(record, b, half);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          __m256& out = pair[b / 2][r];
+          out = product<kGeneral>(magic_of(sum[r]), a.block[r][b], factor, b % 2 != 0, out);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        float* at = acc + r * strips::kColumns + kHalf * half;
+        _mm256_store_ps(at, _mm256_add_ps(_mm256_load_ps(at), _mm256_add_ps(pair[0][r], pair[1][r])));
       }
     }
   }

@@ -35,9 +35,12 @@ class Contender:
     bytes: Callable[[Problem], int] = lambda problem: problem.weights.packed_bytes
     """Bytes of one call that have to come from memory: the weight as the contender keeps it; of a conversion, all of them."""
     device: Literal["any", "cpu", "xpu"] = "any"
+    work: Literal["product", "experts", "any"] = "product"
 
     def takes_part(self, case: Case, device: str) -> bool:
         if self.device not in ("any", device):
+            return False
+        if self.work not in ("any", "product" if case.experts is None else "experts"):
             return False
         if case.only:
             return self.name in case.only

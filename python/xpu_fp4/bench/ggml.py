@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import os
 import weakref
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from .._library import BLOCK
 
 DIR_VARIABLE = "XPU_FP4_BENCH_GGML_DIR"
-MXFP4, F32 = 39, 0  # enum ggml_type
+MXFP4, F32, I32 = 39, 0, 26  # enum ggml_type
 INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
@@ -32,7 +33,9 @@ _BASE: dict[str, tuple[Any, ...]] = {  # function: result, arguments
     "ggml_tensor_overhead": (c_size_t,),
     "ggml_graph_overhead": (c_size_t,),
     "ggml_new_tensor_2d": (c_void_p, c_void_p, c_int, c_int64, c_int64),
+    "ggml_new_tensor_3d": (c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64),
     "ggml_mul_mat": (c_void_p, c_void_p, c_void_p, c_void_p),
+    "ggml_mul_mat_id": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     "ggml_new_graph": (c_void_p, c_void_p),
     "ggml_build_forward_expand": (None, c_void_p, c_void_p),
     "ggml_threadpool_params_init": (None, c_void_p, c_int),
@@ -158,36 +161,48 @@ def to_blocks(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 class Weight:
-    """A weight [n, k] in the first of the layouts in which ggml multiplies it. Raises ValueError if there is none."""
+    """A weight [n, k], or one for each expert [E, n, k], in the first of the layouts in which ggml multiplies it. Raises
+    ValueError if there is none."""
 
     def __init__(self, ggml: Ggml, blocks: Tensor, layouts: list[int]) -> None:
-        n, k = blocks.shape[0], blocks.shape[1] * BLOCK
+        *experts, n, k = *blocks.shape[:-2], blocks.shape[-2] * BLOCK
         for buffer_type in layouts:
-            context = ggml.context(3)
-            self.tensor = ggml.base.ggml_new_tensor_2d(context, MXFP4, k, n)
+            context = ggml.context(4)
+            if experts:
+                self.tensor = ggml.base.ggml_new_tensor_3d(context, MXFP4, k, n, *experts)
+            else:
+                self.tensor = ggml.base.ggml_new_tensor_2d(context, MXFP4, k, n)
             buffer = ggml.base.ggml_backend_alloc_ctx_tensors_from_buft(context, buffer_type)
-            row = ggml.base.ggml_new_tensor_2d(context, F32, k, 1)
-            product = ggml.base.ggml_mul_mat(context, self.tensor, row)
+            if experts:
+                row = ggml.base.ggml_new_tensor_3d(context, F32, k, 1, 1)
+                ids = ggml.base.ggml_new_tensor_2d(context, I32, 1, 1)
+                product = ggml.base.ggml_mul_mat_id(context, self.tensor, row, ids)
+            else:
+                product = ggml.base.ggml_mul_mat(context, self.tensor, ggml.base.ggml_new_tensor_2d(context, F32, k, 1))
             weakref.finalize(self, ggml.base.ggml_free, context)
             weakref.finalize(self, ggml.base.ggml_backend_buffer_free, buffer)
             if buffer and ggml.base.ggml_backend_dev_supports_op(ggml.device, product):
                 break
         else:
-            raise ValueError(f"ggml has no such layout for MXFP4 [{n}, {k}]")
+            raise ValueError(f"ggml has no such layout for MXFP4 {[*experts, n, k]}")
         ggml.base.ggml_backend_tensor_set(self.tensor, blocks.data_ptr(), 0, blocks.nbytes)
 
 
 class Products:
-    """x [m, k] float32 times each of the weights, one result in memory at a time."""
+    """x [m, k] float32 times each of the weights, one result in memory at a time; or x [T, 1 or top_k, k] times weights of
+    experts, for each of them the ids int32 [T, top_k]."""
 
-    def __init__(self, ggml: Ggml, x: Tensor, weights: list[Weight], n: int) -> None:
-        base, (m, k) = ggml.base, x.shape
-        self.ggml, self.shape = ggml, (m, n)
+    def __init__(self, ggml: Ggml, x: Tensor, weights: list[Weight], n: int, ids: Sequence[Tensor] = ()) -> None:
+        base = ggml.base
+        self.ggml, self.shape = ggml, (*(ids[0].shape if ids else x.shape[:-1]), n)
         self.weights = weights  # kept alive
-        inputs, results = ggml.context(1), ggml.context(len(weights), len(weights))
-        x_tensor = base.ggml_new_tensor_2d(inputs, F32, k, m)
+        inputs, results = ggml.context(1 + len(ids)), ggml.context(len(weights), len(weights))
+        new = base.ggml_new_tensor_3d if ids else base.ggml_new_tensor_2d
+        x_tensor = new(inputs, F32, *reversed(x.shape))
+        id_tensors = [base.ggml_new_tensor_2d(inputs, I32, *reversed(of.shape)) for of in ids]
         buffer = base.ggml_backend_alloc_ctx_tensors_from_buft(inputs, ggml.plain)
-        base.ggml_backend_tensor_set(x_tensor, x.contiguous().data_ptr(), 0, x.nbytes)
+        for tensor, values in ((x_tensor, x), *zip(id_tensors, ids, strict=True)):
+            base.ggml_backend_tensor_set(tensor, values.contiguous().data_ptr(), 0, values.nbytes)
         allocator = base.ggml_gallocr_new(ggml.plain)
         for free, what in (
             (base.ggml_gallocr_free, allocator),
@@ -197,8 +212,11 @@ class Products:
         ):
             weakref.finalize(self, free, what)
         self.graphs, self.outputs = [], []
-        for weight in weights:
-            output = base.ggml_mul_mat(results, weight.tensor, x_tensor)
+        for i, weight in enumerate(weights):
+            if ids:
+                output = base.ggml_mul_mat_id(results, weight.tensor, x_tensor, id_tensors[i])
+            else:
+                output = base.ggml_mul_mat(results, weight.tensor, x_tensor)
             graph = base.ggml_new_graph(results)
             base.ggml_build_forward_expand(graph, output)
             base.ggml_gallocr_alloc_graph(allocator, graph)
@@ -211,7 +229,7 @@ class Products:
             raise RuntimeError(f"ggml_backend_graph_compute gives {status}")
 
     def result(self, index: int) -> Tensor:
-        """What the last run of this weight gave [m, n], float32."""
+        """What the last run of this weight gave, float32."""
         y = torch.empty(self.shape)
         self.ggml.base.ggml_backend_tensor_get(self.outputs[index], y.data_ptr(), 0, y.nbytes)
         return y

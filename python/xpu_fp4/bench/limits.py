@@ -27,6 +27,7 @@ def _compute(instruction: str) -> Contender:
         ops=lambda _: run(),  # it returns how many it does
         bytes=lambda _: 0,
         device="cpu",
+        work="any",
     )
 
 
@@ -51,7 +52,7 @@ def _copy(name: str, sizes: Callable[[Problem], tuple[int, int]]) -> Contender:
 def limits() -> tuple[Contender, ...]:
     """The limits of this machine: each instruction for products that it has, the fastest first; reading; copying."""
     read = Contender(
-        "limit-read", "limit", "memory read once, all threads", _read, lambda _: 0, lambda _: READ_BYTES, device="cpu"
+        "limit-read", "limit", "memory read once, all threads", _read, lambda _: 0, lambda _: READ_BYTES, "cpu", "any"
     )
     copies = (
         _copy("quantize", quantize_bytes),

@@ -26,6 +26,12 @@ def _random_mxfp4(rows: int, k: int, data: Data, generator: torch.Generator) -> 
     return codes, scale
 
 
+def gaussian_mxfp4(n: int, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A normally distributed weight: codes [n, k/2] and scale bytes [n, k/32]."""
+    q, scale = quantize(torch.randn(n, k, generator=generator).mul_(0.02).bfloat16())
+    return q.view(torch.uint8), scale.view(torch.uint8)
+
+
 class Weights:
     """An [n, k] weight in every form that a contender asks for, on one device."""
 
@@ -33,12 +39,16 @@ class Weights:
         """working_set: bytes that the copies of one form hold together, at least."""
         self.n, self.k, self.data, self.device, self.working_set = n, k, data, device, working_set
         self._forms: dict[str, list[object]] = {}
-        generator = torch.Generator().manual_seed(1)
-        if data == "gaussian":
-            q, scale = quantize(torch.randn(n, k, generator=generator).mul_(0.02).bfloat16())
-            self.codes, self.scale = q.view(torch.uint8), scale.view(torch.uint8)
+        self.draw(torch.Generator().manual_seed(1))
+
+    def draw(self, generator: torch.Generator) -> None:
+        if self.data == "gaussian":
+            self.codes, self.scale = gaussian_mxfp4(self.n, self.k, generator)
         else:
-            self.codes, self.scale = _random_mxfp4(n, k, data, generator)
+            self.codes, self.scale = _random_mxfp4(self.n, self.k, self.data, generator)
+
+    def fits(self, case: Case) -> bool:
+        return case.experts is None and (self.n, self.k, self.data) == (case.n, case.k, case.data)
 
     @cached_property
     def bf16(self) -> Tensor:

@@ -52,11 +52,12 @@ def _products(record: Record, cases: list[Case]) -> dict[str, list[Result]]:
 
 def square_cases(record: Record) -> list[Case]:
     """Gaussian products of one weight and thread count with the most numbers of rows: what time against M is drawn from."""
-    groups = Counter((c.suite, c.n, c.k, c.threads) for c in record.cases if c.data == "gaussian" and c.suite != "convert")
+    products = [c for c in record.cases if c.experts is None and c.data == "gaussian" and c.suite != "convert"]
+    groups = Counter((c.suite, c.n, c.k, c.threads) for c in products)
     if not groups:
         return []
     suite, n, k, threads = groups.most_common(1)[0][0]
-    return sorted(c for c in record.cases if (c.suite, c.n, c.k, c.threads) == (suite, n, k, threads) and c.data == "gaussian")
+    return sorted(c for c in products if (c.suite, c.n, c.k, c.threads) == (suite, n, k, threads))
 
 
 def _draw_times(axes: "Axes", record: Record, cases: list[Case]) -> None:

@@ -9,12 +9,12 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .cases import Case
+from .cases import EXPERTS, OUR_EXPERTS, Case
 from .measure import speedup
 from .runner import Record, Result
 from .targets import Verdict, threads_of, verdicts
 
-OURS_IN_SHORT = ("w4a4-gemm", "w4a4-linear", "w4a8-linear", "w4a16-linear")
+OURS_IN_SHORT = ("w4a4-gemm", "w4a4-linear", "w4a8-linear", "w4a16-linear", *OUR_EXPERTS)
 Rows = list[list[str]]
 
 STEADY = 0.1
@@ -99,6 +99,11 @@ def _verdict_row(verdict: Verdict) -> list[str]:
 TARGET_HEADINGS = ("work", "figure", "target", "measured", "reached")
 
 
+def has_targets(record: Record) -> bool:
+    """Whether the record has a suite that speeds are held to."""
+    return any(case.suite in ("targets", *EXPERTS) for case in record.cases)
+
+
 def _targets_title(record: Record) -> str:
     return f"Targets, with {threads_of(record)} threads (those without another number are for 2)"
 
@@ -173,14 +178,14 @@ def _suite_rows(record: Record, suite: str) -> tuple[list[str], Rows]:
     took_part = {r.contender for r in record.results if r.case.suite == suite and r.kind != "limit"}
     names = [name for name in record.contenders if name in took_part]
     rows = [[str(case), *(_milliseconds(record.of(case).get(name)) for name in names)] for case in cases]
-    return ["M x N x K", *names], rows
+    return ["work" if suite in EXPERTS else "M x N x K", *names], rows
 
 
 def markdown(record: Record, pictures: Sequence[str] = ()) -> str:
     """The machine, the targets, pictures by their addresses, and one table of times per suite."""
     parts = [f"Executed with `{record.settings['command']}`.", _machine(record)]
     suites = list(dict.fromkeys(case.suite for case in record.cases))
-    if "targets" in suites:
+    if has_targets(record):
         parts += [f"### {_targets_title(record)}", _markdown(TARGET_HEADINGS, map(_verdict_row, verdicts(record)))]
     parts += [f"![{re.sub('[-_]', ' ', address.rpartition('/')[2].removesuffix('.png'))}]({address})" for address in pictures]
     for suite in suites:

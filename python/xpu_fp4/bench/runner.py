@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from . import machine
-from .cases import Case
+from .cases import Case, Experts
 from .contenders import OURS, TORCH, Contender, Kind, Unavailable
+from .experts import EXPERTS, Layer, LayerWeights
 from .limits import limits
 from .measure import Job, Stopwatch, Timing, measure
 from .operands import Problem, Weights
@@ -90,6 +91,8 @@ class Record:
         record = cls(data["machine"], data["settings"], data["contenders"], absent=data["absent"])
         for row in data["results"]:
             case = Case(*(row[key] for key in ("suite", "n", "k", "data", "threads", "m")))
+            if row.get("experts"):  # records of products do without
+                case = replace(case, experts=Experts(**row["experts"]))
             timing = Timing(tuple(row["samples"]), row["calls"])
             record.results.append(Result(case, row["contender"], row["kind"], timing, row["ops"], row["bytes"]))
         return record
@@ -97,7 +100,7 @@ class Record:
 
 def contenders(device: str) -> tuple[Contender, ...]:
     """Who can be timed on the device."""
-    everybody = (*OURS, *TORCH, *PEERS, *(limits() if device == "cpu" else ()))
+    everybody = (*OURS, *TORCH, *PEERS, *EXPERTS, *(limits() if device == "cpu" else ()))
     return tuple(contender for contender in everybody if contender.device in ("any", device))
 
 
@@ -132,13 +135,20 @@ def run(
         for case in cases:
             progress(case)
             torch.set_num_threads(case.threads)
-            if weights is None or (weights.n, weights.k, weights.data) != (case.n, case.k, case.data):
+            if weights is None or not weights.fits(case):
                 weights = None  # before the next take their memory
-                weights = Weights(case.n, case.k, case.data, torch.device(device), copies_bytes)
-            _run_case(case, Problem(case, weights), who, seconds, watch, record)
+                weights = _weights(case, torch.device(device), copies_bytes)
+            problem = Layer(case, weights) if isinstance(weights, LayerWeights) else Problem(case, weights)
+            _run_case(case, problem, who, seconds, watch, record)
     finally:
         torch.set_num_threads(threads)
     return record
+
+
+def _weights(case: Case, device: torch.device, copies_bytes: int) -> Weights:
+    if case.experts is None:
+        return Weights(case.n, case.k, case.data, device, copies_bytes)
+    return LayerWeights(case, device, copies_bytes)
 
 
 def _run_case(case: Case, problem: Problem, who: Sequence[Contender], seconds: float, watch: Stopwatch, record: Record) -> None:

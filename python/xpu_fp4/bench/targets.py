@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from .cases import SMALL_M, Case, Data
+from .cases import EXPERTS, HALF_M, SMALL_M, Case, Data, Router
 from .measure import speedup
 from .runner import Record, Result
 
@@ -45,8 +45,8 @@ class Verdict:
 
 
 def threads_of(record: Record) -> int:
-    """What all of `targets` but the comparison of thread counts ran on."""
-    return statistics.mode(case.threads for case in record.cases if case.suite == "targets")
+    """What all suites with targets ran on, but for the comparison of thread counts."""
+    return statistics.mode(case.threads for case in record.cases if case.suite in ("targets", *EXPERTS))
 
 
 class _Results:
@@ -234,8 +234,60 @@ def _others(results: _Results) -> Iterator[Verdict]:
         yield _verdict(work, "time over that of repacked weights", most, partial(raw, m), at_most=True)
 
 
+def _experts(record: Record, suite: str) -> Iterator[Verdict]:
+    """Those of a layer of experts."""
+    threads = threads_of(record)
+    by_key = {
+        (r.case.m, r.case.experts.router, r.contender): r
+        for r in record.results
+        if r.case.suite == suite and r.case.threads == threads and r.case.experts is not None
+    }
+
+    def get(contender: str, m: int, router: Router = "even") -> Result:
+        found = by_key.get((m, router, contender))
+        if found is None:
+            raise NotMeasured(record.absent.get(contender, f"no {contender} with {m} tokens"))
+        return found
+
+    def over(name: str, peer: str, m: int) -> float:
+        return speedup(get(name, m).timing, get(peer, m).timing)
+
+    def of_read(name: str) -> float:
+        return rate_share(get(name, 1), get("limit-read", 1), _bytes)
+
+    def on_amx(name: str, peer: str, m: int) -> float:
+        get("limit-tdpbusd", m)  # or it is another machine's target
+        return over(name, peer, m)
+
+    def half() -> float:
+        # As many rows in all, of fewer experts: two cases, so no rounds to compare.
+        return get("w4a8-experts", HALF_M, "half").seconds / get("w4a8-experts", HALF_M).seconds
+
+    if suite == "gpt-oss-20b":
+        for name, share, times in (("w4a8-experts", 0.75, 4.5), ("w4a16-experts", 0.65, 4.0)):
+            work = f"{suite}: {name}, 1 token"
+            yield _verdict(work, "of read bandwidth", share, partial(of_read, name), possible=1)
+            loop = name.replace("experts", "loop")
+            yield _verdict(work, f"times {loop}", 1.5, partial(over, name, loop, 1))
+            yield _verdict(work, "times torch-bf16-loop", times, partial(over, name, "torch-bf16-loop", 1))
+    big, name = f"{suite}: w4a8-experts, {HALF_M} tokens", "w4a8-experts"
+    dense = 0.8 if suite == "gpt-oss-20b" else 0.65
+    yield _verdict(big, "times w4a8-dense", dense, partial(over, name, "w4a8-dense", HALF_M))
+    yield _verdict(f"AMX: {big}", "times torch-bf16-loop", 2, partial(on_amx, name, "torch-bf16-loop", HALF_M))
+    yield _verdict(big, "times ggml-mxfp4-id", 12, partial(over, name, "ggml-mxfp4-id", HALF_M))
+    yield _verdict(big, "times ggml-mxfp4-id-repacked", 5, partial(over, name, "ggml-mxfp4-id-repacked", HALF_M))
+    yield _verdict(f"{big}, half of the rows one expert's", "time over the even case", 1.15, half, at_most=True)
+
+
 def verdicts(record: Record) -> list[Verdict]:
-    """Every target. mxfp4_gemm leaves quantizing x out of its time and mxfp4_linear has it inside, so both stand there."""
+    """Every target of the suites in the record."""
+    suites = {case.suite for case in record.cases}
+    lines = [line for suite in EXPERTS if suite in suites for line in _experts(record, suite)]
+    return [*(_products(record) if "targets" in suites else ()), *lines]
+
+
+def _products(record: Record) -> list[Verdict]:
+    """mxfp4_gemm leaves quantizing x out of its time and mxfp4_linear has it inside, so both stand there."""
     results = _Results(record)
     forms = ("w4a4-gemm", "w4a4-linear")
     lines = [line for form in forms for line in _w4a4(results, form)]

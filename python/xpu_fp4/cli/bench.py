@@ -3,6 +3,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..bench import cases, plots, report, runner
+from ..bench.measure import Stopwatch
 
 Numbers = tuple[int, ...]
 
@@ -39,7 +41,7 @@ def _print(record: runner.Record) -> None:
     console = Console(width=max(terminal.width, WIDTH))
     for case in record.cases:
         console.print(report.case_table(record, case))
-    if any(case.suite == "targets" for case in record.cases):
+    if report.has_targets(record):
         console.print(report.targets_table(record))
     if record.absent:
         console.print(report.absent_table(record))
@@ -78,6 +80,13 @@ def _command_line(context: click.Context) -> str:
 @click.option("--seconds", type=click.FloatRange(min=0), default=6.0, show_default=True, help="Time for each case.")
 @click.option("--data", type=click.Choice(cases.DATA), default="gaussian", show_default=True, help="How scales are spread.")
 @click.option("--device", type=click.Choice(["cpu", "xpu"]), default="cpu", show_default=True)
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="cpu: the time that the processor gave to one thread, for a machine with other work.",
+)
 @click.option("--only", multiple=True, metavar="TEXT", help="Contenders whose name has this in it. Can be repeated.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the record here.")
 @click.pass_context
@@ -89,6 +98,7 @@ def command(
     seconds: float,
     data: cases.Data,
     device: str,
+    clock: str,
     only: tuple[str, ...],
     json_path: Path | None,
 ) -> None:
@@ -103,6 +113,9 @@ def command(
         raise click.BadParameter("torch sees no XPU device", param_hint="--device")
     names = cases.SUITES if "all" in suites else suites
     threads = threads or torch.get_num_threads()
+    if clock == "cpu" and (threads != 1 or device != "cpu"):
+        raise click.UsageError("--clock cpu needs --threads 1 --device cpu: it is the time of the calling thread alone")
+    watch = Stopwatch(time.thread_time) if clock == "cpu" else None
     try:
         planned = [case for name in dict.fromkeys(names) for case in cases.suite(name, threads, data, m)]
     except ValueError as error:
@@ -117,7 +130,7 @@ def command(
         def show(case: cases.Case) -> None:
             progress.update(task, description=f"{case.suite}: {case}", advance=1)
 
-        record = runner.run(planned, who, seconds=seconds, device=device, progress=show)
+        record = runner.run(planned, who, seconds=seconds, device=device, watch=watch, progress=show)
     record.settings["command"] = _command_line(context)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
