@@ -59,6 +59,7 @@ class SyclBackend final : public Backend {
   }
 
   void multiply(const Product& product) const override {
+    if (product.activations.rows != nullptr) throw std::logic_error("xpu_fp4: only the kernels of experts gather rows here");
     if (product.activations.to.format == Format::none && !product.activations.to.transform.is_none()) {
       return multiply_transformed(product);
     }
