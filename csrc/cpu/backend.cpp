@@ -48,12 +48,11 @@ class NativeBackend final : public Backend {
     const int64_t m = product.activations.m;
     if (m == 0 || product.weight.n == 0) return;
     const ProductKernels& kernels = kernels_.product(product.activations);
-    std::optional<AlignedBuffer> expanded;  // of the first chunk, the largest
+    Scratch expanded;
     for (int64_t first = 0; first < m; first += kChunkRows) {
       Grouped chunk;
       chunk.add(kernels, product, first, std::min(kChunkRows, m - first));
-      if (!expanded) expanded.emplace(chunk.bytes());
-      chunk.run(expanded->data(), parallel_for_);
+      chunk.run(expanded.take(chunk.bytes()), parallel_for_);
     }
   }
 

@@ -45,16 +45,17 @@ class Chunk {
     const int64_t rows = first_.back(), u_bytes = args_.w13.n * size_of(args_.dtype),
                   v_bytes = args_.w2.n * size_of(DType::f32);
     // v may lie where u does: it is written when all of u has been expanded.
-    const AlignedBuffer results(to_size(rows * std::max(u_bytes, v_bytes)));
+    Scratch memory, expanded_memory;
+    std::byte* results = memory.take(to_size(rows * std::max(u_bytes, v_bytes)));
     Grouped up, down;
     for (int64_t expert = 0; expert < args_.experts; ++expert) {
-      add(up, expert, args_.w13, args_.w13_bias, x_of(expert), {results.data(), args_.dtype, {}});
-      add(down, expert, args_.w2, args_.w2_bias, u_of(expert, results.data()), {results.data(), DType::f32, {}});
+      add(up, expert, args_.w13, args_.w13_bias, x_of(expert), {results, args_.dtype, {}});
+      add(down, expert, args_.w2, args_.w2_bias, u_of(expert, results), {results, DType::f32, {}});
     }
-    const AlignedBuffer expanded(std::max(up.bytes(), down.bytes()));
-    up.run(expanded.data(), parallel_for);
-    down.run(expanded.data(), parallel_for);
-    combine(results.data(), parallel_for);
+    std::byte* expanded = expanded_memory.take(std::max(up.bytes(), down.bytes()));
+    up.run(expanded, parallel_for);
+    down.run(expanded, parallel_for);
+    combine(results, parallel_for);
   }
 
  private:

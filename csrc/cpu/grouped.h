@@ -10,22 +10,6 @@
 
 namespace xpu_fp4::cpu {
 
-/// Memory on a cache line's boundary, uninitialised.
-class AlignedBuffer {
- public:
-  explicit AlignedBuffer(size_t bytes) : data_(static_cast<std::byte*>(::operator new(bytes, kAlignment))) {}
-  ~AlignedBuffer() { ::operator delete(data_, kAlignment); }
-  AlignedBuffer(const AlignedBuffer&) = delete;
-  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
-  std::byte* data() const { return data_; }
-
-  static constexpr size_t kLine = 64;
-
- private:
-  static constexpr std::align_val_t kAlignment{kLine};
-  std::byte* data_;
-};
-
 /// Products that are computed together: their activations are expanded in one parallel region and multiplied in another. A
 /// region of little work runs on the calling thread.
 class Grouped {

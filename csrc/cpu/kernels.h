@@ -23,7 +23,7 @@ constexpr int group_blocks(const Quantizer& to) { return to.format == Format::mx
 
 class Rectangles;
 
-/// A thread's memory for one product after the other: it grows to what the largest of them needs.
+/// Memory for one product after the other: it grows to what the largest of them needs.
 class Scratch {
  public:
   Scratch() = default;
