@@ -52,7 +52,7 @@ class UnfusedExperts(nn.Module):
 
     def fused(self, scheme: Scheme) -> MXFP4Experts:
         """All experts together, once each is an MXFP4Linear."""
-        made = MXFP4Experts.like(self.source[0], **scheme.arguments())
+        made = MXFP4Experts.like(self.source[0], **scheme.arguments_of_experts())
         for name in PROJECTIONS:
             found = [self.get_submodule(f"{expert}.{name}") for expert in range(len(self._modules))]
             linears = [linear for linear in found if isinstance(linear, MXFP4Linear)]
