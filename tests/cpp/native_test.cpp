@@ -707,7 +707,6 @@ constexpr Gate kGates[] = {{GateKind::silu_mul, false},
                            {GateKind::silu_mul, true},
                            {GateKind::swiglu_oai, false, 1.702f, 7.0f},
                            {GateKind::swiglu_oai, true, 1.702f, 7.0f}};
-constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
 
 // Gates and ups about every edge: zeros, limits, where the exponential ends, subnormals, and all sizes.
 std::vector<float> gate_operands(int64_t count, unsigned seed) {
