@@ -216,7 +216,7 @@ def test_experts_are_transformed_too(tmp_path: Path) -> None:
             parameter.flatten(2) if name.endswith("blocks") else parameter for name, parameter in experts.named_parameters()
         ]
         ids, weights = torch.tensor([[0, 1]] * 5), torch.rand(5, 2, generator=seeded(5))
-        assert_same_bits(experts(x, ids, weights), xpu_fp4.experts(x, ids, weights, *stored, **scheme.arguments()))
+        assert_same_bits(experts(x, ids, weights), xpu_fp4.experts(x, ids, weights, *stored, **scheme.arguments_of_experts()))
     config["quantization_config"] = write_config(Scheme("w4a4", hadamard=64), ignore)
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"head_dim is 64 for \S*experts.0.w2, whose K is 96"):

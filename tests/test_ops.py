@@ -250,7 +250,7 @@ ERRORS: list[tuple[Any, Callable[[], dict[str, Any]], Change, str]] = [
         own.mxfp4_quantize,
         lambda: {"x": torch.ones(K)},
         swap(scale_mode="nearest"),
-        'mxfp4_quantize: scale_mode is "nearest", expected "floor", "ceil", "even" or "rceil"',
+        'mxfp4_quantize: scale_mode is "nearest", expected "floor", "ceil", "even", "rceil", "abs_max" or "quest"',
     ),
     # dequantize
     (

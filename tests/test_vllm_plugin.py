@@ -33,7 +33,7 @@ def register_quantization_config(name):
     return lambda cls: cls
 """,
     "model_executor/layers/quantization/utils/quant_utils.py": """
-kMxfp4Dynamic = object()
+kMxfp4Dynamic = kMxfp4Static = object()
 def GroupShape(*size): return size
 def ScaleDesc(*scale): return scale
 class QuantKey:
@@ -54,6 +54,51 @@ class RowvLLMParameter: ...
 class CompressedTensorsScheme: ...
 class CompressedTensorsW4A4Mxfp4(CompressedTensorsScheme): ...
 """,
+    "model_executor/layers/fused_moe/modular_kernel.py": """
+class FusedMoEActivationFormat: ...
+class TopKWeightAndReduce: ...
+class ExpertTokensMetadata: ...
+class FusedMoEExpertsModular: ...
+""",
+    "model_executor/layers/fused_moe/activation.py": """
+import enum
+class MoEActivation(enum.Enum):
+    SILU, SWIGLUOAI = 1, 2
+""",
+    "model_executor/layers/fused_moe/oracle/mxfp4.py": """
+import enum
+class Mxfp4MoeBackend(enum.Enum):
+    CPU, XPU = 1, 2
+def backend_to_kernel_cls(backend): ...
+def make_mxfp4_moe_kernel(*args): ...
+""",
+    "model_executor/layers/fused_moe/config.py": """
+class FusedMoEConfig: ...
+class FusedMoEQuantConfig: ...
+def mxfp4_w4a16_moe_quant_config(*args): ...
+""",
+    "model_executor/layers/fused_moe/__init__.py": """
+class FusedMoEMethodBase: ...
+class RoutedExperts: ...
+""",
+    "model_executor/layers/fused_moe/topk_weight_and_reduce.py": "class TopKWeightAndReduceNoOP: ...",
+    "model_executor/layers/linear.py": """
+class LinearBase: ...
+class UnquantizedLinearMethod: ...
+""",
+    "model_executor/layers/quantization/fp_quant.py": """
+class FPQuantConfig: ...
+class FPQuantLinearMethod: ...
+""",
+    "model_executor/layers/quantization/mxfp4.py": """
+class GptOssMxfp4Config: ...
+class GptOssMxfp4MoEMethod: ...
+""",
+    "model_executor/layers/quantization/quark/quark.py": "class QuarkConfig: ...",
+    "model_executor/layers/quantization/quark/quark_moe.py": "class QuarkOCP_MX_MoEMethod: ...",
+    "model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/"
+    "compressed_tensors_moe_w4a4_mxfp4.py": "class CompressedTensorsW4A4Mxfp4MoEMethod: ...",
+    "envs.py": "",
     "config/__init__.py": "def get_current_vllm_config_or_none(): return None",
     "model_executor/utils.py": "def replace_parameter(layer, name, tensor): ...",
     "platforms/__init__.py": """
@@ -61,6 +106,7 @@ import enum
 class PlatformEnum(enum.Enum):
     CPU, XPU = 1, 2
 class current_platform:
+    supported_quantization = []
     is_cpu = staticmethod(lambda: True)
     is_xpu = staticmethod(lambda: False)
 """,
@@ -119,7 +165,7 @@ def test_vllm_finds_the_plugin() -> None:
 
 def test_a_known_interface_is_registered_with_once(tmp_path: Path) -> None:
     result = run(REGISTER, write_stand_in(tmp_path))
-    assert result.stdout == "3\n"  # two platforms and the configuration
+    assert result.stdout == "6\n"  # two platforms and four configurations
     assert "xpu_fp4" not in result.stderr
 
 
