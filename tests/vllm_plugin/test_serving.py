@@ -28,7 +28,8 @@ def assert_tokens(run: Run, expected: list[list[int]]) -> None:
 
 
 def test_formats_are_told_apart_by_their_tokens(reference: Reference) -> None:
-    answers = [reference(W4A4), reference(W4A16), reference(MIXED), *(reference(W4A16, activations=name) for name in ROUNDINGS)]
+    others = ROUNDINGS.keys() - {"mxfp4"}  # which is W4A4's own
+    answers = [reference(W4A4), reference(W4A16), reference(MIXED), *(reference(W4A16, activations=name) for name in others)]
     firsts = [[tokens[:4] for tokens in answer if len(tokens) >= 4] for answer in answers]
     assert all(a != b for i, a in enumerate(firsts) for b in firsts[:i])
 
