@@ -71,14 +71,14 @@ VARIANTS = tests/test_sycl_variants.py tests/test_sycl_experts.py
 pytest-variants: build $(VENV)/.test
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest $(VARIANTS)
 
-# Twice: with the SYCL backend, and as on a machine that has none.
+# Twice: with the SYCL backend, and as on a machine that has none, with the same native kernels.
 ctest: $(VENV)/.build $(VENV)/.test
 	$(call debian,/usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h,libgtest-dev)
 	$(call debian,$(PYTHON_H),python3-dev)
 	mkdir -p build
 	cmake -S . -B build/cmake -G Ninja -DXPU_FP4_SYCL_ROOT=$(VENV) -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }
 	cmake --build build/cmake
-	cmake -S . -B build/cmake-native -G Ninja -DXPU_FP4_SYCL_ROOT= -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }
+	cmake -S . -B build/cmake-native -G Ninja -DXPU_FP4_SYCL_ROOT= -DXPU_FP4_CPU_LIBRARY=$(CURDIR)/build/cmake/libxpu_fp4_cpu.a -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }
 	cmake --build build/cmake-native
 	ctest --test-dir build/cmake-native --output-on-failure
 	ctest --test-dir build/cmake --output-on-failure

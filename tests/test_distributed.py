@@ -285,7 +285,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "silu_mul": {},
     "gpt-oss": {"gate": Gate("swiglu_oai", interleaved=True), "bias": True},
     "llama 4": {"router_on_input": True},
-    "turned": {"hadamard": 32, "bias": True},
+    "turned": {"hadamard": 32, "bias": True, "input_offset": True},
 }
 
 
@@ -296,6 +296,8 @@ def experts_and_input(kind: str, mode: Mode, dtype: torch.dtype) -> tuple[MXFP4E
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
             parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype)
+        elif name.endswith("input_offset"):
+            parameter.data = torch.randn(parameter.shape, generator=generator)
         else:
             low, high = (0, 256) if name.endswith("blocks") else (118, 123)
             parameter.data = torch.randint(low, high, parameter.shape, generator=generator, dtype=torch.uint8)

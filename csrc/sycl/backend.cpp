@@ -156,7 +156,7 @@ class SyclBackend final : public Backend {
     const ExpertsShape shape = {slots, args.tokens, args.experts, args.w13.n, args.w13.k};
     if (floats) return {gpu(*architecture), plan_w4a16(*architecture, shape.rows(), forced.kernel)};
     const GemmPlan plan = plan_grouped_gemm(*architecture, queue_->compute_units(), shape, forced.kernel);
-    return {gpu(*architecture), plan, plan.kernel != Kernel::small || !shape.few() || !args.to.transform.is_none()};
+    return {gpu(*architecture), plan, plan.kernel != Kernel::small || !shape.few() || args.turns()};
   }
 
   // Null where the portable kernels run.

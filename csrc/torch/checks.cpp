@@ -123,6 +123,18 @@ int check_group(const char* op, int64_t group) {
   return static_cast<int>(group);
 }
 
+Tensor hold_offset(const Argument& offset, const Tensor& x, int64_t k, const char* meaning) {
+  check_device(offset, x.device());
+  XPU_FP4_CHECK(offset, offset.tensor.scalar_type() == at::kFloat, "must be float32, got ", offset.tensor.scalar_type());
+  check_shape(offset, {k}, meaning);
+  return offset.tensor.contiguous();
+}
+
+const float* offset_data(const Tensor& offset) {
+  // Where K is 0 there is nothing to subtract.
+  return offset.defined() && offset.numel() != 0 ? offset.const_data_ptr<float>() : nullptr;
+}
+
 HeldTransform check_transform(const Argument& x, int64_t hadamard, const std::optional<Tensor>& input_offset) {
   HeldTransform held;
   const int64_t k = x.tensor.size(-1);
@@ -133,13 +145,8 @@ HeldTransform check_transform(const Argument& x, int64_t hadamard, const std::op
     held.view.hadamard = static_cast<int>(hadamard);
   }
   if (input_offset) {
-    const Argument arg{x.op, "input_offset", *input_offset};
-    check_device(arg, x.tensor.device());
-    XPU_FP4_CHECK(arg, arg.tensor.scalar_type() == at::kFloat, "must be float32, got ", arg.tensor.scalar_type());
-    check_shape(arg, {k}, "[K], of the K in the last dimension of x");
-    held.offset = input_offset->contiguous();
-    // Where K is 0 there is nothing to subtract.
-    if (k != 0) held.view.offset = held.offset.const_data_ptr<float>();
+    held.offset = hold_offset({x.op, "input_offset", *input_offset}, x.tensor, k, "[K], of the K in the last dimension of x");
+    held.view.offset = offset_data(held.offset);
   }
   return held;
 }

@@ -46,6 +46,10 @@ float check_global_scale(const char* op, double scale);
 /// 32 or 128.
 int check_group(const char* op, int64_t group);
 
+/// Of an input offset float32 [k] on x's device: dense, and its data, null where there is none. `meaning` says what k is.
+Tensor hold_offset(const Argument& offset, const Tensor& x, int64_t k, const char* meaning);
+const float* offset_data(const Tensor& offset);
+
 /// A transform, and whose memory its offset is.
 struct HeldTransform {
   Transform view;

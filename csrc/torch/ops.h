@@ -94,12 +94,14 @@ Tensor mxfp4_linear_w4a16_prepacked(const Backend& backend, const Tensor& x, con
 /// with w2_scale [E, H, I/32] and w2_bias [E, H], all contiguous. Rows of w13 are gate's, then up's or, interleaved, alternate.
 /// activation is "silu_mul" or "swiglu_oai", which takes alpha and limit; mode is "w4a16", "w4a8" (with group) or "w4a4" (with
 /// scale_mode), for both products, whose inputs hadamard transforms. expert_map, int32, gives each id its expert here, or -1; a
-/// slot whose id has none adds nothing. router_on_input: the weights multiply x, not the sum.
+/// slot whose id has none adds nothing. router_on_input: the weights multiply x, not the sum. w13_offset [H] and w2_offset [I],
+/// float32, are subtracted from the products' inputs before the Hadamard, for all experts the same.
 Tensor mxfp4_experts(const Backend& backend, const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights,
                      const Tensor& w13, const Tensor& w13_scale, const Tensor& w2, const Tensor& w2_scale,
                      const std::optional<Tensor>& w13_bias, const std::optional<Tensor>& w2_bias, std::string_view activation,
                      bool interleaved, double alpha, double limit, std::string_view mode, std::string_view scale_mode,
-                     int64_t group, int64_t hadamard, const std::optional<Tensor>& expert_map, bool router_on_input);
+                     int64_t group, int64_t hadamard, const std::optional<Tensor>& expert_map, bool router_on_input,
+                     const std::optional<Tensor>& w13_offset, const std::optional<Tensor>& w2_offset);
 /// The same with what mxfp4_prepack makes of each expert's weights, stacked: w13 [E, ceil(2I/16), bytes] and w2
 /// [E, ceil(H/16), bytes], where I is intermediate_size.
 Tensor mxfp4_experts_prepacked(const Backend& backend, const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights,
@@ -107,7 +109,8 @@ Tensor mxfp4_experts_prepacked(const Backend& backend, const Tensor& x, const Te
                                const std::optional<Tensor>& w13_bias, const std::optional<Tensor>& w2_bias,
                                std::string_view activation, bool interleaved, double alpha, double limit, std::string_view mode,
                                std::string_view scale_mode, int64_t group, int64_t hadamard,
-                               const std::optional<Tensor>& expert_map, bool router_on_input);
+                               const std::optional<Tensor>& expert_map, bool router_on_input,
+                               const std::optional<Tensor>& w13_offset, const std::optional<Tensor>& w2_offset);
 
 // ---- what vllm-xpu-kernels' class for experts calls, with its schemas: ops_vllm_experts.cpp ----
 

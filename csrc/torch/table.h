@@ -94,7 +94,7 @@ std::vector<OpRow> op_table() {
       "w2_scale, Tensor? w13_bias=None, Tensor? "
       "w2_bias=None, str activation=\"silu_mul\", bool interleaved=False, float alpha=1.702, float limit=7.0, str "
       "mode=\"w4a16\", str scale_mode=\"even\", int group=128, int hadamard=0, Tensor? expert_map=None, bool "
-      "router_on_input=False) -> Tensor"));
+      "router_on_input=False, Tensor? w13_offset=None, Tensor? w2_offset=None) -> Tensor"));
   return rows;
 }
 
@@ -124,7 +124,7 @@ std::vector<OpRow> prepacked_op_table() {
       "intermediate_size, Tensor? w13_bias=None, Tensor? "
       "w2_bias=None, str activation=\"silu_mul\", bool interleaved=False, float alpha=1.702, float limit=7.0, str "
       "mode=\"w4a16\", str scale_mode=\"even\", int group=128, int hadamard=0, Tensor? expert_map=None, bool "
-      "router_on_input=False) -> Tensor"));
+      "router_on_input=False, Tensor? w13_offset=None, Tensor? w2_offset=None) -> Tensor"));
   return rows;
 }
 

@@ -173,12 +173,15 @@ class PackedExperts:
         hadamard: Hadamard = 0,
         expert_map: Tensor | None = None,
         router_on_input: bool = False,
+        w13_offset: Tensor | None = None,
+        w2_offset: Tensor | None = None,
     ) -> Tensor:
         """x [T, H] -> [T, H]: `xpu_fp4.experts`, with the same bits in every form."""
         options: dict[str, Any] = {
             **gate.options(),
             "mode": mode, "scale_mode": scale_mode, "group": group, "hadamard": hadamard,
             "expert_map": expert_map, "router_on_input": router_on_input,
+            "w13_offset": w13_offset, "w2_offset": w2_offset,
         }  # fmt: skip
         if self.form == "prepacked":
             w13, w2 = self.tensors

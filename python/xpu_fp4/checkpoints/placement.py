@@ -174,7 +174,7 @@ def _experts(model: nn.Module, checkpoint: Checkpoint, name: str, places: dict[s
         raise CheckpointError(f"{where}: the experts of {name} differ in scheme or bias, expected all alike")
     scheme = layers[0].scheme
     if scheme.input_offset:
-        raise CheckpointError(f"{where} has an input offset, which experts cannot have")
+        raise CheckpointError(f"{where} has an input offset, which is read for linear layers alone, not for experts")
     if scheme.scale_mode not in SCALE_MODES or scheme.weight_global_scale != 1:
         raise CheckpointError(f"{where} is quantized by FP-Quant's rules, which experts cannot follow")
     try:
