@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CPP_FILES = $(shell find csrc examples tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo demo-page models test test-vllm test-transformers test-llmcompressor test-sycl-2025 bench build pytest pytest-variants ctest isa format lint clean sanitize fuzz soak
+.PHONY: help demo demo-page models test test-vllm test-transformers test-llmcompressor test-sycl-2025 bench build pytest pytest-variants ctest isa format lint clean sanitize fuzz soak docs linkcheck
 
 help:  ## this list
 	@sed -nE 's/^([a-z][a-z0-9-]*):[^#]*## +(.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -63,6 +63,14 @@ lint: build $(VENV)/.lint $(VENV)/.test  ## what the gate checks first: ruff, cl
 	ruff format --check .
 	clang-format --dry-run -Werror $(CPP_FILES)
 	mypy
+
+# Warnings are errors: a link to what is not there, a docstring that is no text. Nothing is fetched.
+SPHINX = python -m sphinx --quiet --fail-on-warning --keep-going -c docs
+docs: build $(VENV)/.docs  ## the documentation as pages, in build/docs, links among them checked
+	$(SPHINX) -b html . build/docs
+
+linkcheck: build $(VENV)/.docs  ## the documentation's links to elsewhere; needs the network
+	$(SPHINX) -b linkcheck . build/linkcheck
 
 clean:  ## removes all that make has made, the environments too
 	rm -rf build .venv .venv-vllm *.egg-info python/*.egg-info python/xpu_fp4/*.so .mypy_cache .ruff_cache .pytest_cache
@@ -147,7 +155,7 @@ $(VENV)/.venv:
 	pip install --quiet --upgrade "pip>=25.1"  # the first with --group
 	touch $@
 
-$(VENV)/.build $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+$(VENV)/.build $(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	pip install --quiet --group $*
 	mkdir -p build
 	touch $@
