@@ -94,6 +94,15 @@ def test_scripts_in_commands_exist() -> None:
     assert [name for name in names if not any(ROOT.glob(name))] == []
 
 
+def test_files_that_contributing_lists_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`([\w./*-]+\.(?:cpp|hpp|h|py|toml|md|rst|txt|json))`", page))
+    names = {name for name in names if "NAME" not in name}
+    assert len(names) > 50
+    folders = ("", *(f"{top}/**/" for top in ("csrc", "python", "tests", "tools", "docs")))
+    assert [name for name in sorted(names) if not any(next(ROOT.glob(folder + name), None) for folder in folders)] == []
+
+
 def test_readme_shows_the_figures_of_the_demo() -> None:
     record = json.loads(demo_page.DATA.read_text(encoding="utf-8"))
     page = README.read_text(encoding="utf-8")
