@@ -87,7 +87,7 @@ VARIANTS = tests/test_sycl_variants.py tests/test_sycl_experts.py
 pytest-variants: build $(VENV)/.test  ## the GPUs' kernels on SYCL's CPU device
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest $(VARIANTS)
 
-# Twice: with the SYCL backend, and as on a machine that has none.
+# It runs twice: with the SYCL backend, and as on a machine that has none.
 ctest: $(VENV)/.build $(VENV)/.test  ## the tests in C++, with the SYCL backend and without
 	$(call debian,/usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h,libgtest-dev)
 	$(call debian,$(PYTHON_H),python3-dev)

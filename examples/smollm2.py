@@ -30,7 +30,7 @@ from xpu_fp4.checkpoints.questions import Question, answer_all, is_right, read_q
 
 WINDOW = 1024
 TEXT_CHARACTERS = 30_000
-# Of an emulation that shares no code with this project (torch arithmetic on dequantized values), over four windows. W4A4 is the
+# They are of an emulation that shares no code with this project (torch on dequantized values), over four windows. W4A4 is the
 # sensitive one: a rounding that flips one activation's code travels on, so other matrix kernels move it by a percent or two.
 EXPECTED_PERPLEXITY = {"original": 30.3, "W4A16": 44.4, "W4A8": 45.3, "W4A4": 89.0}
 MODES: dict[str, xpu_fp4.Mode] = {"W4A16": "w4a16", "W4A8": "w4a8", "W4A4": "w4a4"}
@@ -117,7 +117,7 @@ def chat(model: Any, tokenizer: Any, prompt: str, tokens: int, *, show: bool) ->
 
 
 def megabytes(model: nn.Module) -> float:
-    """Of the weights of the layers that are quantized."""
+    """Returns the size of the weights of the layers that are quantized."""
     linears = (m for n, m in model.named_modules() if isinstance(m, (nn.Linear, xpu_fp4.MXFP4Linear)) and n != "lm_head")
     return sum(t.nbytes for m in linears for t in (*m.parameters(), *m.buffers())) / 1e6
 

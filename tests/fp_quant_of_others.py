@@ -68,7 +68,7 @@ def emulate(model: nn.Module, linears: Iterable[str], weight_turn: Tensor, turn:
 
 
 def config(method: str, size: int, **changes: Any) -> dict[str, Any]:
-    """As Transformers writes it."""
+    """Writes it as Transformers does."""
     return {
         "quant_method": "fp_quant",
         "forward_dtype": "mxfp4",

@@ -91,7 +91,7 @@ class Call:
         )
 
     def simpler(self) -> Iterator["Call"]:
-        """The same call with one field at its simplest."""
+        """Gives the same call with one field at its simplest, for each field."""
         for field in dataclasses.fields(self)[2:]:
             if getattr(self, field.name) == field.default:
                 continue
@@ -124,7 +124,7 @@ def elements(call: Call) -> Tensor:
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same elements in memory of another shape."""
+    """Puts the same elements into memory of another shape."""
     if tensor.dim() != 2:
         return tensor
     if layout == "transposed":

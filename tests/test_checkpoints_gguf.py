@@ -140,7 +140,7 @@ OUTER = {
 
 
 def rotated(weight: Tensor, heads: int) -> Tensor:
-    """As llama.cpp stores queries and keys of llama."""
+    """Orders rows as llama.cpp stores queries and keys of llama."""
     return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 

@@ -224,7 +224,7 @@ def _write_hint(scheme: Scheme) -> dict[str, Any]:
 
 
 def _write_transforms(scheme: Scheme, ignore: list[str], exceptions: Mapping[str, Scheme]) -> dict[str, Any]:
-    """One entry for each size; of all layers but some for the scheme's own, of named layers for others."""
+    """Makes one entry for each size: for the scheme's own, all layers but some; for others, layers by name."""
     transforms = {}
     for size in sorted({scheme.hadamard, *(other.hadamard for other in exceptions.values())} - {0}):
         if size == scheme.hadamard:

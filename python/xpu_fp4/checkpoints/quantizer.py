@@ -216,7 +216,7 @@ def _describe(
     if plan.is_gpt_oss:
         return gpt_oss.write_config(scheme, plan.ignore)
     in_model = {name: (name, plan.in_model[name]) for name in plan.quantized}
-    # Of fused experts, the linear layers that each becomes in the files.
+    # Fused experts are written as linear layers, which a pattern names.
     in_model |= {e.name: (_each_of(e.name), _each_of(e.in_model)) for e in plan.experts}
     written = {name: _scheme_written(name, schemes, calibrated) for name in schemes}
     exceptions = {n: s for name, s in written.items() if s != scheme for n in in_model[name]}

@@ -37,7 +37,7 @@ _FORMATS: dict[str, _Format] = {format.METHOD: format for format in (compressed_
 def quantization_config(folder: Path) -> dict[str, Any] | None:
     """The `quantization_config` of a model directory, or None if it is not quantized."""
     config = read_config(folder)
-    # Of a model with several parts, it may stand with the language model.
+    # It may stand with the language model, where a model has several parts.
     found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     check_type(found, dict[str, Any] | None, f"{folder / CONFIG}: quantization_config")
     return found

@@ -63,7 +63,7 @@ def open_file(path: Path, root: Path | None = None) -> BinaryIO:
     Raises FileNotFoundError, OSError, and CheckpointError if it leads out of the directory or is no regular file.
     """
     target = _target(path, root or path.parent)
-    # Not blocking: a pipe has no end. No link, since the last one has been followed.
+    # It must not block, since a pipe has no end, and follows no link, since the last one has been followed.
     descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

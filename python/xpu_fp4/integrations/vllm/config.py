@@ -52,7 +52,7 @@ class CompressedTensorsMxfp4(CompressedTensorsW4A4Mxfp4):
     """vLLM's scheme, its kernel selected for the activations of `scheme`, or ours if these are transformed."""
 
     def __init__(self, scheme: Scheme) -> None:
-        # Not the parent's, which selects one for W4A4.
+        # The parent's is not called: it selects a kernel for W4A4.
         self.group_size = BLOCK
         self.scheme = scheme
         transforms = scheme.hadamard or scheme.input_offset

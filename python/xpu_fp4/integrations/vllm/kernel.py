@@ -38,7 +38,7 @@ REQUEST = "XPU_FP4_ACTIVATIONS"
 _BY_REQUEST = {"mxint8": Scheme("w4a8")}
 
 _TENSORS = ("weight", "weight_scale", "xpu_fp4_expanded")
-"""Where a layer has the tensors of its PackedWeight, in that order; those that its form lacks are None."""
+"""A layer has the tensors of its PackedWeight there, in that order; those that its form lacks are None."""
 
 
 def key_of(scheme: Scheme) -> QuantKey | None:
@@ -91,7 +91,7 @@ def refusal_of_checkpoint() -> str | None:
     model = None if loading is None else loading.model_config
     if model is None:
         return None
-    # Of a model with several parts, it may stand with the language model.
+    # It may stand with the language model, where a model has several parts.
     parts = (model.hf_config, model.hf_config.get_text_config())
     config = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
     try:
