@@ -56,7 +56,7 @@ def sycl_roots() -> list[Path]:
 
 
 def needed_libraries(library: Path) -> list[str]:
-    """What `readelf -d` shows as NEEDED, of a 64-bit little-endian ELF file."""
+    """Returns what `readelf -d` shows as NEEDED, of a 64-bit little-endian ELF file."""
     image = library.read_bytes()
     (headers,), (size, count) = struct.unpack_from("<Q", image, 0x20), struct.unpack_from("<HH", image, 0x36)
     # type, flags, offset, address, physical address, size in the file

@@ -31,7 +31,7 @@ class MLP(nn.Module):
 
 @torch.inference_mode()
 def run() -> None:
-    """What every rank does. Each makes the same model, and keeps its share of the weights."""
+    """Runs in every rank. Each makes the same model, and keeps its share of the weights."""
     torch.manual_seed(0)
     mlp, x = xpu_fp4.quantize_(MLP(), mode="w4a8"), torch.randn(4, 256)
     up, y = mlp.up(x), mlp(x)

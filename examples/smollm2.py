@@ -177,7 +177,7 @@ def ask(models: dict[str, Any], tokenizer: Any, questions: list[Question], shown
 
 
 def record(results: dict[str, Result], questions: int, right: dict[str, int]) -> dict[str, Any]:
-    """What tools/demo_page.py puts into README."""
+    """Returns what tools/demo_page.py puts into README."""
     recipes = [
         {"recipe": label, **asdict(result), "expected": EXPECTED_PERPLEXITY.get(label), "right": right.get(label)}
         for label, result in results.items()

@@ -431,7 +431,7 @@ class Worker:
         self.process: subprocess.Popen[str] | None = None
 
     def run(self, case: Any) -> str:  # noqa: ANN401
-        """What is wrong with a case, empty where nothing is."""
+        """Returns what is wrong with a case, empty where nothing is."""
         if self.process is None:
             self.process = start(sys.executable, __file__, "--serve", self.kind)
         assert self.process.stdin is not None

@@ -26,7 +26,7 @@ def model() -> nn.Module:
 
 
 def as_seen(x: Tensor, mode: Mode) -> Tensor:
-    """What a linear of that mode multiplies in the place of x."""
+    """Returns what a linear of that mode multiplies in the place of x."""
     if mode == "w4a4":
         return xpu_fp4.dequantize(*xpu_fp4.quantize(x))
     if mode == "w4a8":

@@ -56,7 +56,7 @@ class Weights:
 
     @property
     def packed_bytes(self) -> int:
-        """What a checkpoint holds: 17 bytes a block."""
+        """Returns what a checkpoint holds: 17 bytes a block."""
         return self.codes.numel() + self.scale.numel()
 
     def copies(self, form: str, size: int, make: Callable[[], T]) -> list[T]:

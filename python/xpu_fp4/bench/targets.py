@@ -45,7 +45,7 @@ class Verdict:
 
 
 def threads_of(record: Record) -> int:
-    """What all suites with targets ran on, but for the comparison of thread counts."""
+    """Returns what all suites with targets ran on, but for the comparison of thread counts."""
     return statistics.mode(case.threads for case in record.cases if case.suite in ("targets", *EXPERTS))
 
 

@@ -122,5 +122,5 @@ def _kept_by_default(model: nn.Module) -> Callable[[str], bool]:
 
 
 def _inputs(module: nn.Module) -> str | Sequence[str]:
-    """What a model of Transformers takes: text, image, audio, ..."""
+    """Returns what a model of Transformers takes: text, image, audio, ..."""
     return getattr(module, "input_modalities", "text")

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def names_in_model(model: nn.Module, tensors: Iterable[str]) -> dict[str, list[str]]:
-    """What each of a checkpoint's tensors may be called in a model, by its name in the files.
+    """Returns what each of a checkpoint's tensors may be called in a model, by its name in the files.
 
     Transformers has rules that rename what was published under other names (`block_sparse_moe`, `language_model.model`). And
     one of the two may have a base model's prefix.

@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_keys(config: dict[str, Any], where: str) -> list[str]:
-    """What is left aside of a quantization_config, nothing for a quant_method that is not read here.
+    """Returns what is left aside of a quantization_config, nothing for a quant_method that is not read here.
 
     Raises CheckpointError for a key that changes what a layer computes in a way that is not done here.
     """

@@ -150,7 +150,7 @@ class ActivationsAwareConfig(CompressedTensorsConfig):
                 apply.ignore = _renamed(apply.ignore, hf_to_vllm_mapper)
 
     def _scheme(self, args: dict[str, Any], name: str) -> Scheme:
-        """What the entries of a layer with MXFP4 weights say, but for its transform."""
+        """Returns what the entries of a layer with MXFP4 weights say, but for its transform."""
         weight_only = weight_only_scheme(self.config or {}, args[_GROUP], "quantization_config")
         activations = args["input_activations"] and args["input_activations"].model_dump(mode="json")
         return activations_scheme(activations, weight_only, f"input_activations of {name}")

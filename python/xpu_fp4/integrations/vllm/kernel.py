@@ -42,7 +42,7 @@ _TENSORS = ("weight", "weight_scale", "xpu_fp4_expanded")
 
 
 def key_of(scheme: Scheme) -> QuantKey | None:
-    """What vLLM calls the activations of a scheme."""
+    """Returns what vLLM calls the activations of a scheme."""
     plain = replace(scheme, scale_mode="even", hadamard=0, weight_global_scale=1.0).arguments()
     return next(key for key, known in SCHEMES.items() if known.arguments() == plain)
 
@@ -58,7 +58,7 @@ def requested_scheme() -> Scheme | None:
 
 
 def served_scheme(stored: Scheme) -> Scheme:
-    """What a layer that is stored for that computes: that, or what is asked for of every layer, which is logged once."""
+    """Returns what a layer that is stored for that computes: that, or what every layer is asked for, which is logged once."""
     request = requested_scheme()
     if request is None:
         return stored
