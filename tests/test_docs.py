@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 README = ROOT / "README.md"
 RUNNABLE = (README, *(ROOT / "docs" / name for name in ("GETTING_STARTED.md", "MODES.md", "OPS.md")))
-"""The pages whose Python needs no files: those of the other pages go by what `make models` writes."""
+"""The pages whose Python needs no files."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -46,6 +46,20 @@ def test_snippet_runs(code: str) -> None:
     if '"sycl"' in code and not backends()["sycl"].available:
         pytest.skip(backends()["sycl"].detail)
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+
+
+def test_snippets_on_a_model_directory_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from checkpoint_files import save_llama  # it takes Transformers, and so seconds
+    from xpu_fp4.checkpoints import plan_quantization, quantize_checkpoint
+
+    folder = "build/models/nearest"
+    (tmp_path / folder).parent.mkdir(parents=True)
+    quantize_checkpoint(plan_quantization(save_llama(tmp_path / "llama")), tmp_path / folder, mode="w4a8")
+    monkeypatch.chdir(tmp_path)
+    found = [code for code in blocks(ROOT / "docs/CHECKPOINTS.md", "python") if f'"{folder}"' in code]
+    assert len(found) == 2
+    for code in found:
+        exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
 
 
 def test_every_runnable_page_has_a_snippet() -> None:
