@@ -94,7 +94,7 @@ class PackedModule(nn.Module, Generic[Packed]):
         raise NotImplementedError
 
     def _stored(self) -> tuple[Tensor, ...]:
-        """Returns what the parameters hold or, of a prepacked module, would hold; with the lock held."""
+        """What the parameters hold or, of a prepacked module, would hold; with the lock held."""
         raise NotImplementedError
 
     @property
@@ -124,7 +124,7 @@ class PackedModule(nn.Module, Generic[Packed]):
         return self
 
     def _locked(self) -> AbstractContextManager[object]:
-        """Returns the lock that every change of the weights' form holds. A trace cannot take a lock, and changes no form."""
+        """What every change of the weights' form holds. A trace cannot take a lock, and changes no form."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def _hold_prepacked(self, weight: Packed) -> None:
@@ -138,7 +138,7 @@ class PackedModule(nn.Module, Generic[Packed]):
         self.unprepack_()
 
     def _to_local(self, parameter: Tensor) -> Tensor:
-        """Returns what the kernels take of a parameter."""
+        """What the kernels take of a parameter."""
         return parameter
 
     def _from_local(self, tensor: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ class MXFP4Linear(PackedModule[PackedWeight]):
         return PackedWeight.stored(self._to_local(self.weight_packed), self._to_local(self.weight_scale), self._expanded)
 
     def _stored(self) -> tuple[Tensor, Tensor]:
-        """Returns what the parameters hold or, of a prepacked module, would hold; with the lock held."""
+        """What the parameters hold or, of a prepacked module, would hold; with the lock held."""
         codes, scale = self._weight().stored_tensors()
         return self._from_local(codes), self._from_local(scale)
 
