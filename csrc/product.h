@@ -13,7 +13,7 @@
 
 namespace xpu_fp4 {
 
-/// What happens to a row of floats first. A gate makes the row of k out of one of 2k, rounded to the row's dtype
+/// A row of floats goes through this first. A gate makes the row of k out of one of 2k, rounded to the row's dtype
 /// (format/gate.h). Then x -> (x - offset) x H, in float32 (format/hadamard.h): `hadamard` is the size of H's blocks, of which
 /// k is a multiple, or 0 where there is no H. offset [k] is null where there is none.
 struct Transform {

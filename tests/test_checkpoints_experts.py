@@ -173,7 +173,7 @@ def test_transformers_itself_reads_what_gpt_oss_becomes(tmp_path: Path) -> None:
 
 
 def test_gpt_oss_one_by_one_has_its_gate_in_halves(tmp_path: Path) -> None:
-    """As compressed-tensors stores it: gate and up are layers of their own, whatever rows the model alternates."""
+    """compressed-tensors stores gate and up as layers of their own, whatever rows the model alternates."""
     model = original("gpt-oss")
     model.save_pretrained(tmp_path / "source")
     out = quantize_checkpoint(plan_quantization(tmp_path / "source"), tmp_path / "out", mode="w4a16")

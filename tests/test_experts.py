@@ -164,7 +164,7 @@ def test_packed_experts_have_the_same_bits_in_every_form(mode: Mode) -> None:
 @pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 32, 32), (1, 4, 8, 288, 160), (40, 2, 4, 128, 128), (70, 1, 3, 64, 32)])
 def test_a_layer_equals_its_single_products(backend: str, mode: Mode, shape: tuple[int, ...]) -> None:
-    """Also in w4a16, whose products each backend defines for itself: a layer is composed of them."""
+    """This holds in w4a16 too, whose products each backend defines for itself: a layer is composed of them."""
     given = layer(*shape)
 
     def linear(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

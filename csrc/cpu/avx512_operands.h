@@ -222,7 +222,7 @@ __m512 column_factor(const StripAlignment& alignment, int b) {
 template <int kBias, bool kVbmi>
 struct Decoder;
 
-// One table of 64 bytes, indexed by shift << 4 | code.
+// Decodes by one table of 64 bytes, indexed by shift << 4 | code.
 template <int kBias>
 struct Decoder<kBias, true> {
   static constexpr auto kTable = [] {

@@ -31,7 +31,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  /// So many bytes on a cache line's boundary, uninitialised; what was taken before is gone.
+  /// Returns so many bytes on a cache line's boundary, uninitialised; what was taken before is gone.
   std::byte* take(size_t bytes) {
     if (bytes > size_) {
       ::operator delete(std::exchange(data_, nullptr), kAlignment);
@@ -51,14 +51,14 @@ class Scratch {
 /// A product in two steps: groups of rows of A are expanded, then multiplied with panels of columns.
 struct ProductKernels {
   int group_rows;
-  /// At most so many rows share a pass over W.
+  /// This many rows, at most, share a pass over W.
   int block_rows;
   int panel_columns;
   /// Bytes of one group's quad (K = 128).
   size_t group_quad_bytes;
   /// Rows [first_row, first_row + rows) of A, rows <= group_rows, to out: the group's quads one after the other.
   void (*expand)(const Activations&, int64_t first_row, int rows, void* out);
-  /// One rectangle of Y after the other, until none is left. Their rows count from the first expanded row, which is first_row
+  /// Computes one rectangle of Y after the other, until none is left. Their rows count from the first expanded row: first_row
   /// of A and Y.
   void (*multiply)(const Product&, const void* activations, int64_t first_row, Rectangles&, Scratch&);
 };

@@ -13,7 +13,7 @@
 namespace xpu_fp4::ops {
 namespace {
 
-// What both ops take beside the weights.
+// Both ops take this beside the weights.
 struct LayerArguments {
   const char* op;
   const Tensor &x, &topk_ids, &topk_weights;
@@ -179,7 +179,7 @@ std::pair<Tensor, Tensor> restore(const Tensor& stacked, const Weight& strips) {
   return {codes, scale};
 }
 
-// For a backend that does not take them, the weights are stored again.
+// The weights are stored again for a backend that does not take strips.
 HeldExperts hold_prepacked(const Backend& backend, const LayerArguments& layer, const Tensor& w13, const Tensor& w2,
                            int64_t inner) {
   const char* op = layer.op;

@@ -98,7 +98,7 @@ std::vector<OpRow> op_table() {
   return rows;
 }
 
-/// Those for prepacked weights, whose layout is the native kernels': for CPU tensors. GetNative gives the native backend.
+/// Lists the ops of prepacked weights, whose layout is the native kernels': for CPU tensors. GetNative gives that backend.
 template <class GetBackend, class GetNative>
 std::vector<OpRow> prepacked_op_table() {
   using G = GetBackend;
@@ -153,7 +153,7 @@ std::vector<CompatRow> compat_table() {
   return rows;
 }
 
-/// Those of vllm-xpu-kernels' class for experts, which look at indices on the host: for CPU tensors.
+/// Lists the ops of vllm-xpu-kernels' class for experts, which look at indices on the host: for CPU tensors.
 template <class GetBackend>
 std::vector<CompatRow> compat_experts_table() {
   using G = GetBackend;

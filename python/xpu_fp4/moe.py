@@ -143,7 +143,7 @@ class MXFP4Experts(PackedModule[PackedExperts]):
         is_interleaved: bool | None = None,
         **options: Any,  # noqa: ANN401
     ) -> "MXFP4Experts":
-        """On the meta device, in place of an experts module of Transformers, with its shapes, gate and mode of training.
+        """Makes one on the meta device, in place of an experts module of Transformers, with its shapes, gate and training mode.
 
         Args:
             bias: whether there are biases; None: if the source has them.
@@ -232,7 +232,7 @@ class MXFP4Experts(PackedModule[PackedExperts]):
         return tuple(map(self._from_local, (next(blocks), gate_up_scales, next(blocks), down_scales)))
 
     def dequantized_weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """By their names the weights [E, N, K] that blocks and scales stand for, turned back if there is a Hadamard."""
+        """Gives, by name, the weights [E, N, K] that blocks and scales stand for, turned back if there is a Hadamard."""
         with self._locked():
             gate_up, gate_up_scales, down, down_scales = self._stored()
         pairs = {GATE_UP: (gate_up, gate_up_scales), DOWN: (down, down_scales)}

@@ -111,7 +111,7 @@ inline int8 matrix_mad(RowFragment a, int8 b, int8 acc) {
 }
 #endif
 
-/// Of a grouped product: leaves the kernel where a tile is empty, else goes to its expert. All lanes of a work-group's
+/// Leaves a grouped product's kernel where a tile is empty, else goes to its expert. All lanes of a work-group's
 /// row of tiles do the same.
 #ifdef XPU_FP4_GROUPED
 #define XPU_FP4_FIND_EXPERT(index)                                                        \

@@ -88,7 +88,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def find_tensors(model: nn.Module, files: TensorFiles, tensors: Iterable[str]) -> dict[str, str | None]:
-    """Where in a model's state each of a checkpoint's tensors belongs, None if nowhere.
+    """Says where in a model's state each of a checkpoint's tensors belongs, None if nowhere.
 
     Raises CheckpointError, naming the tensor, if one has another shape than the model's: some would broadcast, and Transformers
     lets some pass.
