@@ -19,7 +19,7 @@ Numbers = tuple[int, ...]
 WIDTH = 112  # of the tables, at least
 
 
-def _numbers(_: click.Context, parameter: click.Parameter, text: str | None) -> Numbers:
+def numbers(_: click.Context, parameter: click.Parameter, text: str | None) -> Numbers:
     try:
         numbers = tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
@@ -75,7 +75,7 @@ def _command_line(context: click.Context) -> str:
     show_default=True,
     help="Which shapes. Can be repeated.",
 )
-@click.option("--m", callback=_numbers, metavar="M,M,...", help="Rows of activations, instead of the suite's own.")
+@click.option("--m", callback=numbers, metavar="M,M,...", help="Rows of activations, instead of the suite's own.")
 @click.option("--threads", type=click.IntRange(min=1), default=None, help="Default: what torch uses.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=6.0, show_default=True, help="Time for each case.")
 @click.option("--data", type=click.Choice(cases.DATA), default="gaussian", show_default=True, help="How scales are spread.")
