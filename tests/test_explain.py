@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import torch
 import xpu_fp4
 from checkpoint_files import HIDDEN, INTERMEDIATE, LAYERS, save_gpt_oss, save_llama
@@ -19,6 +20,7 @@ from xpu_fp4.checkpoints.tensor_files import TensorFiles
 from xpu_fp4.cli import main
 from xpu_fp4.explanation import Experts, Linear, explain
 
+BUDGETS = Path(__file__).parent.parent / "tools/isa_budgets.toml"
 GPUS = ("dg2", "pvc", "lnl-m", "bmg", "ptl", "cri")
 LARGE = 4096
 
@@ -103,6 +105,18 @@ def test_the_kernel_is_that_of_the_fewest_modelled_clocks(device: str, rows: int
     assert plan.device is not None
     assert plan.modelled_seconds == pytest.approx(min(clocks) / (plan.device.ghz * 1e9), rel=1e-3)
     assert plan.launches[-1].kernel == plan.kernel
+
+
+@pytest.mark.usefixtures("requires_sycl")
+@pytest.mark.parametrize("device", GPUS)
+def test_modelled_times_are_of_the_devices_that_kernels_are_budgeted_for(device: str) -> None:
+    budgeted = tomllib.loads(BUDGETS.read_text())["device"][device]
+    found = explain(linear(), 1, device).device
+    assert found is not None
+    assert (found.engines, found.ghz, found.matrix_clocks) == tuple(
+        budgeted[key] for key in ("engines", "ghz", "matrix_clocks")
+    )
+    assert found.bandwidth == pytest.approx(budgeted["bandwidth"] * 1e9, rel=0.02)
 
 
 @pytest.mark.usefixtures("requires_sycl")

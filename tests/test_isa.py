@@ -168,7 +168,6 @@ def test_every_product_is_compiled_for_every_device(architecture: Architecture) 
 def test_the_choice_of_a_kernel_weighs_the_devices_data(architecture: Architecture) -> None:
     device = BUDGETS["device"][architecture.name]
     assert architecture.costs.matrix == device["matrix_clocks"]
-    assert (architecture.engines, architecture.ghz) == (device["engines"], device["ghz"])
     assert architecture.costs.bytes == pytest.approx(device["bandwidth"] / (device["engines"] * device["ghz"]), rel=0.02)
 
 

@@ -56,8 +56,6 @@ class Architecture:
 
     name: str
     costs: Costs
-    engines: int
-    ghz: float
     programs: tuple[Program, ...]
 
     def program(self, kernel: str, label: str) -> Program:
@@ -102,5 +100,5 @@ def architectures() -> list[Architecture]:
         programs = [read_program(program) for program in row["programs"]]
         if row["block_2d"]:
             programs.append(peer(programs[0]))
-        found.append(Architecture(row["name"], Costs(**row["costs"]), row["engines"], row["ghz"], tuple(programs)))
+        found.append(Architecture(row["name"], Costs(**row["costs"]), tuple(programs)))
     return found

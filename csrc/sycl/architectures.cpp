@@ -95,12 +95,12 @@ const char* name_of_device(uint32_t id) {
 
 const std::vector<Architecture>& architectures() {
   static const std::vector<Architecture> table = {
-      {"dg2", 8, false, {2, 4}, {2, 2}, {8, 1}, {}, {16, 0.52, 160, 7.7}, {"Arc A770", 512, 2.1}},   // Alchemist
-      {"pvc", 16, true, {8, 2}, {4, 2}, {16, 1}, {}, {8, 2.0, 82, 3.0}, {"Max 1550", 1024, 1.6}},    // Ponte Vecchio
-      {"lnl-m", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.04, 74, 3.0}, {"Arc 140V", 64, 2.05}},  // Xe2: Lunar Lake
-      {"bmg", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.07, 74, 3.0}, {"Arc B580", 160, 2.67}},   // Xe2: Battlemage
-      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}, {16, 0.64, 74, 3.0}, {"Arc B390", 96, 2.5}},     // Xe3: Panther Lake
-      {"cri", 16, true, {6, 2}, {4, 2}, {8, 2}, {4, 4}, {16, 1.02, 74, 3.0}, {"Crescent Island", 256, 2.3}},  // Xe3P
+      {"dg2", 8, false, {2, 4}, {2, 2}, {8, 1}, {}, {16, 0.52, 160, 7.7}},     // Alchemist
+      {"pvc", 16, true, {8, 2}, {4, 2}, {16, 1}, {}, {8, 2.0, 82, 3.0}},       // Ponte Vecchio
+      {"lnl-m", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.04, 74, 3.0}},    // Xe2: Lunar Lake
+      {"bmg", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.07, 74, 3.0}},      // Xe2: Battlemage
+      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}, {16, 0.64, 74, 3.0}},      // Xe3: Panther Lake
+      {"cri", 16, true, {6, 2}, {4, 2}, {8, 2}, {4, 4}, {16, 1.02, 74, 3.0}},  // Xe3P: Crescent Island
   };
   return table;
 }

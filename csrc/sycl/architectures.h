@@ -29,14 +29,6 @@ struct Costs {
   double small, small_row;  // of gemm_small for 256 bytes of packed weights, and more for each row
 };
 
-/// What modelled times are of: a product of the architecture with its highest clock, as published; of cri, an assumption
-/// (tools/isa_budgets.toml).
-struct Card {
-  const char* name;
-  int engines;  // vector engines
-  double ghz;
-};
-
 struct Architecture {
   const char* name;  // of its offline compiler target
   int sub_group;     // lanes: the width of the matrix unit
@@ -46,7 +38,6 @@ struct Architecture {
   Tile w4a16;        // of gemm_w4a16_matrix: the more rows, the fewer times a weight is decoded
   Tile bdpas;        // of gemm_bdpas, where the device has the instruction; else of no rows
   Costs costs;
-  Card card;
 };
 
 /// Every architecture with a matrix unit that we compile for.

@@ -319,9 +319,7 @@ std::string json(const Architecture& architecture) {
   return "{\"name\": " + quoted(architecture.name) + ", \"block_2d\": " + (architecture.block_2d ? "true" : "false") +
          ", \"costs\": {\"matrix\": " + std::to_string(costs.matrix) + ", \"bytes\": " + std::to_string(costs.bytes) +
          ", \"small\": " + std::to_string(costs.small) + ", \"small_row\": " + std::to_string(costs.small_row) +
-         "}, \"engines\": " + std::to_string(architecture.card.engines) +
-         ", \"ghz\": " + std::to_string(architecture.card.ghz) + ", \"programs\": [" +
-         joined(all, [](const Counted& counted) { return json(counted); }) + "]}";
+         "}, \"programs\": [" + joined(all, [](const Counted& counted) { return json(counted); }) + "]}";
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ Layer = Linear | Experts
 
 @dataclass(frozen=True)
 class Device:
-    """What modelled times are of: a product of a GPU architecture (csrc/sycl/architectures.cpp)."""
+    """What modelled times are of: a product of a GPU architecture (csrc/sycl/explain.cpp)."""
 
     architecture: str
     card: str
