@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..explanation import Experts, Layer
-from ..functional import experts_prepacked, linear_prepacked, prepack
+from ..functional import linear_prepacked, prepack
+from ..functional_experts import experts_prepacked
 from . import experts as experts_bench
 from .cases import Case
 from .cases import Experts as ExpertsOfCase
