@@ -2,9 +2,11 @@
 """Small model directories in every format."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers import assert_same_bits, random_codes, random_scales, seeded
 from safetensors.torch import save_file
@@ -14,8 +16,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from xpu_fp4 import MXFP4Linear
+from xpu_fp4.checkpoints import CheckpointError, open_checkpoint
 from xpu_fp4.checkpoints.tensor_files import TensorFiles
 
+Q0 = "model.layers.0.self_attn.q_proj"
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 64, 96, 128, 2
 LINEARS = {
     f"model.layers.{layer}.{name}": shape
@@ -215,3 +219,42 @@ def save_gpt_oss(folder: Path) -> Path:
         "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
     }
     return write_checkpoint(folder, tensors, described)
+
+
+def compressed_tensors(folder: Path, config: dict[str, Any] | None = None, **tensors: Tensor) -> Path:
+    content = packed_llama("weight_packed", "weight_scale") | tensors
+    return write_checkpoint(folder, content, llama_json(config or compressed_tensors_config()))
+
+
+def quark(folder: Path, config: dict[str, Any] | None = None) -> Path:
+    return write_checkpoint(folder, packed_llama("weight", "weight_scale"), llama_json(config or quark_config()))
+
+
+def group(**changes: Any) -> dict[str, Any]:
+    found: dict[str, Any] = compressed_tensors_config()["config_groups"]["group_0"]
+    return found | changes
+
+
+def split(folder: Path, parts: int) -> dict[str, str]:
+    """Turns a directory of one file into one of shards; returns its index's map."""
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        mine = names[part::parts]
+        save_file({name: tensors[name] for name in mine}, folder / file)
+        weight_map |= dict.fromkeys(mine, file)
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def refuse(folder: Path, *parts: str) -> None:
+    """A checkpoint that cannot be opened, with these parts of the message in this order."""
+    with pytest.raises(CheckpointError, match=".*".join(map(re.escape, parts))):
+        open_checkpoint(folder)

@@ -4,7 +4,6 @@
 import itertools
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,20 +11,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import xpu_fp4
+from bench_cases import CASE, CPU, LAYER
 from click.testing import CliRunner, Result
 from torch import Tensor
-from xpu_fp4 import Activation, reference
-from xpu_fp4.bench import cases, experts, ggml, measure, report, runner, targets
-from xpu_fp4.bench.cases import Case, Experts
-from xpu_fp4.bench.contenders import OURS, TORCH, Contender, Emulation, Kind, Unavailable
+from xpu_fp4 import reference
+from xpu_fp4.bench import cases, ggml, measure, report, runner
+from xpu_fp4.bench.cases import Case
+from xpu_fp4.bench.contenders import OURS, TORCH, Contender, Emulation, Unavailable
 from xpu_fp4.bench.limits import limits
 from xpu_fp4.bench.measure import Job, Stopwatch, Timing, speedup
 from xpu_fp4.bench.operands import Problem, Weights
 from xpu_fp4.cli import main
 
 ops = torch.ops.xpu_fp4
-CASE = Case("square", 96, 128, "gaussian", 1, 3)
-CPU = torch.device("cpu")
 
 
 class FakeMachine:
@@ -227,14 +225,6 @@ def test_contenders_with_a_hadamard_transform_x_first() -> None:
         assert all(torch.equal(a.view(torch.uint8), e.view(torch.uint8)) for a, e in zip(actual, expected, strict=True))
 
 
-def test_the_hadamards_cost_is_a_ratio_of_times() -> None:
-    record = synthetic(lambda name, case: 2.0 if name == "quantize-hadamard" else 1.0)
-    line = verdict(record, "quantize-hadamard bf16 1024x4096", "time over that of quantize")
-    assert (line.measured, line.reached) == (2.0, True)
-    record = synthetic(lambda name, case: 2.5 if name == "quantize-hadamard" else 1.0)
-    assert verdict(record, line.work, line.measure).reached is False
-
-
 def test_calls_take_copies_in_turn_that_fill_the_working_set() -> None:
     weights = problem(working_set=100_000).weights
     take = weights.tensors_in_turn("checkpoint", weights.codes, weights.scale)
@@ -310,112 +300,6 @@ def test_ggml_multiplies_our_weights(repacked: bool) -> None:
     library.rest()
 
 
-# ---- experts ----
-
-LAYER = Case("gpt-oss-20b", 96, 160, "gaussian", 1, 5, (), Experts(6, 2, "swiglu_oai", "skewed"))
-
-
-def layer_of(case: Case) -> experts.Layer:
-    return experts.Layer(case, experts.LayerWeights(case, CPU, 1))
-
-
-@pytest.mark.parametrize("activation", ["silu_mul", "swiglu_oai"])
-def test_contenders_of_a_layer_compute_the_same(activation: Activation) -> None:
-    assert LAYER.experts is not None
-    layer = layer_of(replace(LAYER, experts=replace(LAYER.experts, activation=activation)))
-    results: dict[str, Tensor] = {}
-    for contender in experts.EXPERTS:
-        if contender.name == "w4a8-dense" or contender.name.startswith("ggml"):
-            continue  # these are not the whole layer
-        made = contender.setup(layer)
-        y = (made.run if isinstance(made, Job) else made)()
-        assert isinstance(y, Tensor)
-        results[contender.name] = y
-    bound = {"w4a4": 0.5, "emul": 0.5, "w4a8": 0.05}  # what quantized activations do to few and random sums
-    assert len(results) == 9
-    for name, y in results.items():
-        error = (y - results["torch-bf16-loop"]).float().norm() / results["torch-bf16-loop"].float().norm()
-        assert error < bound.get(name[:4], 0.02), name
-
-
-@pytest.mark.parametrize("repacked", [False, True])
-def test_ggml_multiplies_the_chosen_experts(repacked: bool) -> None:
-    try:
-        library = ggml.instance()
-    except ImportError as error:
-        pytest.skip(str(error))
-    layer = layer_of(LAYER)
-    weights = layer.weights
-    blocks = ggml.to_blocks(weights.codes.flatten(0, 1), weights.scale.flatten(0, 1)).view(6, 192, 5, 17)
-    made = ggml.Weight(library, blocks, library.repacking if repacked else [library.plain])
-    library.use_threads(1)
-    ids = [ids for _, ids, _ in layer.inputs[:2]]
-    x = torch.randn(5, 1, 160)
-    products = ggml.Products(library, x, [made] * 2, 192, ids)
-    for i, of_batch in enumerate(ids):
-        products.run(i)
-        w = reference.values(weights.codes.flatten(0, 1), weights.scale.flatten(0, 1)).view(6, 192, 160)[of_batch.long()]
-        expected = torch.einsum("tk,tjnk->tjn", x[:, 0].double(), w)
-        assert products.result(i).shape == (5, 2, 192)
-        assert (products.result(i).double() - expected).norm() < 0.02 * expected.norm()
-    library.rest()
-
-
-def test_routers_choose_as_they_say() -> None:
-    def counts(router: cases.Router) -> Tensor:
-        ids = experts.routes(1000, 16, 4, router, torch.Generator().manual_seed(0))
-        assert (ids.dtype, ids.shape) == (torch.int32, (1000, 4))
-        return torch.bincount(ids.flatten(), minlength=16)
-
-    assert counts("even").min() > 200
-    skewed = counts("skewed")
-    assert skewed[0] > 750
-    assert skewed[-1] < 200
-    assert 1900 < counts("half")[0] < 2100
-
-
-def test_suites_of_experts_have_the_shapes_of_models() -> None:
-    planned = cases.suite("gpt-oss-20b", 2)
-    assert {(case.n, case.k) for case in planned} == {(2880, 2880)}
-    assert {case.m for case in planned} == {1, 4, 16, 128, 1024}
-    assert [case.only for case in planned if case.experts is not None and case.experts.router == "half"] == [cases.OUR_EXPERTS]
-    assert {case.m for case in cases.suite("qwen3-30b-a3b", 1, ms=(3,))} == {3}
-    assert str(LAYER) == "5 tokens, 2 of 6 experts 96 x 160, skewed router, 1 thread"
-    assert LAYER.ops == 2 * 5 * 2 * 3 * 96 * 160
-    with pytest.raises(ValueError, match="the suite gpt-oss-20b has gaussian data alone"):
-        cases.suite("gpt-oss-20b", 1, "random-scales")
-
-
-def test_bytes_of_a_layer_are_those_of_the_chosen_experts() -> None:
-    layer = layer_of(LAYER)
-    layer.inputs = [(torch.empty(0), torch.tensor([[0, 1], [1, 2]]), torch.empty(0))] * 2
-    by_name = {contender.name: contender for contender in experts.EXPERTS}
-    assert by_name["w4a8-experts"].bytes(layer) == 3 * 3 * 96 * 160 * 17 // 32
-    assert by_name["torch-bf16-loop"].bytes(layer) == 3 * 3 * 96 * 160 * 2
-
-
-def test_layers_of_experts_are_held_to_their_targets() -> None:
-    record = runner.Record({}, {}, {})
-    for case in cases.suite("gpt-oss-20b", 1):
-        for name in case.only or (*cases.OUR_EXPERTS, "w4a8-loop", "torch-bf16-loop", "w4a8-dense", "limit-read"):
-            time = {"limit-read": 1.0, "torch-bf16-loop": 9.0}.get(name, 2.0)
-            record.results.append(
-                runner.Result(
-                    replace(case, only=()), name, "ours", Timing((time,) * 3, 1), case.ops, 16 if name == "limit-read" else 8
-                )
-            )
-    found = {(line.work, line.measure): line for line in targets.verdicts(runner.Record.from_json(record.to_json()))}
-    token = "gpt-oss-20b: w4a8-experts, 1 token"
-    assert found[token, "of read bandwidth"].measured == pytest.approx(0.25)
-    assert found[token, "times torch-bf16-loop"].reached is True
-    assert found[token, "times w4a8-loop"].reached is False
-    big = "gpt-oss-20b: w4a8-experts, 1024 tokens"
-    assert found[big, "times w4a8-dense"].reached is True
-    assert found[f"{big}, half of the rows one expert's", "time over the even case"].measured == pytest.approx(1)
-    assert found[f"AMX: {big}", "times torch-bf16-loop"].note == "no limit-tdpbusd with 1024 tokens"
-    assert report.has_targets(record)
-
-
 # ---- records ----
 
 
@@ -467,133 +351,6 @@ def test_missing_peers_are_reported_with_the_reason(monkeypatch: pytest.MonkeyPa
     assert f"{ggml.DIR_VARIABLE} is {str(tmp_path)!r}" in record.absent["ggml-mxfp4"]
     assert [result.contender for result in record.results] == ["torch-bf16"]
     assert "ggml-mxfp4: XPU_FP4_BENCH_GGML_DIR is" in report.markdown(replace(record, settings={"command": "-"}))
-
-
-# ---- suites and targets ----
-
-
-def test_suites_have_the_shapes_that_models_run() -> None:
-    square = cases.suite("square", 2)
-    assert [case.m for case in square] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-    assert {(case.n, case.k) for case in square} == {(4096, 4096)}
-    assert [case.m for case in cases.suite("square", 2, ms=(7,))] == [7]
-    assert {case.k for case in cases.suite("smollm2", 1)} == {576, 1536}
-    assert all(case.k % 32 == 0 and case.threads == 3 for name in cases.LAYERS for case in cases.suite(name, 3))
-    assert {case.data for case in cases.suite("llama-8b", 1, "random-scales")} == {"random-scales"}
-    assert {1, 2, 6} <= {case.threads for case in cases.suite("threads", 6)}
-    with pytest.raises(ValueError, match="targets chooses M and data itself"):
-        cases.suite("targets", 1, ms=(1,))
-    with pytest.raises(ValueError, match="suite is 'cube', expected one of targets"):
-        cases.suite("cube", 1)
-
-
-Seconds = Callable[[str, Case], float | None]
-
-
-def synthetic(seconds: Seconds, threads: int = 2) -> runner.Record:
-    """A record of the suite `targets` with the given times."""
-    record = runner.Record({}, {}, {})
-    ops_of = {"limit-vpdpbusd": 10**9, "limit-tdpbusd": 10**10}
-    for case in cases.suite("targets", threads):
-        names = case.only or (*cases.QUANTIZED, "w4a16-linear", "torch-bf16", "torch-int8", "ggml-mxfp4", *cases.LIMITS)
-        for name in names:
-            time = seconds(name, case)
-            if time is not None:
-                kind: Kind = "limit" if name.startswith("limit") else "ours"
-                size = 10**7 if name == "limit-read" else case.n * case.k * 17 // 32
-                timing, done = Timing((time,) * 3, 1), ops_of.get(name, case.ops)
-                record.results.append(runner.Result(replace(case, only=()), name, kind, timing, done, size))
-    return record
-
-
-def verdict(record: runner.Record, work: str, figure: str) -> targets.Verdict:
-    (found,) = (line for line in targets.verdicts(record) if line.work == work and line.measure == figure)
-    return found
-
-
-def test_targets_compare_rates_with_the_limit_and_times_with_peers() -> None:
-    def seconds(name: str, case: Case) -> float:
-        if name == "limit-vpdpbusd":
-            return 1e-3  # 1 TOPS
-        if name == "torch-bf16":
-            return case.ops / 0.4e12
-        return case.ops / 0.8e12
-
-    record = synthetic(seconds)
-    work = "w4a4-gemm-prepacked 1024x4096x4096"
-    of_limit, over_bf16 = verdict(record, work, "of vpdpbusd"), verdict(record, work, "times torch bf16")
-    assert of_limit.measured == pytest.approx(0.8)
-    assert of_limit.reached is False
-    assert over_bf16.measured == pytest.approx(2.0)
-    assert over_bf16.reached is True
-    assert verdict(record, f"{work}, all scale bytes", "of vpdpbusd").reached is True
-    raw = verdict(record, "w4a4-gemm 1024x4096x4096", "time over that of repacked weights")
-    assert raw.measured == pytest.approx(1.0)
-    assert raw.reached is True
-
-
-def test_small_products_are_held_to_read_bandwidth() -> None:
-    # 10 MB in 1 ms, and the 8.9 MB of a weight in as much: 89% of the bandwidth.
-    record = synthetic(lambda name, case: 1e-3)
-    line = verdict(record, "w4a4-linear-prepacked 1x4096x4096", "of read bandwidth")
-    assert line.measured == pytest.approx(4096 * 4096 * 17 / 32 / 1e7)
-    assert line.reached is True
-
-
-@pytest.mark.parametrize(("slow", "worst"), [(None, 63 / 64), (17, 2.0)])
-def test_a_cliff_is_a_number_of_rows_slower_than_a_larger_one(slow: int | None, worst: float) -> None:
-    record = synthetic(lambda name, case: 48.0 if case.m == slow else case.m)  # the next is 24
-    line = verdict(record, "w4a4-gemm-prepacked M = 2..64, 4096x4096", "time over that of a larger M, worst")
-    assert line.measured == pytest.approx(worst)
-    assert line.reached is (slow is None)
-
-
-def test_targets_that_cannot_be_measured_say_why() -> None:
-    record = synthetic(lambda name, case: None if name in ("limit-tdpbusd", "ggml-mxfp4") or "prepacked" in name else 1.0)
-    record.absent["ggml-mxfp4"] = "it is not here"
-    line = verdict(record, "w4a4-gemm 512x4096x14336", "times ggml-mxfp4")
-    assert (line.measured, line.reached, line.note) == (None, None, "it is not here")
-    amx = verdict(record, "AMX, 16 threads: w4a4-gemm 1024x4096x4096", "of tdpbusd")
-    assert amx.note == "is for 16 threads, not 2"
-    quick = synthetic(lambda name, case: 0.1 if name == "limit-tdpbusd" else 1.0, 16)
-    assert verdict(quick, amx.work.replace("gemm", "gemm-prepacked"), amx.measure).reached is True
-
-
-def test_what_no_machine_can_do_counts_as_disturbed() -> None:
-    """A share above the limit and more than twice the speed on two threads are noise, not reached targets."""
-
-    def seconds(name: str, case: Case) -> float | None:
-        return None if name == "limit-tdpbusd" else (1.0 if case.threads == 1 else 0.3) / case.m
-
-    record = synthetic(seconds)
-    for figure, possible in (("2 threads over 1", 2), ("of vpdpbusd", 1)):
-        line = verdict(record, "w4a4-gemm-prepacked 1024x4096x4096", figure)
-        assert line.measured is not None
-        assert line.measured > possible
-        assert (line.possible, line.disturbed, line.reached) == (possible, True, None)
-    assert "disturbed" in list(report.targets_table(record).columns[-1].cells)
-
-
-def test_w4a8_is_held_to_w4a4() -> None:
-    record = synthetic(lambda name, case: 1.0 if name.startswith("w4a8") else 0.92)
-    work, measure = "w4a8-linear-prepacked 16x4096x14336", "times w4a4-linear-prepacked"
-    assert verdict(record, work, measure).reached is False
-    record.results = [result for result in record.results if result.contender != "limit-vpdpbusd"]
-    assert verdict(record, work, measure).target == 0.9  # AVX2 widens a block twice
-    assert verdict(record, work, measure).reached is True
-
-
-def test_a_busy_machine_is_reported() -> None:
-    record = synthetic(lambda name, case: 1.0)
-    assert report.disturbance(record) is None
-    limit = next(result for result in record.results if result.contender == "limit-vpdpbusd")
-    record.results.append(replace(limit, timing=Timing((1.0, 2.0, 3.0), 1)))
-    assert "varied by 25%" in (report.disturbance(record) or "")
-
-
-def test_two_threads_are_compared_with_one() -> None:
-    record = synthetic(lambda name, case: 1.0 / case.threads)
-    assert verdict(record, "w4a4-gemm-prepacked 1024x4096x4096", "2 threads over 1").measured == pytest.approx(2)
 
 
 # ---- the command ----

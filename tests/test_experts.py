@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer of experts: the bits of its definition, equal to the single products, whatever tokens come together."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import xpu_fp4
 from helpers import DTYPES, assert_same_bits, normal, random_codes, random_scales, seeded
 from torch import Tensor
-from xpu_fp4 import Activation, Mode, reference
+from xpu_fp4 import Activation, Mode, functional_experts, reference
 from xpu_fp4.weight import Gate, PackedExperts
 
 BIT_DEFINED: tuple[Mode, ...] = ("w4a4", "w4a8")
@@ -285,3 +286,11 @@ def test_bad_options_are_named(case: str) -> None:
     options, message = BAD_OPTIONS[case]
     with pytest.raises(RuntimeError, match=message):
         layer(hidden=128).run(**options)
+
+
+def test_prepacked_experts_have_the_keywords_and_defaults_of_experts() -> None:
+    parameters = inspect.signature(xpu_fp4.experts).parameters.values()
+    keywords = {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
+    schema = torch.ops.xpu_fp4.mxfp4_experts_prepacked.default._schema
+    assert {one.name: one.default_value for one in schema.arguments if one.name in keywords} == keywords
+    assert set(functional_experts.ExpertsOptions.__annotations__) == set(keywords)

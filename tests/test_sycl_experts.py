@@ -9,8 +9,8 @@ import pytest
 import torch
 import xpu_fp4
 from helpers import assert_same_bits, seeded
+from products import w4a16_error
 from test_experts import CASES, Layer, layer
-from test_gemm import w4a16_error
 from xpu_fp4 import Mode, reference
 
 pytestmark = pytest.mark.usefixtures("requires_sycl")

@@ -29,7 +29,7 @@ from helpers import (
     seeded,
     spread_scales,
 )
-from test_gemm import CENTRES, Operands, w4a16_error
+from products import CENTRES, Operands, w4a16_error
 from torch import Tensor
 from xpu_fp4 import Group, Hadamard, Mode, ScaleMode, reference
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The W4A8 linears are the quantizer and the product, in every form of a weight. What all linears promise: test_gemm.py."""
+"""The W4A8 linears are the quantizer and the product, in every form of a weight. What all linears promise: test_linears.py."""
 
 import math
 

@@ -16,9 +16,9 @@ from helpers import (
     seeded,
     spread_scales,
 )
+from products import CENTRES, Operands
 from torch import Tensor
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # A's codes and scales, W's codes and scales
 LARGEST_W, MOST_NEGATIVE_W = 0x77, 0xFF  # bytes of two codes: 6 and -6
 
 
@@ -54,18 +54,6 @@ def test_every_scale_of_a_group_beside_every_scale_of_w(backend: str, dtype: tor
     a_scale = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 5).contiguous()
     for scale in (w_scale, torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 5).contiguous()):
         assert_same_bits(gemm(a, a_scale, w, scale, dtype), expected_gemm(a, a_scale, w, scale, dtype))
-
-
-# Sums of the two bytes around 254 are ordinary; the ends of the range defeat a kernel's shortcuts.
-CENTRES = {
-    "ordinary": (120, 125),
-    "subnormal": (40, 64),
-    "least": (0, 90),
-    "least weights": (100, 0),
-    "overflow": (180, 185),
-    "largest": (240, 8),
-    "largest weights": (8, 240),
-}
 
 
 @pytest.mark.parametrize("centre", CENTRES)

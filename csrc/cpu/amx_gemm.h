@@ -14,6 +14,7 @@ namespace xpu_fp4::cpu {
 namespace {
 
 struct Amx {
+  static constexpr char kSource[] = "amx_gemm.h";
   static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2, kPanelQuads = 8, kDirectRows = 0, kBlockRows = 256;
   using GroupQuad = ActivationQuad<kGroupRows, 64>;
   using StripQuad = WeightQuad;

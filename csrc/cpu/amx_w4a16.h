@@ -24,6 +24,7 @@ namespace xpu_fp4::cpu {
 namespace {
 
 struct AmxBf16 {
+  static constexpr char kSource[] = "amx_w4a16.h";
   static constexpr int kTile = 16, kGroupRows = 2 * kTile, kPanelStrips = 2, kPanelQuads = 4, kDirectRows = 4, kBlockRows = 256;
   using Session = TileSession;
 

@@ -21,6 +21,7 @@ constexpr std::array<int8_t, 16> integers_of_codes(int bias) {
 }
 
 struct Avx2 {
+  static constexpr char kSource[] = "avx2_gemm.h";
   static constexpr int kGroupRows = 4, kPanelStrips = 1, kPanelQuads = 8, kDirectRows = 4, kBlockRows = 512, kWeightBias = 12;
   static constexpr int kHalves = 2, kHalf = strips::kColumns / kHalves;
   using GroupQuad = ActivationQuad<kGroupRows>;

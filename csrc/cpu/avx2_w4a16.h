@@ -12,6 +12,7 @@ namespace xpu_fp4::cpu {
 namespace {
 
 struct Avx2Float {
+  static constexpr char kSource[] = "avx2_w4a16.h";
   static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 1, kDirectRows = 4, kBlockRows = 512, kRunLength = 16;
   static constexpr int kHalves = 2, kHalf = strips::kColumns / kHalves;
   using GroupQuad = FloatQuad<kGroupRows>;

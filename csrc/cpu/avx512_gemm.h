@@ -144,6 +144,7 @@ void add_strip_quad(const ActivationQuad<8>& a, const Strip& packed, const Strip
 
 template <bool kVbmi>
 struct Vnni {
+  static constexpr char kSource[] = "avx512_gemm.h";
   static constexpr int kGroupRows = 8, kPanelStrips = 3, kPanelQuads = 4, kDirectRows = 4, kBlockRows = 512;
   using GroupQuad = ActivationQuad<kGroupRows>;
   using StripQuad = WeightQuad;

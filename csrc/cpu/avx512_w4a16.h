@@ -19,6 +19,7 @@ alignas(64) constexpr auto kFloatValues = [] {
 }();
 
 struct Avx512Float {
+  static constexpr char kSource[] = "avx512_w4a16.h";
   static constexpr int kGroupRows = 8, kPanelStrips = 3, kPanelQuads = 1, kDirectRows = 4, kBlockRows = 512, kRunLength = 16;
   using GroupQuad = FloatQuad<kGroupRows>;
   struct Session {};

@@ -30,6 +30,26 @@ constexpr int64_t kChunkRows = 1024;
 // Records and rows of a weight that are worth a thread where its form changes.
 constexpr int64_t kRecordsPerTask = 16, kRowsPerTask = 64;
 
+// The table whose own kernels these are: one may hand a product to a table below it.
+const KernelTable& owner_of(const KernelTable& table, const Activations& a) {
+  const KernelTable* owner = &table;
+  for (const KernelTable* other : all_kernels()) {
+    if (&other->product(a) == &table.product(a)) owner = other;  // the last one's: the others got them from it
+  }
+  return *owner;
+}
+
+// Why this table, of all that are better.
+std::string reason_of(const KernelTable& chosen) {
+  std::string reasons;
+  for (const KernelTable* table : all_kernels()) {
+    if (table == &chosen) break;
+    reasons += std::string(reasons.empty() ? "" : "; ") + table->isa + ": " +
+               (table->supported() ? "not what was asked for" : "this processor or system has no such instructions");
+  }
+  return reasons;
+}
+
 class NativeBackend final : public Backend {
  public:
   NativeBackend(const KernelTable& kernels, ParallelFor parallel_for)
@@ -95,6 +115,32 @@ class NativeBackend final : public Backend {
 };
 
 }  // namespace
+
+Explanation explain(const KernelTable& kernels, const Product& product) {
+  const Activations& a = product.activations;
+  const ProductKernels& chosen = kernels.product(a);
+  const KernelTable& owner = owner_of(kernels, a);
+  const int64_t rows = std::min(kChunkRows, a.m);
+  Grouped chunk;
+  chunk.add(chosen, product, 0, rows);
+  const Rectangles rectangles(rows, ceil_div(product.weight.n, chosen.panel_columns), chosen);
+  const bool directly = rectangles.rows_each() <= chosen.direct_rows;
+  const std::string walk =
+      directly ? "decoded in registers" : "unpacked to panels of " + std::to_string(chosen.panel_columns) + " columns";
+  std::string passed_over = reason_of(kernels);
+  if (&owner != &kernels) {
+    passed_over += std::string(passed_over.empty() ? "" : "; ") + kernels.isa +
+                   ": it has no kernel of its own for these rows " + "and types";
+  }
+  const auto weight = make_backend(kernels, {})->prepared_shape(WeightForm::strips, product.weight.n, product.weight.k);
+  return {chosen.source,
+          std::string(owner.isa) + ", W read once for " + std::to_string(rectangles.rows_each()) +
+              (rectangles.rows_each() == 1 ? " row" : " rows") + ", " + walk,
+          passed_over,
+          {},
+          weight.rows * weight.row_bytes,
+          static_cast<int64_t>(chunk.bytes())};
+}
 
 const std::vector<const KernelTable*>& all_kernels() {
 #if defined(XPU_FP4_AVX2_AT_MOST)

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "../backend.h"
+#include "../explanation.h"
 #include "kernels.h"
 
 namespace xpu_fp4::cpu {
@@ -14,5 +15,8 @@ using ParallelFor = std::function<void(int64_t n, int64_t grain, const std::func
 
 /// The native kernels of one table; parallel_for is how the host program wants its threads used.
 std::unique_ptr<Backend> make_backend(const KernelTable& kernels, ParallelFor parallel_for);
+
+/// How that backend would compute a product of rows and columns with a weight in strips. No pointer is followed.
+Explanation explain(const KernelTable& kernels, const Product& product);
 
 }  // namespace xpu_fp4::cpu

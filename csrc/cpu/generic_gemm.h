@@ -23,6 +23,7 @@ constexpr int integer_at(Format format, const uint8_t* codes, int i) {
 }
 
 struct Portable {
+  static constexpr char kSource[] = "generic_gemm.h";
   static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 2, kDirectRows = 0, kBlockRows = 512;
   using GroupQuad = ActivationQuad<kGroupRows>;
   struct Session {};

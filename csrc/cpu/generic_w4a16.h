@@ -24,6 +24,7 @@ void expand_floats(const Activations& source, int64_t block, int blocks, FloatQu
 }
 
 struct PortableFloat {
+  static constexpr char kSource[] = "generic_w4a16.h";
   static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 1, kDirectRows = 0, kBlockRows = 512;
   using GroupQuad = FloatQuad<kGroupRows>;
   struct Session {};

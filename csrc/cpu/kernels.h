@@ -50,9 +50,12 @@ class Scratch {
 
 /// A product in two steps: groups of rows of A are expanded, then multiplied with panels of columns.
 struct ProductKernels {
+  const char* source;  // the file in csrc/cpu that has the arithmetic
   int group_rows;
   /// This many rows, at most, share a pass over W.
   int block_rows;
+  /// Up to so many rows W is decoded in registers, not to memory first.
+  int direct_rows;
   int panel_columns;
   /// Bytes of one group's quad (K = 128).
   size_t group_quad_bytes;

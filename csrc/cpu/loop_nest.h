@@ -7,6 +7,7 @@
 // stands in memory as four bits only. Few rows take the direct way: W is decoded in registers.
 //
 // An Isa has
+//   kSource                                 the name of its file
 //   kGroupRows, kPanelStrips, kPanelQuads   the sizes of a group, and of the part of a panel that is unpacked at a time
 //   kBlockRows                              rows that share a pass over W: the accumulators of kPanels panels (panels.h) and
 //                                           the activations of kPanelQuads quads stay in the second-level cache
@@ -155,8 +156,15 @@ void multiply(const Product& product, const void* activations, int64_t first_row
 
 template <class Isa, typename Multiplier<Isa>::Finish finish>
 constexpr ProductKernels product_kernels = {
-    Isa::kGroupRows,   Isa::kBlockRows,      Isa::kPanelStrips * strips::kColumns, sizeof(typename Isa::GroupQuad),
-    expand_group<Isa>, multiply<Isa, finish>};
+    Isa::kSource,
+    Isa::kGroupRows,
+    Isa::kBlockRows,
+    Isa::kDirectRows,
+    Isa::kPanelStrips * strips::kColumns,
+    sizeof(typename Isa::GroupQuad),
+    expand_group<Isa>,
+    multiply<Isa, finish>,
+};
 
 // A whole record: as it lies, or made in the buffer.
 inline const uint8_t* record_of(const Weight& w, int64_t strip, int64_t quad, uint8_t* buffer) {

@@ -2,6 +2,7 @@
 // Which kernels compute a product, and why.
 #include "backend.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <mutex>
@@ -39,9 +40,20 @@ std::string reason_of(const GemmPlan& plan) {
          " for gemm_large with medium tiles, " + rounded(large) + " with large ones";
 }
 
+// Those of the kernel that was chosen.
+std::optional<double> clocks_of(const GemmPlan& plan) {
+  if (!plan.clocks) return std::nullopt;
+  return plan.kernel == Kernel::small ? plan.clocks->small : std::min(plan.clocks->medium, plan.clocks->large);
+}
+
+std::string reason_of(const launch::ExpertsPlan& plan, const Experts& args) {
+  if (!plan.gpu) return "kernels for a matrix unit: none for this device and these types";
+  return args.to.format == Format::none ? "others: by the number of rows" : reason_of(plan.product);
+}
+
 class SyclBackend final : public Backend {
  public:
-  explicit SyclBackend(std::unique_ptr<Queue> queue) : queue_(std::move(queue)) {}
+  SyclBackend(std::unique_ptr<Queue> queue, Explanation* explained) : queue_(std::move(queue)), explained_(explained) {}
 
   void quantize(const Quantize& args) const override { launch::quantize(*queue_, args); }
   void group_quantize(const GroupQuantize& args) const override { launch::group_quantize(*queue_, args); }
@@ -68,7 +80,13 @@ class SyclBackend final : public Backend {
   }
 
   void experts(const Experts& args) const override {
-    const std::string steps = run_experts(args);
+    const launch::ExpertsPlan plan = plan_experts(args);
+    const std::string steps = run_experts(plan, args);
+    if (explained_ != nullptr) {
+      explained_->kernel = "experts";
+      explained_->variant = steps;
+      explained_->passed_over = reason_of(plan, args);
+    }
     if (!verbose()) return;
     print_verbose("sycl " + name_of(args.to.format) + " experts, " + std::to_string(args.tokens) + " tokens of " +
                   std::to_string(args.top_k) + " of " + std::to_string(args.experts) + ", " + std::to_string(args.w13.k) + "x" +
@@ -101,7 +119,7 @@ class SyclBackend final : public Backend {
         return true;
       }
       const auto [name, label] = run(choice, product);
-      if (verbose()) print(choice, product, name, label);
+      tell(choice, product, name, label);
       return true;
     } catch (const CannotBuild& error) {
       if (choice.architecture == nullptr || variant_override().architecture != nullptr) throw;
@@ -113,8 +131,7 @@ class SyclBackend final : public Backend {
   }
 
   // The kernels that ran: where the device's compiler does not take those of its architecture, the portable ones.
-  std::string run_experts(const Experts& args) const {
-    const launch::ExpertsPlan plan = plan_experts(args);
+  std::string run_experts(const launch::ExpertsPlan& plan, const Experts& args) const {
     try {
       return launch::experts(*queue_, plan, args);
     } catch (const CannotBuild& error) {
@@ -195,7 +212,7 @@ class SyclBackend final : public Backend {
     const ProductShape shape = {product.activations.m, product.weight.n, product.weight.k,
                                 product.weight.expanded() != nullptr};
     Choice choice = {&architecture, plan_gemm(architecture, queue_->compute_units(), shape, forced.kernel), {}};
-    if (verbose()) choice.passed_over = (no_bdpas != nullptr ? std::string(no_bdpas) + "; " : "") + reason_of(choice.plan);
+    if (is_told()) choice.passed_over = (no_bdpas != nullptr ? std::string(no_bdpas) + "; " : "") + reason_of(choice.plan);
     return choice;
   }
 
@@ -241,19 +258,31 @@ class SyclBackend final : public Backend {
     multiply({Activations::floats(floats.get(), a.dtype, {Format::none}, a.m, a.k), product.weight, product.output});
   }
 
-  void print(const Choice& choice, const Product& product, const char* kernel, const std::string& label) const {
+  bool is_told() const { return explained_ != nullptr || verbose(); }
+
+  void tell(const Choice& choice, const Product& product, const char* kernel, const std::string& label) const {
     const auto& [a, w, out] = product;
     const std::string variant = choice.architecture != nullptr ? std::string(choice.architecture->name) + " " : "";
+    if (explained_ != nullptr) {
+      explained_->kernel = kernel;
+      explained_->variant = variant + label;
+      explained_->passed_over = choice.passed_over;
+      explained_->clocks = clocks_of(choice.plan);
+    }
+    if (!verbose()) return;
     print_verbose("sycl " + name_of(a.to.format) + " " + std::to_string(a.m) + "x" + std::to_string(w.n) + "x" +
                   std::to_string(w.k) + (w.expanded() != nullptr ? " expanded" : "") + " on " + queue_->device_name() + ": " +
                   kernel + " (" + variant + label + "); passed over " + choice.passed_over);
   }
 
   std::unique_ptr<Queue> queue_;
+  Explanation* explained_;
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> make_backend(std::unique_ptr<Queue> queue) { return std::make_unique<SyclBackend>(std::move(queue)); }
+std::unique_ptr<Backend> make_backend(std::unique_ptr<Queue> queue, Explanation* explained) {
+  return std::make_unique<SyclBackend>(std::move(queue), explained);
+}
 
 }  // namespace xpu_fp4::syclrt

@@ -24,6 +24,14 @@ class SyclPlugin final : public Plugin {
   std::unique_ptr<Backend> on_queue(void* queue, Allocate allocate) const override {
     return make_backend(queue_of(queue, std::move(allocate)));
   }
+
+  PlannedDevice planned_device(const std::string& architecture, int64_t engines) const override {
+    return syclrt::planned_device(architecture, engines);
+  }
+
+  Explanation explain(const PlannedDevice& device, const std::function<void(const Backend&)>& call) const override {
+    return syclrt::explain(device, call);
+  }
 };
 
 }  // namespace

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../backend.h"
+#include "explain.h"
 
 namespace xpu_fp4::syclrt {
 
@@ -33,6 +33,9 @@ class Plugin {
   /// The kernels on an in-order `sycl::queue*`; calls return at once, the queue orders them, and the caller keeps their
   /// operands until then. Throws if the queue is out-of-order.
   virtual std::unique_ptr<Backend> on_queue(void* queue, Allocate allocate) const = 0;
+  /// Those of explain.h, which need no device.
+  virtual PlannedDevice planned_device(const std::string& architecture, int64_t engines) const = 0;
+  virtual Explanation explain(const PlannedDevice& device, const std::function<void(const Backend&)>& call) const = 0;
 };
 
 /// The one symbol that the library exports: `const Plugin* xpu_fp4_sycl_plugin()`.

@@ -20,17 +20,15 @@ from .functional import (
     ScaleMode,
     dequantize,
     expand,
-    experts,
-    experts_prepacked,
     linear,
     linear_prepacked,
     mxint8_dequantize,
     mxint8_quantize,
     prepack,
-    prepack_experts,
     quantize,
     unprepack,
 )
+from .functional_experts import experts, experts_prepacked, prepack_experts
 from .modules import MXFP4Linear
 from .moe import MXFP4Experts
 from .warmup import warmup

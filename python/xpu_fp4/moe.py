@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._library import BLOCK
 from .functional import Group, Hadamard, Mode, ScaleMode, check_mode, dequantize, options_of, quantize
-from .modules import PackedModule, frozen
+from .packed_module import PackedModule, frozen
 from .reference import transform
 from .weight import Gate, PackedExperts
 

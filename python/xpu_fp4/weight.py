@@ -15,14 +15,11 @@ from .functional import (
     Mode,
     ScaleMode,
     expand,
-    experts,
-    experts_prepacked,
     multiply,
     prepack,
-    prepack_experts,
     unprepack,
-    unprepack_experts,
 )
+from .functional_experts import experts, experts_prepacked, prepack_experts, unprepack_experts
 
 
 @dataclass(frozen=True, eq=False)

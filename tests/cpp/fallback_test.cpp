@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the SYCL backend does where a device's compiler does not take a kernel: it launches the next one. On a queue that
-// launches nothing and is told what it cannot build.
+// launches nothing and is told what it cannot build. And that an explanation of a call names the kernels that the call
+// launches.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "sycl/backend.h"
+#include "sycl/explain.h"
 #include "sycl/queue.h"
 
 using namespace xpu_fp4;
@@ -63,6 +65,38 @@ TEST(Fallback, TheFirstChoiceRunsWhereItBuilds) {
 
 TEST(Fallback, ManyRowsTakeTheKernelForFewWhereTheirOwnDoesNotBuild) {
   for (const Format to : {Format::mxfp4, Format::mxint8}) EXPECT_EQ(kernel_of({"gemm_large"}, 1024, to), "gemm_small");
+}
+
+TEST(Explanation, NamesWhatTheBackendLaunches) {
+  constexpr int64_t n = 4096, k = 4096;
+  for (const Format to : {Format::mxfp4, Format::mxint8, Format::none}) {
+    for (const int64_t m : {1, 33, 1024}) {
+      std::vector<std::string> launched, explained;
+      const auto call = [&](const Backend& backend) {
+        uint8_t* at = nullptr;
+        backend.multiply({Activations::floats(at, DType::bf16, {to}, m, k),
+                          {WeightForm::stored, n, k, at, at, k / kBlock, 1},
+                          {at, DType::bf16, {nullptr, 0, 0}}});
+      };
+      call(*make_backend(std::make_unique<FakeQueue>(std::set<std::string>{}, launched)));
+      const Explanation found = explain(planned_device("bmg", 160), call);
+      for (const ExplainedLaunch& launch : found.launches) explained.push_back(launch.kernel);
+      EXPECT_EQ(explained, launched);
+      EXPECT_EQ(found.kernel, launched.back());
+    }
+  }
+}
+
+TEST(Explanation, CountsTheMemoryThatIsHeldAtATime) {
+  const Explanation found = explain(planned_device("bmg", 0), [](const Backend& backend) {
+    uint8_t* at = nullptr;
+    backend.multiply({Activations::floats(at, DType::bf16, {Format::mxfp4}, 1024, 4096),
+                      {WeightForm::stored, 4096, 4096, at, at, 128, 1},
+                      {at, DType::bf16, {nullptr, 0, 0}}});
+  });
+  // Expanded, an element takes a byte and an exponent for each block, 1/32; both operands are held.
+  EXPECT_EQ(found.kernel, "gemm_large");
+  EXPECT_NEAR(static_cast<double>(found.scratch_bytes), (1024 + 4096) * 4096 * 33.0 / 32, 1e5);
 }
 
 TEST(Fallback, TheLastKernelIsThePortableOne) {

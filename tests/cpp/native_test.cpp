@@ -1,14 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The native kernels of every instruction set that this processor runs.
-#include <gtest/gtest.h>
-
-#include <thread>
+// Products of every instruction set that this processor runs.
 #include <tuple>
 
-#include "cpu/backend.h"
-#include "cpu/experts.h"
 #include "cpu/panels.h"
-#include "layer.h"
+#include "native.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -17,13 +12,7 @@ using namespace xpu_fp4;
 
 namespace {
 
-class Native : public testing::TestWithParam<const cpu::KernelTable*> {
- protected:
-  void SetUp() override {
-    if (!GetParam()->supported()) GTEST_SKIP() << "this processor has no " << GetParam()->isa;
-  }
-  std::unique_ptr<Backend> backend() const { return cpu::make_backend(*GetParam(), serial_for); }
-};
+class Native : public NativeKernels {};
 
 // The kernels of an instruction set, and the format of A.
 class NativeProduct : public testing::TestWithParam<std::tuple<const cpu::KernelTable*, Format>> {
@@ -35,25 +24,6 @@ class NativeProduct : public testing::TestWithParam<std::tuple<const cpu::Kernel
   Format format() const { return std::get<1>(GetParam()); }
   std::unique_ptr<Backend> backend() const { return cpu::make_backend(kernels(), serial_for); }
 };
-
-std::vector<uint8_t> prepacked(const Operands& in) {
-  const auto backend = cpu::make_backend(cpu::kPortable, serial_for);
-  const PreparedShape shape = backend->prepared_shape(WeightForm::strips, in.n, in.k);
-  std::vector<uint8_t> out(static_cast<size_t>(shape.rows * shape.row_bytes));
-  backend->prepare(in.weight(), WeightForm::strips, out.data());
-  return out;
-}
-
-Weight as_strips(const Operands& in, const std::vector<uint8_t>& strips) {
-  return {WeightForm::strips, in.n, in.k, nullptr, nullptr, 0, 0, strips.data()};
-}
-
-// Each index on a thread of its own, the last first.
-void in_reverse_on_threads(int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) {
-  std::vector<std::thread> threads;
-  for (int64_t i = n; i-- > 0;) threads.emplace_back([&body, i] { body(i, i + 1); });
-  for (std::thread& thread : threads) thread.join();
-}
 
 // The definition, one output at a time.
 float output(const Operands& in, int64_t row, int64_t column) {
@@ -111,59 +81,6 @@ TEST_P(NativeProduct, QuantizesOnTheWay) {
   }
 }
 
-// Rows of a dtype, and what a transform makes of them.
-struct Transformed {
-  std::vector<uint8_t> x;
-  std::vector<float> floats;
-
-  Transformed(DType dtype, int64_t rows, int64_t k, const Transform& transform) : floats(random_floats(rows * k, 31, 12.0f)) {
-    x.resize(floats.size() * static_cast<size_t>(size_of(dtype)));
-    for (size_t i = 0; i < floats.size(); ++i) {
-      const auto index = static_cast<int64_t>(i);
-      store(dtype, x.data(), index, floats[i]);
-      floats[i] = dtype == DType::f32   ? load<DType::f32>(x.data(), index)
-                  : dtype == DType::f16 ? load<DType::f16>(x.data(), index)
-                                        : load<DType::bf16>(x.data(), index);
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-      definition::transform(floats.data() + row * k, k, transform.hadamard, transform.offset);
-    }
-  }
-};
-
-// Calls function(dtype, K, transform) for each size, with an offset and without, in rows of whole and broken quads.
-template <class Function>
-void for_transforms(const Function& function) {
-  const std::vector<float> offset = random_floats(2176, 32, 2.0f);
-  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-    for (const auto& [size, k] : {std::pair<int, int64_t>{0, 96}, {32, 160}, {64, 192}, {128, 384}, {128, 2176}, {32, 1056}}) {
-      function(dtype, k, Transform{size, offset.data()});
-      if (size != 0) function(dtype, k, Transform{size});
-    }
-  }
-}
-
-TEST_P(Native, QuantizeTransformsFirst) {
-  const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
-  const auto own = backend();
-  for (const Quantizer& plain : {Quantizer::mxfp4(ScaleMode::even), Quantizer::mxint8(32), Quantizer::mxint8(128)}) {
-    for_transforms([&](DType dtype, int64_t k, const Transform& transform) {
-      const Transformed in(dtype, 7, k, transform);
-      Quantizer to = plain;
-      to.transform = transform;
-      std::vector<uint8_t> q[2], scale[2];
-      for (int i = 0; i < 2; ++i) {
-        q[i].resize(static_cast<size_t>(7 * code_bytes(to.format, k)));
-        scale[i].resize(static_cast<size_t>(7 * k / 32));
-      }
-      portable->quantize({in.floats.data(), DType::f32, plain, 7, k, q[0].data(), scale[0].data()});
-      own->quantize({in.x.data(), dtype, to, 7, k, q[1].data(), scale[1].data()});
-      ASSERT_EQ(q[0], q[1]) << k << " size " << transform.hadamard;
-      ASSERT_EQ(scale[0], scale[1]) << k << " size " << transform.hadamard;
-    });
-  }
-}
-
 TEST_P(NativeProduct, TransformsOnTheWay) {
   const Quantizer plain = format() == Format::mxfp4 ? Quantizer::mxfp4(ScaleMode::even) : Quantizer::mxint8(128);
   for_transforms([&](DType dtype, int64_t k, const Transform& transform) {
@@ -203,185 +120,6 @@ TEST_P(Native, W4A16TransformsAndRoundsToTheDtype) {
       ASSERT_TRUE(same_bits(y[1], y[0])) << m << " x " << k << " size " << transform.hadamard;
     }
   });
-}
-
-TEST_P(Native, QuantizeGivesThePortableBits) {
-  const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
-  const std::vector<float> x = random_floats(67 * 736, 8, 60.0f);
-  std::vector<uint8_t> q[2], scale[2];
-  const Backend* backends[] = {portable.get(), nullptr};
-  const auto own = backend();
-  backends[1] = own.get();
-  for (int i = 0; i < 2; ++i) {
-    q[i].resize(67 * 736 / 2);
-    scale[i].resize(67 * 736 / 32);
-    backends[i]->quantize({x.data(), DType::f32, Quantizer::mxfp4(ScaleMode::even), 67, 736, q[i].data(), scale[i].data()});
-  }
-  EXPECT_EQ(q[0], q[1]);
-  EXPECT_EQ(scale[0], scale[1]);
-}
-
-// Blocks whose first element is `largest` and whose others run through every sixteen bits. float32 goes on with `rest`.
-std::vector<uint8_t> every_pattern(DType dtype, uint32_t largest, uint32_t rest) {
-  constexpr uint32_t kBlocks = 0x10000 / 31 + 1;
-  const auto size = static_cast<size_t>(size_of(dtype));
-  std::vector<uint8_t> x(kBlocks * 32 * size);
-  for (uint32_t i = 0; i < kBlocks * 32; ++i) {
-    const uint32_t front = i % 32 == 0 ? largest : (i / 32 * 31 + i % 32 - 1) & 0xFFFFu;
-    const uint32_t bits = dtype == DType::f32 ? front << 16 | rest : front;
-    std::memcpy(x.data() + i * size, &bits, size);
-  }
-  return x;
-}
-
-TEST_P(Native, QuantizeGivesThePortableBitsForEveryPattern) {
-  const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
-  const auto own = backend();
-  std::mt19937 random(13);
-  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
-    // Each of the least exponents and one in eight of the others, with a mantissa about each threshold.
-    for (uint32_t exponent = 0; exponent < 0x7F80; exponent += exponent < 0x300 ? 0x80 : 0x400) {
-      for (const uint32_t mantissa : {0x00, 0x01, 0x3F, 0x41, 0x5F, 0x60}) {
-        const std::vector<uint8_t> x = every_pattern(dtype, exponent + mantissa, std::array{0u, 1u, 0x8000u}[random() % 3]);
-        // Kernels that take several blocks at a time have some left.
-        const int64_t k = static_cast<int64_t>(x.size()) / size_of(dtype) - 32 * static_cast<int64_t>(random() % 4);
-        const auto mode = static_cast<ScaleMode>(random() % 4);
-        std::vector<uint8_t> q[2], scale[2];
-        for (int i = 0; i < 2; ++i) {
-          q[i].assign(static_cast<size_t>(k / 2 + 64), 0xA5);  // and what lies behind must stay
-          scale[i].assign(static_cast<size_t>(k / 32 + 64), 0xA5);
-          (i == 0 ? portable : own)->quantize({x.data(), dtype, Quantizer::mxfp4(mode), 1, k, q[i].data(), scale[i].data()});
-        }
-        ASSERT_EQ(scale[0], scale[1]) << static_cast<int>(dtype) << " " << exponent + mantissa << " " << static_cast<int>(mode);
-        ASSERT_EQ(q[0], q[1]) << static_cast<int>(dtype) << " " << exponent + mantissa << " " << static_cast<int>(mode);
-      }
-    }
-  }
-}
-
-TEST_P(Native, QuantizeToInt8GivesThePortableBitsForEveryPattern) {
-  const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
-  const auto own = backend();
-  std::mt19937 random(14);
-  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
-    for (uint32_t exponent = 0; exponent < 0x7F80; exponent += exponent < 0x300 || exponent >= 0x7E80 ? 0x80 : 0x400) {
-      for (const uint32_t mantissa : {0x00, 0x01, 0x3F, 0x7E, 0x7F}) {
-        const std::vector<uint8_t> x =
-            every_pattern(dtype, exponent + mantissa, std::array{0u, 1u, 0x8000u, 0xFFFFu}[random() % 4]);
-        const int group = random() % 2 == 0 ? 32 : 128;
-        const int64_t k = static_cast<int64_t>(x.size()) / size_of(dtype) - 32 * static_cast<int64_t>(random() % 4);
-        std::vector<uint8_t> q[2], scale[2];
-        for (int i = 0; i < 2; ++i) {
-          q[i].assign(static_cast<size_t>(k + 64), 0xA5);  // and what lies behind must stay
-          scale[i].assign(static_cast<size_t>(k / 32 + 64), 0xA5);
-          (i == 0 ? portable : own)->quantize({x.data(), dtype, Quantizer::mxint8(group), 1, k, q[i].data(), scale[i].data()});
-        }
-        ASSERT_EQ(scale[0], scale[1]) << static_cast<int>(dtype) << " " << exponent + mantissa << " group " << group;
-        ASSERT_EQ(q[0], q[1]) << static_cast<int>(dtype) << " " << exponent + mantissa << " group " << group;
-      }
-    }
-  }
-}
-
-void store(DType dtype, std::vector<uint8_t>& x, size_t i, double value) {
-  xpu_fp4::store(dtype, x.data(), static_cast<int64_t>(i), static_cast<float>(value));
-}
-double load(DType dtype, const std::vector<uint8_t>& x, size_t i) {
-  const auto at = static_cast<int64_t>(i);
-  return dtype == DType::f32   ? xpu_fp4::load<DType::f32>(x.data(), at)
-         : dtype == DType::f16 ? xpu_fp4::load<DType::f16>(x.data(), at)
-                               : xpu_fp4::load<DType::bf16>(x.data(), at);
-}
-
-// Rows of blocks of all kinds: their largest magnitudes lie about the threshold, at both ends of the exponents and between;
-// elements are halfway between codes, or anything. Some blocks are zero, some not finite.
-std::vector<uint8_t> blocks_of_all_kinds(DType dtype, int64_t blocks, std::mt19937& random) {
-  std::vector<uint8_t> x(static_cast<size_t>(blocks * 32 * size_of(dtype)));
-  const int least = dtype == DType::f16 ? -26 : -150, most = dtype == DType::f16 ? 16 : 128;
-  const double largest[] = {1.0, 1.5, 254.0 / 128, 254.9375 / 128, 255.0 / 128, 255.5 / 128, 2.0};
-  int exponent = 0;
-  for (int64_t block = 0; block < blocks; ++block) {
-    // Neighbours have much the same size, so that a group's scale matters to all of its blocks.
-    if (block % 4 == 0) exponent = least + static_cast<int>(random() % static_cast<unsigned>(most - least));
-    const double amax = std::ldexp(largest[random() % 7], exponent - static_cast<int>(random() % 3));
-    const bool zero = random() % 16 == 0;
-    for (size_t i = 0; i < 32; ++i) {
-      const int step = static_cast<int>(random() % 511) - 255;  // of half a code
-      const double value = zero ? (i % 2 == 0 ? 0.0 : -0.0) : i == 7 ? amax : std::ldexp(step / 128.0, std::ilogb(amax));
-      store(dtype, x, static_cast<size_t>(block) * 32 + i, random() % 2 == 0 ? value : -value);
-    }
-    if (random() % 32 == 0)
-      store(dtype, x, static_cast<size_t>(block) * 32 + random() % 32, random() % 2 == 0 ? INFINITY : NAN);
-  }
-  return x;
-}
-
-TEST_P(Native, QuantizeToInt8FollowsTheDefinitionInGroupsOfARow) {
-  std::mt19937 random(15);
-  const auto threads = cpu::make_backend(*GetParam(), in_reverse_on_threads);
-  const auto serial = backend();
-  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
-    for (const int group : {32, 128}) {
-      for (const int64_t k : {32, 64, 96, 128, 160, 224, 416, 8192}) {
-        const int64_t rows = 1 + static_cast<int64_t>(random() % 5);
-        const std::vector<uint8_t> x = blocks_of_all_kinds(dtype, rows * k / 32, random);
-        const auto elements = static_cast<size_t>(rows * k);
-        std::vector<uint8_t> q(elements), scale(elements / 32), expected_scale = scale;
-        std::vector<int8_t> expected(elements);
-        std::vector<double> values(elements);
-        for (size_t i = 0; i < elements; ++i) values[i] = load(dtype, x, i);
-        for (int64_t row = 0; row < rows; ++row) {
-          for (int64_t first = 0; first < k; first += group) {
-            const int64_t count = std::min<int64_t>(group, k - first), at = row * k + first;
-            const uint8_t byte = definition::quantize_int8(values.data() + at, count, expected.data() + at);
-            std::fill_n(expected_scale.begin() + at / 32, count / 32, byte);
-          }
-        }
-        // A task of all groups, and tasks of one.
-        for (const Backend* of : {serial.get(), threads.get()}) {
-          if (of == threads.get() && k == 8192) continue;
-          of->quantize({x.data(), dtype, Quantizer::mxint8(group), rows, k, q.data(), scale.data()});
-          ASSERT_EQ(scale, expected_scale) << static_cast<int>(dtype) << " group " << group << " k " << k;
-          ASSERT_EQ(std::memcmp(q.data(), expected.data(), elements), 0)
-              << static_cast<int>(dtype) << " group " << group << " k " << k;
-        }
-      }
-    }
-  }
-}
-
-TEST_P(Native, DequantizeOfInt8RoundsOnceForEveryScaleAndCode) {
-  constexpr size_t kSize = 256 * 256;
-  std::vector<uint8_t> q(kSize), scale(kSize / 32);
-  for (size_t i = 0; i < kSize; ++i) q[i] = static_cast<uint8_t>(i);
-  for (size_t i = 0; i < scale.size(); ++i) scale[i] = static_cast<uint8_t>(i / 8);
-  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
-    std::vector<uint8_t> out(kSize * static_cast<size_t>(size_of(dtype))), expected = out;
-    backend()->dequantize({Format::mxint8, q.data(), scale.data(), 1, kSize, out.data(), dtype});
-    for (size_t i = 0; i < kSize; ++i) {
-      const int byte = scale[i / 32];
-      const double value = std::ldexp(static_cast<int8_t>(q[i]), byte - 127 - 6);
-      store(dtype, expected, i, byte == 255 ? NAN : value);
-    }
-    ASSERT_EQ(out, expected) << static_cast<int>(dtype);
-  }
-}
-
-TEST_P(Native, DequantizeGivesThePortableBitsForEveryScaleAndCode) {
-  const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
-  const auto own = backend();
-  constexpr int64_t kBlocks = 256 * 16;  // each scale with each packed byte
-  std::vector<uint8_t> q(kBlocks * 16), scale(kBlocks);
-  for (size_t i = 0; i < q.size(); ++i) q[i] = static_cast<uint8_t>(i);
-  for (size_t i = 0; i < scale.size(); ++i) scale[i] = static_cast<uint8_t>(i / 16);
-  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
-    std::vector<uint8_t> out[2];
-    for (int i = 0; i < 2; ++i) {
-      out[i].resize(static_cast<size_t>(kBlocks * 32 * size_of(dtype)));
-      (i == 0 ? portable : own)->dequantize({Format::mxfp4, q.data(), scale.data(), 1, kBlocks * 32, out[i].data(), dtype});
-    }
-    ASSERT_EQ(out[0], out[1]) << static_cast<int>(dtype);
-  }
 }
 
 // Scale bytes for each level of panels.h: shared by a quad, by pairs, by nothing, and outside the safe window.
@@ -528,8 +266,6 @@ struct Unquantized {
     return worst;
   }
 };
-
-constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
 
 TEST_P(Native, W4A16IsWithinItsBoundAtTileEdges) {
   const auto own = backend();
@@ -701,222 +437,6 @@ TEST_P(NativeProduct, TheCallersFloatEnvironmentNeitherMattersNorChanges) {
 }
 #endif
 
-// ---- gates, rows, factors, and layers of experts, which have all of them ----
-
-constexpr Gate kGates[] = {{GateKind::silu_mul, false},
-                           {GateKind::silu_mul, true},
-                           {GateKind::swiglu_oai, false, 1.702f, 7.0f},
-                           {GateKind::swiglu_oai, true, 1.702f, 7.0f}};
-
-// Gates and ups about every edge: zeros, limits, where the exponential ends, subnormals, and all sizes.
-std::vector<float> gate_operands(int64_t count, unsigned seed) {
-  std::vector<float> x = random_floats(count, seed, 8.0f);
-  const float edges[] = {0.0f,  -0.0f,  7.0f,   -7.0f,   7.0001f, -7.0001f, 86.9f, -86.9f, 86.90001f, -86.90001f,
-                         51.0f, -51.1f, 1e-40f, -1e-40f, 1e30f,   -1e30f,   1.0f,  -1.0f,  0x1p-126f, -0x1p-149f};
-  std::mt19937 random(seed);
-  for (float& value : x) {
-    if (random() % 4 == 0) value = edges[random() % std::size(edges)];
-  }
-  return x;
-}
-
-// W of ones on the diagonal: a product in floats gives its activations.
-Operands identity(int64_t k) {
-  Operands in(1, k, k, 127, 127, 1);
-  std::fill(in.w.begin(), in.w.end(), uint8_t{0});
-  for (int64_t i = 0; i < k; ++i) in.w[static_cast<size_t>((i * k + i) / 2)] = i % 2 == 0 ? 0x02 : 0x20;
-  return in;
-}
-
-// What a product in floats has for activations [rows, k].
-std::vector<float> activations_of(const Backend& backend, const Activations& a) {
-  const Operands in = identity(a.k);
-  std::vector<float> y(static_cast<size_t>(a.m * a.k));
-  backend.multiply({a, in.weight(), {y.data(), DType::f32, {nullptr, 0, 0}}});
-  return y;
-}
-
-bool same_numbers(float a, float b) { return a == b || (a != a && b != b); }  // zeros of either sign are added to one
-
-TEST_P(Native, GatesHaveTheBitsOfTheirDefinition) {
-  const auto own = backend();
-  for (const Gate& gate : kGates) {
-    for (const DType dtype : kDTypes) {
-      for (const int64_t k : {32, 96, 128, 160}) {
-        constexpr int64_t kRows = 41;
-        const std::vector<uint8_t> x = elements_of(dtype, gate_operands(kRows * 2 * k, 17));
-        Quantizer to = {Format::none};
-        to.transform.gate = gate;
-        const std::vector<float> y = activations_of(*own, Activations::floats(x.data(), dtype, to, kRows, k));
-        for (int64_t row = 0; row < kRows; ++row) {
-          const std::vector<float> expected = gated(gate, dtype, x.data() + row * 2 * k * size_of(dtype), k);
-          if (!std::all_of(expected.begin(), expected.end(), [](float value) { return std::fabs(value) < 1e37f; })) continue;
-          for (int64_t i = 0; i < k; ++i) {
-            ASSERT_EQ(y[static_cast<size_t>(row * k + i)], expected[static_cast<size_t>(i)]) << row << " " << i;
-          }
-        }
-      }
-    }
-  }
-}
-
-// A special value in each place of the gate's half and of the up's, with any value beside it.
-TEST_P(Native, GatesKeepSpecialValuesInTheirPlace) {
-  const auto own = backend();
-  const float specials[] = {INFINITY, -INFINITY, NAN, -NAN};
-  constexpr int64_t kK = 64;
-  for (const Gate& gate : kGates) {
-    for (const DType dtype : kDTypes) {
-      std::vector<float> floats = random_floats(2 * kK * 2 * kK, 19, 3.0f);
-      for (size_t row = 0; row < 2 * kK; ++row) floats[row * 2 * kK + row] = specials[row % 4];
-      const std::vector<uint8_t> x = elements_of(dtype, floats);
-      Quantizer to = {Format::none};
-      to.transform.gate = gate;
-      const std::vector<float> y = activations_of(*own, Activations::floats(x.data(), dtype, to, 2 * kK, kK));
-      for (int64_t row = 0; row < 2 * kK; ++row) {
-        const int64_t i = gate.interleaved ? row / 2 : row % kK;
-        const float expected = gated(gate, dtype, x.data() + row * 2 * kK * size_of(dtype), kK)[static_cast<size_t>(i)];
-        ASSERT_TRUE(same_numbers(y[static_cast<size_t>(row * kK + i)], expected)) << row;
-      }
-    }
-  }
-}
-
-// Codes keep the sign of a zero, and a block what is not finite.
-TEST_P(Native, QuantizeGatesFirst) {
-  const auto own = backend();
-  const std::vector<float> offset = random_floats(2176, 32, 2.0f);
-  for (const Quantizer& plain : {Quantizer::mxfp4(ScaleMode::even), Quantizer::mxint8(128)}) {
-    for (const Gate& gate : kGates) {
-      for (const auto& [hadamard, k] : {std::pair<int, int64_t>{0, 96}, {0, 2176}, {32, 160}, {128, 384}}) {
-        constexpr int64_t kRows = 5;
-        const DType dtype = kDTypes[k / 32 % 3];
-        const std::vector<uint8_t> x = elements_of(dtype, gate_operands(kRows * 2 * k, 23));
-        std::vector<float> h;
-        for (int64_t row = 0; row < kRows; ++row) {
-          const std::vector<float> of_row = gated(gate, dtype, x.data() + row * 2 * k * size_of(dtype), k);
-          h.insert(h.end(), of_row.begin(), of_row.end());
-        }
-        std::vector<uint8_t> q[2], scale[2];
-        for (int i = 0; i < 2; ++i) {
-          Quantizer to = plain;
-          to.transform = {hadamard, hadamard == 0 ? nullptr : offset.data(), i == 0 ? Gate{} : gate};
-          q[i].resize(static_cast<size_t>(kRows * code_bytes(to.format, k)));
-          scale[i].resize(static_cast<size_t>(kRows * k / 32));
-          own->quantize({i == 0 ? static_cast<const void*>(h.data()) : x.data(), i == 0 ? DType::f32 : dtype, to, kRows, k,
-                         q[i].data(), scale[i].data()});
-        }
-        ASSERT_EQ(q[0], q[1]) << k;
-        ASSERT_EQ(scale[0], scale[1]) << k;
-      }
-    }
-  }
-}
-
-TEST_P(Native, RowsAreGatheredAndScaled) {
-  const auto own = backend();
-  std::mt19937 random(29);
-  for (const Quantizer& plain : {Quantizer::mxfp4(ScaleMode::even), Quantizer::mxint8(128), Quantizer{Format::none}}) {
-    for (const DType dtype : kDTypes) {
-      for (const int hadamard : {0, 32}) {
-        constexpr int64_t kRows = 7, kM = 19, kK = 288;
-        const Operands in(kM, 33, kK, 118, 126, 31);
-        const std::vector<uint8_t> x = elements_of(dtype, random_floats(kRows * kK, 37, 6.0f));
-        const std::vector<float> factors = random_floats(kM, 41, 2.0f);
-        std::vector<int32_t> rows(kM);
-        std::vector<float> taken, scaled;
-        for (int64_t i = 0; i < kM; ++i) {
-          rows[static_cast<size_t>(i)] = static_cast<int32_t>(random() % kRows);
-          for (int64_t j = 0; j < kK; ++j) {
-            taken.push_back(element_at(dtype, x.data(), rows[static_cast<size_t>(i)] * kK + j));
-            scaled.push_back(factors[static_cast<size_t>(i)] * taken.back());
-          }
-        }
-        Quantizer to = plain;
-        to.transform.hadamard = hadamard;
-        for (const bool with_factors : {false, true}) {
-          const std::vector<uint8_t> dense = elements_of(dtype, with_factors ? scaled : taken);
-          Activations gathered = Activations::floats(x.data(), dtype, to, kM, kK);
-          gathered.rows = rows.data();
-          gathered.factors = with_factors ? factors.data() : nullptr;
-          std::vector<float> y(static_cast<size_t>(kM * in.n)), expected = y;
-          own->multiply({gathered, in.weight(), {y.data(), DType::f32, {nullptr, 0, 0}}});
-          own->multiply({Activations::floats(dense.data(), dtype, to, kM, kK),
-                         in.weight(),
-                         {expected.data(), DType::f32, {nullptr, 0, 0}}});
-          ASSERT_TRUE(same_bits(y, expected)) << hadamard << with_factors;
-        }
-      }
-    }
-  }
-}
-
-const Quantizer kModes[] = {Quantizer::mxfp4(ScaleMode::even), Quantizer::mxint8(128), {Format::none}};
-
-TEST_P(Native, ALayerOfExpertsIsItsSingleProducts) {
-  const auto own = backend();
-  const auto threads = cpu::make_backend(*GetParam(), in_reverse_on_threads);
-  struct Shape {
-    int64_t experts, tokens, top_k, hidden, inner;
-  };
-  unsigned seed = 43;
-  for (const Shape& s : {Shape{1, 1, 1, 32, 32}, {5, 1, 4, 288, 96}, {6, 67, 3, 160, 96}, {3, 9, 2, 128, 416}}) {
-    for (const Quantizer& to : kModes) {
-      for (const bool router_on_input : {false, true}) {
-        const Gate& gate = kGates[++seed % 4];
-        const LayerOperands in(s.experts, s.tokens, s.top_k, s.hidden, s.inner, kDTypes[seed % 3], seed);
-        const std::vector<uint8_t> expected = compose(*own, in, to, gate, router_on_input);
-        for (const Backend* of : {own.get(), threads.get()}) {
-          std::vector<uint8_t> y(in.y_bytes());
-          of->experts(in.arguments(to, gate, router_on_input, y.data()));
-          ASSERT_EQ(y, expected) << s.tokens << " x " << s.hidden << " x " << s.inner << " seed " << seed;
-        }
-      }
-    }
-  }
-}
-
-// More slots than are held at a time, so that a layer is several chunks of whole tokens.
-TEST_P(Native, ChunksOfALayerDoNotShow) {
-  const auto own = backend();
-  const LayerOperands in(3, 5, cpu::kMostSlots / 2 - 1, 32, 32, DType::f16, 47);
-  const LayerOperands one_token(3, 1, cpu::kMostSlots + 1, 32, 32, DType::f32, 48);
-  for (const LayerOperands* of : {&in, &one_token}) {
-    std::vector<uint8_t> y(of->y_bytes());
-    own->experts(of->arguments(kModes[1], kGates[1], false, y.data()));
-    EXPECT_EQ(y, compose(*own, *of, kModes[1], kGates[1], false));
-  }
-}
-
-TEST_P(Native, ManyThreadsMayCallALayerAtOnce) {
-  const auto own = backend();
-  constexpr size_t kThreads = 8;
-  std::vector<LayerOperands> in;
-  for (unsigned i = 0; i < kThreads; ++i) in.emplace_back(4, 5 + i, 2, 160, 96, kDTypes[i % 3], 53 + i);
-  std::vector<std::vector<uint8_t>> y(kThreads);
-  std::vector<std::thread> threads;
-  for (size_t i = 0; i < kThreads; ++i) {
-    y[i].resize(in[i].y_bytes());
-    threads.emplace_back([&, i] { own->experts(in[i].arguments(kModes[i % 3], kGates[i % 4], false, y[i].data())); });
-  }
-  for (std::thread& thread : threads) thread.join();
-  for (size_t i = 0; i < kThreads; ++i) ASSERT_EQ(y[i], compose(*own, in[i], kModes[i % 3], kGates[i % 4], false)) << i;
-}
-
-#if defined(__x86_64__)
-TEST_P(Native, ALayerIgnoresTheCallersFloatEnvironment) {
-  const auto own = backend();
-  const LayerOperands in(3, 7, 2, 96, 64, DType::bf16, 59);
-  const std::vector<uint8_t> expected = compose(*own, in, kModes[2], kGates[0], true);
-  std::vector<uint8_t> y(in.y_bytes());
-  const unsigned saved = _mm_getcsr();
-  _mm_setcsr(saved | 0x8040u | 0x4000u);  // flush to zero, denormals are zero, round up
-  own->experts(in.arguments(kModes[2], kGates[0], true, y.data()));
-  _mm_setcsr(saved);
-  EXPECT_EQ(y, expected);
-}
-#endif
-
 // The meaning of align(), checked by what it promises.
 TEST(Alignment, KeepsEveryBlocksValueAndShiftsNoFurtherThanAllowed) {
   std::mt19937 random(3);
@@ -948,7 +468,6 @@ TEST(Alignment, KeepsEveryBlocksValueAndShiftsNoFurtherThanAllowed) {
   }
 }
 
-std::string name_of(const testing::TestParamInfo<const cpu::KernelTable*>& info) { return info.param->isa; }
 INSTANTIATE_TEST_SUITE_P(, Native, testing::ValuesIn(cpu::all_kernels()), name_of);
 
 std::string name_of_product(const testing::TestParamInfo<std::tuple<const cpu::KernelTable*, Format>>& info) {

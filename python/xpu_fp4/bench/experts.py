@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .._library import BLOCK, ops
-from ..functional import dequantize, prepack, prepack_experts
+from ..functional import dequantize, prepack
+from ..functional_experts import prepack_experts
 from . import ggml
 from .cases import Case, Router
 from .contenders import MODES, Contender, Emulation, Mode, Unavailable

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots of a record, with matplotlib: a step of its own, so that measuring needs no more than torch."""
 
+import io
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,17 +96,14 @@ def _draw_roofline(axes: "Axes", record: Record, cases: list[Case]) -> None:
     axes.set_title(f"Roofline, M = {cases[0].m} to {cases[-1].m}")
 
 
-def draw(record: Record, stem: Path) -> list[Path]:
-    """Writes STEM-roofline.png and STEM-time.png and returns them; none if the record has no products.
-
-    Raises ImportError without matplotlib.
-    """
+def pictures(record: Record) -> dict[str, bytes]:
+    """The plots `roofline` and `time` as PNG; none if the record has no products. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     cases = square_cases(record)
     if not cases:
-        return []
-    written = []
+        return {}
+    drawn = {}
     for what, draw_on in (("roofline", _draw_roofline), ("time", _draw_times)):
         figure = Figure(figsize=(10, 5.5), layout="constrained")
         axes = figure.subplots()
@@ -113,7 +111,17 @@ def draw(record: Record, stem: Path) -> list[Path]:
         axes.grid(True, which="both", alpha=0.2)
         figure.legend(loc="outside right upper", fontsize=8)
         figure.suptitle(f"{record.machine['processor']}, executed", fontsize=9)
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+        drawn[what] = content.getvalue()
+    return drawn
+
+
+def draw(record: Record, stem: Path) -> list[Path]:
+    """Writes STEM-roofline.png and STEM-time.png, those that `pictures` has, and returns them."""
+    written = []
+    for what, content in pictures(record).items():
         path = stem.with_name(f"{stem.name}-{what}.png")
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        path.write_bytes(content)
         written.append(path)
     return written

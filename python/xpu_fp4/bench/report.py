@@ -147,7 +147,8 @@ def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
-def _machine(record: Record) -> str:
+def machine_lines(record: Record) -> list[str]:
+    """What ran where: paragraphs, in Markdown."""
     machine = record.machine
     cache = ", ".join(f"{name} {size // 2**10} KiB" for name, size in machine["cache bytes"].items())
     threads = sorted({case.threads for case in record.cases})
@@ -164,7 +165,7 @@ def _machine(record: Record) -> str:
         lines.append(f"**{warning}**")
     if record.absent:
         lines.append("Did not take part: " + "; ".join(f"{names}: {why}" for why, names in _absent(record).items()) + ".")
-    return "\n\n".join(lines)
+    return lines
 
 
 def _limit(name: str, rate: float) -> str:
@@ -181,9 +182,20 @@ def _suite_rows(record: Record, suite: str) -> tuple[list[str], Rows]:
     return ["work" if suite in EXPERTS else "M x N x K", *names], rows
 
 
+def suite_table(record: Record, suite: str) -> Table:
+    """The times of a suite's cases, beside each other."""
+    headings, rows = _suite_rows(record, suite)
+    table = Table(title=f"Suite {suite}, milliseconds", title_justify="left", box=box.SIMPLE_HEAD)
+    for index, name in enumerate(headings):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def markdown(record: Record, pictures: Sequence[str] = ()) -> str:
     """The machine, the targets, pictures by their addresses, and one table of times per suite."""
-    parts = [f"Executed with `{record.settings['command']}`.", _machine(record)]
+    parts = [f"Executed with `{record.settings['command']}`.", *machine_lines(record)]
     suites = list(dict.fromkeys(case.suite for case in record.cases))
     if has_targets(record):
         parts += [f"### {_targets_title(record)}", _markdown(TARGET_HEADINGS, map(_verdict_row, verdicts(record)))]

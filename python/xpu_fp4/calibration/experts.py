@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..checkpoints.description import Scheme
 from ..checkpoints.fused import stack
 from ..checkpoints.quantized import QuantizedLinear
-from ..modules import MXFP4Linear, frozen
+from ..modules import MXFP4Linear
 from ..moe import PROJECTIONS, MXFP4Experts, experts_kind, put
+from ..packed_module import frozen
 from ..reference import gate
 
 

@@ -4,7 +4,7 @@
 import click
 
 from .._version import __version__
-from . import bench, convert, doctor, evaluate, generate, inspect, quantize
+from . import bench, convert, doctor, evaluate, explain, generate, inspect, quantize
 
 
 @click.group()
@@ -13,7 +13,7 @@ def main() -> None:
     """MXFP4 for PyTorch on Intel XPUs and CPUs."""
 
 
-for module in (doctor, bench, quantize, convert, inspect, evaluate, generate):
+for module in (doctor, explain, bench, quantize, convert, inspect, evaluate, generate):
     main.add_command(module.command)
 
-__all__ = ["bench", "convert", "doctor", "evaluate", "generate", "inspect", "main", "quantize"]
+__all__ = ["bench", "convert", "doctor", "evaluate", "explain", "generate", "inspect", "main", "quantize"]

@@ -13,13 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..bench import cases, plots, report, runner
 from ..bench.measure import Stopwatch
+from . import page as html
 
 Numbers = tuple[int, ...]
 
 WIDTH = 112  # of the tables, at least
 
 
-def _numbers(_: click.Context, parameter: click.Parameter, text: str | None) -> Numbers:
+def numbers(_: click.Context, parameter: click.Parameter, text: str | None) -> Numbers:
     try:
         numbers = tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
@@ -50,12 +51,47 @@ def _print(record: runner.Record) -> None:
         console.print(warning, style="bold red")
 
 
+_NEEDS_MATPLOTLIB = "plots need matplotlib ({}). Install it: pip install xpu_fp4[bench]"
+
+_REPORT = click.option(
+    "--report",
+    "report_path",
+    metavar="FILE.html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write one HTML page too: tables that sort, and plots. Needs matplotlib (the extra `bench`).",
+)
+
+
+def _check_report(path: Path | None) -> None:
+    """Before anything is measured."""
+    if path is None:
+        return
+    if path.suffix != ".html":
+        raise click.BadParameter(f"{str(path)!r}, expected a name that ends in .html", param_hint="--report")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise click.ClickException(_NEEDS_MATPLOTLIB.format(error)) from error
+
+
+def _write_report(record: runner.Record, path: Path) -> None:
+    suites = dict.fromkeys(case.suite for case in record.cases)
+    cases = {suite: [report.case_table(record, case) for case in record.cases if case.suite == suite] for suite in suites}
+    parts = [html.paragraph(line.strip("*"), "red" if line.startswith("**") else "") for line in report.machine_lines(record)]
+    if report.has_targets(record):
+        parts.append(html.table(report.targets_table(record)))
+    parts += [html.picture(content, f"plot: {what}") for what, content in plots.pictures(record).items()]
+    for suite, tables in cases.items():
+        parts += [html.table(report.suite_table(record, suite)), html.folded(f"Each case of {suite}", map(html.table, tables))]
+    html.write(path, f"{record.settings.get('command', 'xpu-fp4 bench')}, executed", parts)
+
+
 def _command_line(context: click.Context) -> str:
     """The command that repeats this run: the options that differ from their defaults."""
     words = ["xpu-fp4 bench"]
     for parameter in context.command.params:
         value = context.params[parameter.name or ""]
-        if parameter.name == "json_path" or value == parameter.get_default(context) or value in ((), None):
+        if parameter.name in ("json_path", "report_path") or value == parameter.get_default(context) or value in ((), None):
             continue
         flag = parameter.opts[0]
         if parameter.name == "m":
@@ -75,7 +111,7 @@ def _command_line(context: click.Context) -> str:
     show_default=True,
     help="Which shapes. Can be repeated.",
 )
-@click.option("--m", callback=_numbers, metavar="M,M,...", help="Rows of activations, instead of the suite's own.")
+@click.option("--m", callback=numbers, metavar="M,M,...", help="Rows of activations, instead of the suite's own.")
 @click.option("--threads", type=click.IntRange(min=1), default=None, help="Default: what torch uses.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=6.0, show_default=True, help="Time for each case.")
 @click.option("--data", type=click.Choice(cases.DATA), default="gaussian", show_default=True, help="How scales are spread.")
@@ -89,6 +125,7 @@ def _command_line(context: click.Context) -> str:
 )
 @click.option("--only", multiple=True, metavar="TEXT", help="Contenders whose name has this in it. Can be repeated.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the record here.")
+@_REPORT
 @click.pass_context
 def command(
     context: click.Context,
@@ -101,6 +138,7 @@ def command(
     clock: str,
     only: tuple[str, ...],
     json_path: Path | None,
+    report_path: Path | None,
 ) -> None:
     """Time our ops beside torch's, torchao's and ggml's, and beside what the processor and its memory can do.
 
@@ -111,6 +149,7 @@ def command(
         return
     if device == "xpu" and not torch.xpu.is_available():
         raise click.BadParameter("torch sees no XPU device", param_hint="--device")
+    _check_report(report_path)
     names = cases.SUITES if "all" in suites else suites
     threads = threads or torch.get_num_threads()
     if clock == "cpu" and (threads != 1 or device != "cpu"):
@@ -135,14 +174,21 @@ def command(
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(record.to_json(), indent=1) + "\n")
+    if report_path is not None:
+        _write_report(record, report_path)
     _print(record)
 
 
 @command.command("show")
 @click.argument("path", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def show(path: Path) -> None:
+@_REPORT
+def show(path: Path, report_path: Path | None) -> None:
     """Print the tables of a record again."""
-    _print(_read(path))
+    _check_report(report_path)
+    record = _read(path)
+    if report_path is not None:
+        _write_report(record, report_path)
+    _print(record)
 
 
 @command.command("plot")
@@ -158,7 +204,7 @@ def plot(path: Path, page: Path | None) -> None:
     try:
         pictures = plots.draw(record, path.with_suffix(""))
     except ImportError as error:
-        raise click.ClickException(f"plots need matplotlib ({error}). Install it: pip install xpu_fp4[bench]") from error
+        raise click.ClickException(_NEEDS_MATPLOTLIB.format(error)) from error
     if page is not None:
         addresses = [os.path.relpath(picture, page.parent) for picture in pictures]
         try:

@@ -9,7 +9,6 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ..checkpoints import load_model
 from ..checkpoints.evaluation import (
@@ -25,6 +24,7 @@ from ..checkpoints.questions import Question, answer_all, is_right, read_questio
 from ..checkpoints.reader import read_checkpoint
 from ..functional import Mode
 from .common import DIRECTORY, FILE, errors_as_messages, plain, run_in_scheme, wide_console
+from .report import figures_table, noise_table, require_matplotlib, write_report
 
 NOISE_TOKENS = 256
 NOISE_SENTENCES = 16
@@ -113,6 +113,8 @@ def command(
     """
     if report is not None and (report.suffix not in (".html", ".png") or original is None):
         raise click.UsageError("--report needs a name that ends in .html or .png, and --original")
+    if report is not None:
+        require_matplotlib()
     asked = [] if questions is None else read_questions(questions)
     transformers = require_transformers()
     transformers.logging.disable_progress_bar()
@@ -133,8 +135,6 @@ def command(
         raise click.UsageError("DIR is no language model: give --original to compare sentence embeddings with")
     _print(found, console)
     if report is not None:
-        from .report import write_report
-
         write_report(found, report)
         console.print(plain(f"Report: {report}"), soft_wrap=True)
 
@@ -227,30 +227,8 @@ def _embedding_models(found: Report, models: Models, sentences: list[str]) -> No
         )
 
 
-def rows(found: Report) -> dict[str, list[str]]:
-    """The first table: a row for each figure, an entry for each model, empty where it has none."""
-    titles = dict.fromkeys(title for evaluation in found.models for title in evaluation.figures)
-    return {title: [evaluation.figures.get(title, "") for evaluation in found.models] for title in titles}
-
-
 def _print(found: Report, console: Console) -> None:
-    table = Table(title_justify="left")
-    table.add_column("")
-    for evaluation in found.models:
-        table.add_column(plain(evaluation.name), overflow="fold")
-    for title, entries in rows(found).items():
-        table.add_row(title, *map(plain, entries))
-    console.print(table)
+    console.print(figures_table(found))
     for evaluation in found.models:
         if evaluation.noise:
-            console.print(_noise_table(evaluation))
-
-
-def _noise_table(evaluation: Evaluation) -> Table:
-    table = Table(title=plain(f"{evaluation.name}: signal-to-noise ratio, dB"), title_justify="left")
-    table.add_column("layer", overflow="fold")
-    table.add_column("weight", justify="right")
-    table.add_column("output", justify="right")
-    for layer in evaluation.noise:
-        table.add_row(plain(layer.name), f"{layer.weight:.1f}", f"{layer.output:.1f}")
-    return table
+            console.print(noise_table(evaluation))

@@ -1,84 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of `xpu-fp4 eval`: one HTML page, or the plot alone."""
+"""What `xpu-fp4 eval` shows: tables on the terminal, and the report, one HTML page or the plot alone."""
 
-import base64
 import io
-from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints.errors import printable
+from rich.table import Table
+from rich.text import Text
+
 from ..checkpoints.questions import is_right
+from . import page
+from .common import plain
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation, Report
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>body {{ font-family: sans-serif; margin: 2em }} td, th {{ padding: 0.1em 1em 0.1em 0; text-align: left }}
-img {{ max-width: 100% }} .wrong {{ color: #a00 }}</style></head>
-<body><h1>{title}</h1>
-<table>{figures}</table>
-{answers}
-<h2>Signal-to-noise ratio of each layer, dB</h2>
-<img alt="signal-to-noise ratio by layer" src="data:image/png;base64,{plot}">
-{noise}
-</body></html>
-"""
+
+def figures_table(found: "Report") -> Table:
+    """A row for each figure, a column for each model, empty where it has none."""
+    table = Table(title_justify="left")
+    table.add_column("")
+    for evaluation in found.models:
+        table.add_column(plain(evaluation.name), overflow="fold")
+    for title in dict.fromkeys(title for evaluation in found.models for title in evaluation.figures):
+        table.add_row(title, *(plain(evaluation.figures.get(title, "")) for evaluation in found.models))
+    return table
+
+
+def noise_table(evaluation: "Evaluation") -> Table:
+    table = Table(title=plain(f"{evaluation.name}: signal-to-noise ratio, dB"), title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("weight", justify="right")
+    table.add_column("output", justify="right")
+    for layer in evaluation.noise:
+        table.add_row(plain(layer.name), f"{layer.weight:.1f}", f"{layer.output:.1f}")
+    return table
+
+
+def _answers_table(found: "Report") -> Table:
+    table = Table("question")
+    for evaluation in found.models:
+        table.add_column(plain(evaluation.name))
+    for index, question in enumerate(found.questions):
+        answers = [evaluation.answers[index] for evaluation in found.models]
+        styles = ["" if is_right(answer, question.expected) else "red" for answer in answers]
+        table.add_row(plain(question.question), *(Text(plain(a).plain, s) for a, s in zip(answers, styles, strict=True)))
+    return table
+
+
+def require_matplotlib() -> None:
+    """Raises ImportError that says what to install."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"matplotlib is needed for a report: pip install 'xpu_fp4[report]' ({error})") from error
 
 
 def write_report(found: "Report", path: Path) -> None:
     """Writes an .html page with tables and the plot, or a .png of the plot. Raises ImportError without matplotlib."""
+    require_matplotlib()
     plot = _plot(found)
-    path.write_bytes(plot if path.suffix == ".png" else _page(found, plot).encode())
-
-
-def _page(found: "Report", plot: bytes) -> str:
-    from .evaluate import rows
-
-    names = [evaluation.name for evaluation in found.models]
-    figures = _row(["", *names], "th") + "".join(_row([title, *entries]) for title, entries in rows(found).items())
-    return _PAGE.format(
-        title=escape(printable(", ".join(names))),
-        figures=figures,
-        answers=_answers(found),
-        noise="".join(map(_noise, (evaluation for evaluation in found.models if evaluation.noise))),
-        plot=base64.b64encode(plot).decode(),
-    )
-
-
-def _answers(found: "Report") -> str:
-    if not found.questions:
-        return ""
-    lines = [_row(["question", *(evaluation.name for evaluation in found.models)], "th")]
-    for index, question in enumerate(found.questions):
-        answers = [evaluation.answers[index] for evaluation in found.models]
-        cells = [_cell(question.question)]
-        cells += [_cell(answer, "td" if is_right(answer, question.expected) else 'td class="wrong"') for answer in answers]
-        lines.append("<tr>" + "".join(cells) + "</tr>")
-    return f"<h2>Answers</h2><table>{''.join(lines)}</table>"
-
-
-def _noise(evaluation: "Evaluation") -> str:
-    lines = [_row([layer.name, f"{layer.weight:.1f}", f"{layer.output:.1f}"]) for layer in evaluation.noise]
-    title = escape(printable(evaluation.name))
-    return f"<h3>{title}</h3><table>{_row(['layer', 'weight', 'output'], 'th')}{''.join(lines)}</table>"
-
-
-def _row(cells: Iterable[str], tag: str = "td") -> str:
-    return "<tr>" + "".join(_cell(cell, tag) for cell in cells) + "</tr>"
-
-
-def _cell(text: str, tag: str = "td") -> str:
-    return f"<{tag}>{escape(printable(text))}</{tag.split()[0]}>"
+    if path.suffix == ".png":
+        path.write_bytes(plot)
+        return
+    answers = [page.heading("Answers"), page.table(_answers_table(found))] if found.questions else []
+    parts = [
+        page.table(figures_table(found)),
+        *answers,
+        page.heading("Signal-to-noise ratio of each layer, dB"),
+        page.picture(plot, "signal-to-noise ratio by layer"),
+        *(page.table(noise_table(evaluation)) for evaluation in found.models if evaluation.noise),
+    ]
+    page.write(path, ", ".join(evaluation.name for evaluation in found.models), parts)
 
 
 def _plot(found: "Report") -> bytes:
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which would look for a display
-    except ImportError as error:
-        raise ImportError(f"matplotlib is needed for a report: pip install 'xpu_fp4[report]' ({error})") from error
+    from matplotlib.figure import Figure  # not pyplot, which would look for a display
+
     figure = Figure(figsize=(12, 8), layout="constrained")
     for axes, what in zip(figure.subplots(2, sharex=True), ("weight", "output"), strict=True):
         for evaluation in found.models:
