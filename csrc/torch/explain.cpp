@@ -159,6 +159,8 @@ std::string explain_experts(std::string_view device, int64_t tokens, int64_t top
                          nullptr,
                          {GateKind::silu_mul},
                          false,
+                         nullptr,
+                         nullptr,
                          somewhere<void>()};
   return on_gpu(device, engines, [&](const Backend& backend) { backend.experts(layer); },
                 [&](const Backend&) { return experts * (stored_bytes(w13) + stored_bytes(w2)); });
