@@ -9,13 +9,16 @@
 #include <future>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <thread>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "device_sources.h"
+#include "spirv.h"
 
 namespace syclexp = sycl::ext::oneapi::experimental;
 
@@ -36,7 +39,7 @@ class SlowBuildNotice {
       : waiter_([this, what = std::move(what)] {
           std::unique_lock lock(mutex_);
           if (!done_changed_.wait_for(lock, std::chrono::seconds(1), [this] { return done_; })) {
-            std::fprintf(stderr, "xpu_fp4: compiling %s; this is kept on disk for the next time\n", what.c_str());
+            std::fprintf(stderr, "xpu_fp4: compiling %s\n", what.c_str());
           }
         }) {}
   SlowBuildNotice(const SlowBuildNotice&) = delete;
@@ -76,31 +79,94 @@ void check_sub_group(const sycl::kernel& kernel, const sycl::device& device, con
                     device.get_info<sycl::info::device::name>() + ", asked for " + std::to_string(asked->second));
 }
 
-Program build(const sycl::context& context, const sycl::device& device, const Variant& variant) {
+using Bundle = sycl::kernel_bundle<sycl::bundle_state::ext_oneapi_source>;
+
+Bundle source_bundle(const sycl::context& context, const std::string& text) {
   syclexp::include_files includes;
   for (const DeviceSource& source : kDeviceSources) includes.add(source.name, source.text);
+  return syclexp::create_kernel_bundle_from_source(context, syclexp::source_language::sycl, text,
+                                                   syclexp::properties{includes});
+}
+
+/// What a program is made of.
+enum class Origin { source, spirv };
+
+const char* name_of(Origin origin) { return origin == Origin::source ? "source" : "spirv"; }
+
+// SPIR-V keeps the name that the compiler gives to a kernel.
+std::string exported_name(Origin origin, const std::string& kernel) {
+  return origin == Origin::source ? kernel : "__sycl_kernel_" + kernel;
+}
+
+// The first to be tried first. Read at each launch, so that tests can change it.
+std::vector<Origin> origins(const sycl::device& device) {
+  const char* variable = std::getenv("XPU_FP4_KERNELS");
+  const std::string value = variable == nullptr ? "" : variable;
+  if (value.empty()) return device.is_gpu() ? std::vector{Origin::spirv, Origin::source} : std::vector{Origin::source};
+  if (value == "spirv") return {Origin::spirv};
+  if (value == "source") return {Origin::source};
+  if (value == "spirv,source") return {Origin::spirv, Origin::source};
+  throw std::runtime_error("xpu_fp4: XPU_FP4_KERNELS is \"" + value + "\", expected \"spirv\", \"source\" or \"spirv,source\"");
+}
+
+Program build_from_source(const sycl::context& context, const sycl::device& device, const Variant& variant, std::string& log) {
+  Bundle bundle = source_bundle(context, source_text(variant.file));
+  return syclexp::build(bundle, {device},
+                        syclexp::properties{syclexp::build_options{build_options(variant)}, syclexp::save_log{&log}});
+}
+
+Program build_from_spirv(const sycl::context& context, const sycl::device& device, Spirv spirv, std::string& log) {
+  const std::vector<std::byte> bytes(spirv.data, spirv.data + spirv.size);
+  Bundle bundle = syclexp::create_kernel_bundle_from_source(context, syclexp::source_language::spirv, bytes);
+  return syclexp::build(bundle, {device}, syclexp::properties{syclexp::save_log{&log}});
+}
+
+// In the order of Variant::kernels.
+using Kernels = std::vector<sycl::kernel>;
+
+Kernels build(const sycl::context& context, const sycl::device& device, const Variant& variant, Origin origin) {
+  const std::string program = variant.file + " for " + device.get_info<sycl::info::device::name>();
+  const std::string failure = "xpu_fp4: SYCL cannot build " + program + " from " + name_of(origin) + ": ";
   std::string log;
-  const SlowBuildNotice notice(variant.file + " for " + device.get_info<sycl::info::device::name>());
   try {
-    auto bundle = syclexp::create_kernel_bundle_from_source(context, syclexp::source_language::sycl, source_text(variant.file),
-                                                            syclexp::properties{includes});
-    Program program = syclexp::build(
-        bundle, {device}, syclexp::properties{syclexp::build_options{build_options(variant)}, syclexp::save_log{&log}});
-    for (const std::string& name : variant.kernels) {
-      check_sub_group(program.ext_oneapi_get_kernel(name), device, variant, name);
+    const std::optional<Spirv> spirv = origin == Origin::spirv ? embedded_spirv(program_key(variant)) : std::nullopt;
+    if (origin == Origin::spirv && !spirv) {
+      throw CannotBuild(failure + "its variant " + variant.label + " is not one of the " + std::to_string(embedded_count()) +
+                        " that were compiled when the library was built");
     }
-    return program;
+    const SlowBuildNotice notice(program + (spirv ? "" : "; this is kept on disk for the next time"));
+    Program built = spirv ? build_from_spirv(context, device, *spirv, log) : build_from_source(context, device, variant, log);
+    Kernels kernels;
+    for (const std::string& name : variant.kernels) {
+      kernels.push_back(built.ext_oneapi_get_kernel(exported_name(origin, name)));
+      check_sub_group(kernels.back(), device, variant, name);
+    }
+    return kernels;
   } catch (const sycl::exception& error) {
-    throw CannotBuild("xpu_fp4: SYCL cannot build " + variant.file + " for " + device.get_info<sycl::info::device::name>() +
-                      ": " + error.what() + "\n" + log);
+    throw CannotBuild(failure + error.what() + "\n" + log);
   } catch (const CannotBuild&) {
     throw;
   } catch (const std::exception& error) {
     // What SYCL reads as a length in a damaged cache is any number, and memory runs out over it.
     const char* cache = std::getenv("SYCL_CACHE_DIR");
-    throw std::runtime_error("xpu_fp4: SYCL cannot build " + variant.file + ": " + error.what() +
+    throw std::runtime_error(failure + error.what() +
                              ". Delete its kernel cache, whose files may be damaged: " + (cache == nullptr ? "none" : cache));
   }
+}
+
+// From the first origin that gives it. Throws what the last one does.
+Kernels build(const sycl::context& context, const sycl::device& device, const Variant& variant,
+              const std::vector<Origin>& origins) {
+  for (const Origin origin : origins) {
+    if (origin == Origin::spirv && origins.size() > 1 && !embedded_spirv(program_key(variant))) continue;
+    try {
+      return build(context, device, variant, origin);
+    } catch (const CannotBuild& error) {
+      if (origin == origins.back()) throw;
+      std::fprintf(stderr, "%s\nxpu_fp4: it is compiled from source instead\n", error.what());
+    }
+  }
+  throw std::logic_error("xpu_fp4: a program has an origin");
 }
 
 // XPU_FP4_SYCL_SUB_GROUP=8 runs the stand-in with Alchemist's width, so that its layout is tested where no such GPU is.
@@ -112,10 +178,10 @@ int stand_in_sub_group() {
 // A future per program: whoever asks first builds, the others wait for that one only.
 class ProgramCache {
  public:
-  Program get(const sycl::queue& queue, const Variant& variant) {
-    const Key key = {variant.file, variant.macros};
-    std::promise<Program> promise;
-    std::shared_future<Program> future;
+  Kernels get(const sycl::queue& queue, const Variant& variant) {
+    const Key key = {variant.file, variant.macros, origins(queue.get_device())};
+    std::promise<Kernels> promise;
+    std::shared_future<Kernels> future;
     bool mine = false;
     {
       const std::lock_guard lock(mutex_);
@@ -127,7 +193,7 @@ class ProgramCache {
     }
     if (mine) {
       try {
-        promise.set_value(build(queue.get_context(), queue.get_device(), variant));
+        promise.set_value(build(queue.get_context(), queue.get_device(), variant, std::get<2>(key)));
       } catch (const CannotBuild&) {
         promise.set_exception(std::current_exception());
         // It stays on a GPU, where other kernels take over: each call would compile for seconds to learn the same.
@@ -148,7 +214,7 @@ class ProgramCache {
       return std::hash<sycl::context>{}(place.first) * 31 + std::hash<sycl::device>{}(place.second);
     }
   };
-  using Key = std::pair<std::string, Macros>;
+  using Key = std::tuple<std::string, Macros, std::vector<Origin>>;
 
   void forget(const sycl::queue& queue, const Key& key) {
     const std::lock_guard lock(mutex_);
@@ -156,7 +222,7 @@ class ProgramCache {
   }
 
   std::mutex mutex_;
-  std::unordered_map<Place, std::map<Key, std::shared_future<Program>>, Hash> per_device_;
+  std::unordered_map<Place, std::map<Key, std::shared_future<Kernels>>, Hash> per_device_;
 };
 
 // By the numbers that a device bears, not by what its runtime says of a matrix unit: runtimes have tables of their own, which
@@ -214,7 +280,29 @@ Target target_of(const sycl::device& device) {
 sycl::kernel get_kernel(const sycl::queue& queue, const Variant& variant, const std::string& name) {
   // Not destroyed: at exit the SYCL runtime may be gone before a static of ours.
   static ProgramCache& cache = *new ProgramCache;
-  return cache.get(queue, variant).ext_oneapi_get_kernel(name);
+  const Kernels kernels = cache.get(queue, variant);
+  const auto found = std::find(variant.kernels.begin(), variant.kernels.end(), name);
+  if (found == variant.kernels.end()) throw std::logic_error("xpu_fp4: " + variant.file + " lists no kernel " + name);
+  return kernels[static_cast<size_t>(found - variant.kernels.begin())];
+}
+
+void compile_to_spirv(const Variant& variant) {
+  // SYCL's headers alone come before the macros, so that the process parses them once for all of its programs.
+  std::string text = "#include <sycl/sycl.hpp>\n#include <sycl/ext/oneapi/work_group_static.hpp>\nstruct EndOfHeaders;\n";
+  for (const auto& [name, value] : variant.macros) text += "#define XPU_FP4_" + name + " " + std::to_string(value) + "\n";
+  text += "#include \"" + variant.file + "\"\n";
+  std::vector<std::string> options = build_options({variant.file, {}});
+#if __LIBSYCL_MAJOR_VERSION >= 9
+  options.emplace_back("--auto-pch");
+#endif
+  std::string log;
+  try {
+    const sycl::queue queue;
+    Bundle bundle = source_bundle(queue.get_context(), text);
+    (void)syclexp::compile(bundle, syclexp::properties{syclexp::build_options{options}, syclexp::save_log{&log}});
+  } catch (const sycl::exception& error) {
+    throw CannotBuild("xpu_fp4: SYCL cannot compile " + variant.file + " " + variant.label + ": " + error.what() + "\n" + log);
+  }
 }
 
 }  // namespace xpu_fp4::syclrt

@@ -19,14 +19,15 @@ namespace {
 
 class FakeQueue final : public Queue {
  public:
-  FakeQueue(std::set<std::string> refused, std::vector<std::string>& launched)
-      : refused_(std::move(refused)), launched_(launched) {}
+  FakeQueue(std::set<std::string> refused, std::vector<std::string>& launched, std::vector<Variant>* variants = nullptr,
+            const Architecture* architecture = architecture_of(uint64_t{20} << 30, 0))
+      : refused_(std::move(refused)), launched_(launched), variants_(variants), architecture_(architecture) {}
 
   std::string device_name() const override { return "a GPU"; }
   bool is_gpu() const override { return true; }
   int64_t compute_units() const override { return 160; }
-  const Architecture* architecture() const override { return architecture_of(uint64_t{20} << 30, 0); }
-  Target target() const override { return {16, true}; }
+  const Architecture* architecture() const override { return architecture_; }
+  Target target() const override { return {architecture_->sub_group, true}; }
   std::shared_ptr<void> allocate(int64_t bytes) const override {
     return {std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64), std::free};
   }
@@ -38,10 +39,13 @@ class FakeQueue final : public Queue {
     }
     if (refused_.count(kernel) != 0) throw CannotBuild(std::string("no ") + kernel);
     launched_.emplace_back(kernel);
+    if (variants_ != nullptr) variants_->push_back(variant);
   }
 
   std::set<std::string> refused_;
   std::vector<std::string>& launched_;
+  std::vector<Variant>* variants_;
+  const Architecture* architecture_;
 };
 
 // The last kernel that was launched: the product.
@@ -81,6 +85,34 @@ TEST(Fallback, ThePortableProductNeedsNoMatrixUnit) {
                      {WeightForm::stored, 64, 256, memory.data(), memory.data(), 8, 1},
                      {memory.data(), DType::bf16, {nullptr, 0, 0}}});
   EXPECT_EQ(launched, std::vector<std::string>{"gemm"});
+}
+
+// What a GPU runs without compiling: any dense linear of 16-bit floats whose K is in whole quads.
+TEST(Fallback, ProgramsOfLinearsAreCompiledAheadOfTime) {
+  constexpr int64_t k = 4096, n = 4096, most = 1024;
+  const std::shared_ptr<uint8_t> memory(static_cast<uint8_t*>(std::aligned_alloc(64, k * n)), std::free);
+  const std::vector<Variant> ahead = ahead_of_time("gpus");
+  for (const Architecture& architecture : architectures()) {
+    std::vector<std::string> launched;
+    std::vector<Variant> needed;
+    const auto backend = make_backend(std::make_unique<FakeQueue>(std::set<std::string>{}, launched, &needed, &architecture));
+    for (const Format to : {Format::mxfp4, Format::mxint8, Format::none}) {
+      for (const DType of : {DType::bf16, DType::f16}) {
+        for (const int64_t m : {1, 2, 8, 16, 32, 100, 256, static_cast<int>(most)}) {
+          backend->multiply({Activations::floats(memory.get(), of, {to}, m, k),
+                             {WeightForm::stored, n, k, memory.get(), memory.get(), k / kBlock, 1},
+                             {memory.get(), of, {nullptr, 0, 0}}});
+        }
+      }
+    }
+    EXPECT_GT(needed.size(), 80u);
+    for (const Variant& variant : needed) {
+      const auto same = [&](const Variant& other) { return other.file == variant.file && other.macros == variant.macros; };
+      EXPECT_TRUE(std::any_of(ahead.begin(), ahead.end(), same))
+          << architecture.name << " " << variant.file << " " << variant.label;
+    }
+  }
+  EXPECT_THROW(ahead_of_time("everybody"), std::runtime_error);
 }
 
 TEST(Fallback, ExpertsFallBackToThePortableKernels) {
