@@ -18,6 +18,8 @@ class SyclPlugin final : public Plugin {
  public:
   std::vector<DeviceInfo> devices() const override { return sycl_devices(); }
 
+  int64_t embedded_programs() const override { return static_cast<int64_t>(embedded_count()); }
+
   const Backend& cpu() const override {
     // Not destroyed: at exit the SYCL runtime may be gone before a static of ours.
     static const Backend& backend = *make_backend(cpu_queue()).release();
@@ -56,7 +58,7 @@ XPU_FP4_EXPORT const char* xpu_fp4_sycl_variants() {
 XPU_FP4_EXPORT const char* xpu_fp4_sycl_keys(const char* whom) {
   thread_local std::string keys;
   keys.clear();
-  for (const Variant& variant : ahead_of_time(whom)) {
+  for (const Variant& variant : programs_to_embed(whom)) {
     char key[32];
     std::snprintf(key, sizeof key, "%016llx ", static_cast<unsigned long long>(program_key(variant)));
     keys += key;
@@ -68,7 +70,7 @@ XPU_FP4_EXPORT const char* xpu_fp4_sycl_keys(const char* whom) {
 XPU_FP4_EXPORT const char* xpu_fp4_sycl_compile(const char* whom, int index) {
   thread_local std::string failure;
   try {
-    compile_to_spirv(ahead_of_time(whom).at(static_cast<size_t>(index)));
+    compile_to_spirv(programs_to_embed(whom).at(static_cast<size_t>(index)));
     return nullptr;
   } catch (const std::exception& error) {
     failure = error.what();

@@ -99,13 +99,16 @@ std::string exported_name(Origin origin, const std::string& kernel) {
 }
 
 // The first to be tried first. Read at each launch, so that tests can change it.
-std::vector<Origin> origins(const sycl::device& device) {
+const std::vector<Origin>& origins(const sycl::device& device) {
+  static const auto& spirv = *new std::vector{Origin::spirv};
+  static const auto& source = *new std::vector{Origin::source};
+  static const auto& both = *new std::vector{Origin::spirv, Origin::source};
   const char* variable = std::getenv("XPU_FP4_KERNELS");
-  const std::string value = variable == nullptr ? "" : variable;
-  if (value.empty()) return device.is_gpu() ? std::vector{Origin::spirv, Origin::source} : std::vector{Origin::source};
-  if (value == "spirv") return {Origin::spirv};
-  if (value == "source") return {Origin::source};
-  if (value == "spirv,source") return {Origin::spirv, Origin::source};
+  if (variable == nullptr || *variable == '\0') return device.is_gpu() ? both : source;
+  const std::string value = variable;
+  if (value == "spirv") return spirv;
+  if (value == "source") return source;
+  if (value == "spirv,source") return both;
   throw std::runtime_error("xpu_fp4: XPU_FP4_KERNELS is \"" + value + "\", expected \"spirv\", \"source\" or \"spirv,source\"");
 }
 
@@ -143,6 +146,7 @@ Kernels build(const sycl::context& context, const sycl::device& device, const Va
     }
     return kernels;
   } catch (const sycl::exception& error) {
+    if (const auto why = out_of_memory(error, device)) throw std::runtime_error(failure + *why);
     throw CannotBuild(failure + error.what() + "\n" + log);
   } catch (const CannotBuild&) {
     throw;
@@ -178,30 +182,32 @@ int stand_in_sub_group() {
 // A future per program: whoever asks first builds, the others wait for that one only.
 class ProgramCache {
  public:
-  Kernels get(const sycl::queue& queue, const Variant& variant) {
-    const Key key = {variant.file, variant.macros, origins(queue.get_device())};
+  // Valid for the life of the process: what was built is not forgotten.
+  const Kernels& get(const sycl::queue& queue, const Variant& variant) {
+    const Place place = {queue.get_context(), queue.get_device()};
+    const KeyView key = {variant.file, variant.macros, origins(place.second)};
     std::promise<Kernels> promise;
     std::shared_future<Kernels> future;
     bool mine = false;
     {
       const std::lock_guard lock(mutex_);
-      auto& programs = per_device_[{queue.get_context(), queue.get_device()}];
+      Programs& programs = per_device_[place];
       const auto found = programs.find(key);
       mine = found == programs.end();
       future = mine ? promise.get_future().share() : found->second;
-      if (mine) programs.emplace(key, future);
+      if (mine) programs.emplace(Key(key), future);
     }
     if (mine) {
       try {
-        promise.set_value(build(queue.get_context(), queue.get_device(), variant, std::get<2>(key)));
+        promise.set_value(build(place.first, place.second, variant, std::get<2>(key)));
       } catch (const CannotBuild&) {
         promise.set_exception(std::current_exception());
         // It stays on a GPU, where other kernels take over: each call would compile for seconds to learn the same.
-        if (!queue.get_device().is_gpu()) forget(queue, key);
+        if (!place.second.is_gpu()) forget(place, key);
       } catch (...) {
         promise.set_exception(std::current_exception());
         // Those who wait get the error; the next call tries again, since a full disk or memory may pass.
-        forget(queue, key);
+        forget(place, key);
       }
     }
     return future.get();
@@ -215,14 +221,17 @@ class ProgramCache {
     }
   };
   using Key = std::tuple<std::string, Macros, std::vector<Origin>>;
+  using KeyView = std::tuple<const std::string&, const Macros&, const std::vector<Origin>&>;  // a launch copies none of them
+  using Programs = std::map<Key, std::shared_future<Kernels>, std::less<>>;
 
-  void forget(const sycl::queue& queue, const Key& key) {
+  void forget(const Place& place, const KeyView& key) {
     const std::lock_guard lock(mutex_);
-    per_device_[{queue.get_context(), queue.get_device()}].erase(key);
+    Programs& programs = per_device_[place];
+    programs.erase(programs.find(key));
   }
 
   std::mutex mutex_;
-  std::unordered_map<Place, std::map<Key, std::shared_future<Kernels>>, Hash> per_device_;
+  std::unordered_map<Place, Programs, Hash> per_device_;
 };
 
 // By the numbers that a device bears, not by what its runtime says of a matrix unit: runtimes have tables of their own, which
@@ -242,6 +251,16 @@ const Architecture* query_architecture(const sycl::device& device) {
   return known;
 }
 
+#if __LIBSYCL_MAJOR_VERSION < 9
+// 2025.3 drops the kernels' property grf_size (XPU_FP4_GRF); an option asks for it, which 2026.1 makes of the property.
+bool needs_register_option(const Variant& variant) {
+  const auto has = [&](const char* name, int value) {
+    return std::count(variant.macros.begin(), variant.macros.end(), Macros::value_type(name, value)) != 0;
+  };
+  return has("MATRIX_UNIT", 1) && has("REGISTERS", 256);
+}
+#endif
+
 }  // namespace
 
 std::vector<std::string> build_options(const Variant& variant) {
@@ -254,13 +273,18 @@ std::vector<std::string> build_options(const Variant& variant) {
   };
   for (const auto& [name, value] : variant.macros) options.push_back("-DXPU_FP4_" + name + "=" + std::to_string(value));
 #if __LIBSYCL_MAJOR_VERSION < 9
-  // 2025.3 drops the kernels' property grf_size (XPU_FP4_GRF); this is the option that 2026.1 makes of it.
-  const auto has = [&](const char* name, int value) {
-    return std::count(variant.macros.begin(), variant.macros.end(), Macros::value_type(name, value)) != 0;
-  };
-  if (has("MATRIX_UNIT", 1) && has("REGISTERS", 256)) options.insert(options.end(), {"-Xs", "-ze-opt-large-register-file"});
+  if (needs_register_option(variant)) options.insert(options.end(), {"-Xs", "-ze-opt-large-register-file"});
 #endif
   return options;
+}
+
+std::vector<Variant> programs_to_embed(const std::string& whom) {
+  std::vector<Variant> all = ahead_of_time(whom);
+#if __LIBSYCL_MAJOR_VERSION < 9
+  // No option goes with SPIR-V.
+  all.erase(std::remove_if(all.begin(), all.end(), needs_register_option), all.end());
+#endif
+  return all;
 }
 
 const Architecture* architecture_of(const sycl::device& device) {
@@ -272,6 +296,20 @@ const Architecture* architecture_of(const sycl::device& device) {
   return found != known.end() ? found->second : known.emplace(device, query_architecture(device)).first->second;
 }
 
+std::optional<std::string> out_of_memory(const sycl::exception& error, const sycl::device& device) {
+  const std::string text = error.what();
+  // Kernels that the runtime submits have its adapters' codes, in words alone.
+  const bool is_it = error.code() == sycl::errc::memory_allocation || text.find("OUT_OF_DEVICE_MEMORY") != std::string::npos ||
+                     text.find("OUT_OF_HOST_MEMORY") != std::string::npos ||
+                     text.find("MEM_OBJECT_ALLOCATION_FAILURE") != std::string::npos;
+  if (!is_it) return std::nullopt;
+  const uint64_t mebibytes = device.get_info<sycl::info::device::global_mem_size>() >> 20;
+  return "memory ran out on " + device.get_info<sycl::info::device::name>() + ", which has " + std::to_string(mebibytes) +
+         " MiB: free tensors (torch.xpu.empty_cache() gives back what torch keeps), take fewer rows at a time, or do not "
+         "expand weights. SYCL says: " +
+         text;
+}
+
 Target target_of(const sycl::device& device) {
   const Architecture* architecture = architecture_of(device);
   return architecture == nullptr ? Target{stand_in_sub_group(), false} : Target{architecture->sub_group, true};
@@ -280,7 +318,7 @@ Target target_of(const sycl::device& device) {
 sycl::kernel get_kernel(const sycl::queue& queue, const Variant& variant, const std::string& name) {
   // Not destroyed: at exit the SYCL runtime may be gone before a static of ours.
   static ProgramCache& cache = *new ProgramCache;
-  const Kernels kernels = cache.get(queue, variant);
+  const Kernels& kernels = cache.get(queue, variant);
   const auto found = std::find(variant.kernels.begin(), variant.kernels.end(), name);
   if (found == variant.kernels.end()) throw std::logic_error("xpu_fp4: " + variant.file + " lists no kernel " + name);
   return kernels[static_cast<size_t>(found - variant.kernels.begin())];

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "variants.h"
 
@@ -24,6 +25,9 @@ std::optional<Spirv> embedded_spirv(uint64_t key);
 
 /// How many programs were embedded.
 size_t embedded_count();
+
+/// Those of ahead_of_time whose SPIR-V is all that a driver needs to know.
+std::vector<Variant> programs_to_embed(const std::string& whom);
 
 /// Compiles a variant as the runtime does, but no further than to SPIR-V, which SYCL writes to a file where SYCL_DUMP_IMAGES=1.
 /// Throws CannotBuild with the compiler's log.

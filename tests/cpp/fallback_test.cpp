@@ -89,8 +89,8 @@ TEST(Fallback, ThePortableProductNeedsNoMatrixUnit) {
 
 // What a GPU runs without compiling: any dense linear of 16-bit floats whose K is in whole quads.
 TEST(Fallback, ProgramsOfLinearsAreCompiledAheadOfTime) {
-  constexpr int64_t k = 4096, n = 4096, most = 1024;
-  const std::shared_ptr<uint8_t> memory(static_cast<uint8_t*>(std::aligned_alloc(64, k * n)), std::free);
+  constexpr int64_t k = 4096, most_columns = 4096, most = 1024;
+  const std::shared_ptr<uint8_t> memory(static_cast<uint8_t*>(std::aligned_alloc(64, k * most_columns)), std::free);
   const std::vector<Variant> ahead = ahead_of_time("gpus");
   for (const Architecture& architecture : architectures()) {
     std::vector<std::string> launched;
@@ -99,9 +99,11 @@ TEST(Fallback, ProgramsOfLinearsAreCompiledAheadOfTime) {
     for (const Format to : {Format::mxfp4, Format::mxint8, Format::none}) {
       for (const DType of : {DType::bf16, DType::f16}) {
         for (const int64_t m : {1, 2, 8, 16, 32, 100, 256, static_cast<int>(most)}) {
-          backend->multiply({Activations::floats(memory.get(), of, {to}, m, k),
-                             {WeightForm::stored, n, k, memory.get(), memory.get(), k / kBlock, 1},
-                             {memory.get(), of, {nullptr, 0, 0}}});
+          for (const int64_t n : {int64_t{1024}, most_columns}) {  // few columns: medium tiles
+            backend->multiply({Activations::floats(memory.get(), of, {to}, m, k),
+                               {WeightForm::stored, n, k, memory.get(), memory.get(), k / kBlock, 1},
+                               {memory.get(), of, {nullptr, 0, 0}}});
+          }
         }
       }
     }
