@@ -77,8 +77,8 @@ def kernel_cache_doubt() -> str | None:
     if not _library.XPU_CAME_FIRST:
         return None
     return (
-        "torch.xpu was in use before xpu_fp4 was imported: if a kernel had run by then, SYCL keeps no compiled kernels on disk in "
-        "this process. Import xpu_fp4 first, or set SYCL_CACHE_PERSISTENT=1 and SYCL_CACHE_DIR"
+        "torch.xpu was in use before xpu_fp4 was imported: if a kernel had run by then, SYCL keeps no compiled kernels on disk "
+        "in this process. Import xpu_fp4 first, or set SYCL_CACHE_PERSISTENT=1 and SYCL_CACHE_DIR"
     )
 
 

@@ -22,8 +22,8 @@ def warmup(
 ) -> None:
     """Runs the linear layer of each shape once, on zeros, so that its kernels are compiled and loaded.
 
-    Before a graph is captured, or a request is timed: afterwards a layer of these shapes neither compiles nor waits. Warns where
-    the next process will have to compile them again, because torch used the XPU before xpu_fp4 was imported.
+    Before a graph is captured, or a request is timed: afterwards a layer of these shapes neither compiles nor waits. Warns
+    where the next process may have to compile them again, because torch used the XPU before xpu_fp4 was imported.
 
     Args:
         shapes: (M, N, K) of the layers: rows of x, out features, in features (a multiple of 32).
