@@ -8,13 +8,21 @@ VLLM_VENV := $(CURDIR)/.venv-vllm
 export PATH := $(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-CPP_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
+CPP_FILES = $(shell find csrc examples tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo models test test-vllm test-transformers test-llmcompressor test-sycl-2025 bench build pytest pytest-variants ctest isa format lint clean sanitize fuzz soak
+.PHONY: help demo demo-page models test test-vllm test-transformers test-llmcompressor test-sycl-2025 bench build pytest pytest-variants ctest isa format lint clean sanitize fuzz soak docs linkcheck
 
+help:  ## this list
+	@sed -nE 's/^([a-z][a-z0-9-]*):[^#]*## +(.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+# DEMO=docs/demo.json, then `make demo-page`, renews README's table and picture.
+DEMO ?= build/demo.json
 demo: build $(VENV)/.demo  ## a real language model in MXFP4: W4A16, W4A8, W4A4
-	python examples/smollm2.py
+	python examples/smollm2.py --json $(DEMO)
+
+demo-page: $(VENV)/.test  ## README's table and picture, from docs/demo.json
+	python tools/demo_page.py
 
 models: build $(VENV)/.demo  ## two small model directories and texts, for docs/CHECKPOINTS.md
 	python examples/export_models.py build/models
@@ -45,40 +53,48 @@ bench: build $(VENV)/.bench  ## our ops, their peers and the machine's limits
 
 build: $(VENV)/.built  ## the extension, importable in .venv
 
-format: $(VENV)/.lint
+format: $(VENV)/.lint  ## ruff and clang-format, in place
 	ruff check --fix --quiet .
 	ruff format --quiet .
 	clang-format -i $(CPP_FILES)
 
-lint: build $(VENV)/.lint $(VENV)/.test
+lint: build $(VENV)/.lint $(VENV)/.test  ## what the gate checks first: ruff, clang-format, mypy
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run -Werror $(CPP_FILES)
 	mypy
 
-clean:
+# Warnings are errors: a link to what is not there, a docstring that is no text. Nothing is fetched.
+SPHINX = python -m sphinx --quiet --fail-on-warning --keep-going -c docs
+docs: build $(VENV)/.docs  ## the documentation as pages, in build/docs, links among them checked
+	$(SPHINX) -b html . build/docs
+
+linkcheck: build $(VENV)/.docs  ## the documentation's links to elsewhere; needs the network
+	$(SPHINX) -b linkcheck . build/linkcheck
+
+clean:  ## removes all that make has made, the environments too
 	rm -rf build .venv .venv-vllm *.egg-info python/*.egg-info python/xpu_fp4/*.so .mypy_cache .ruff_cache .pytest_cache
 
 STAND_IN = $(CURDIR)/build/xpu_stand_in
 # The second run is one with XPU tensors: of a build for XPU, on a stand-in for torch's device. It shares object files with the first.
-pytest: build $(VENV)/.test
+pytest: build $(VENV)/.test  ## the Python tests but for the longest, then those with XPU tensors
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest $(addprefix --ignore ,$(VARIANTS))
 	python tests/xpu_stand_in/build.py $(STAND_IN)
 	LD_LIBRARY_PATH=$(STAND_IN)/torch PYTHONPATH=$(STAND_IN)/package python -m pytest tests/xpu_stand_in
 
 # The longest files: the GPUs' kernels are compiled for the CPU device one after the other, so this may run beside the rest.
 VARIANTS = tests/test_sycl_variants.py tests/test_sycl_experts.py
-pytest-variants: build $(VENV)/.test
+pytest-variants: build $(VENV)/.test  ## the GPUs' kernels on SYCL's CPU device
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest $(VARIANTS)
 
-# Twice: with the SYCL backend, and as on a machine that has none.
-ctest: $(VENV)/.build $(VENV)/.test
+# It runs twice: with the SYCL backend, and as on a machine that has none, with the same native kernels.
+ctest: $(VENV)/.build $(VENV)/.test  ## the tests in C++, with the SYCL backend and without
 	$(call debian,/usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h,libgtest-dev)
 	$(call debian,$(PYTHON_H),python3-dev)
 	mkdir -p build
 	cmake -S . -B build/cmake -G Ninja -DXPU_FP4_SYCL_ROOT=$(VENV) -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }
 	cmake --build build/cmake
-	cmake -S . -B build/cmake-native -G Ninja -DXPU_FP4_SYCL_ROOT= -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }
+	cmake -S . -B build/cmake-native -G Ninja -DXPU_FP4_SYCL_ROOT= -DXPU_FP4_CPU_LIBRARY=$(CURDIR)/build/cmake/libxpu_fp4_cpu.a -DPython3_ROOT_DIR=$(VENV) > build/cmake.log || { cat build/cmake.log; exit 1; }
 	cmake --build build/cmake-native
 	ctest --test-dir build/cmake-native --output-on-failure
 	ctest --test-dir build/cmake --output-on-failure
@@ -139,7 +155,7 @@ $(VENV)/.venv:
 	pip install --quiet --upgrade "pip>=25.1"  # the first with --group
 	touch $@
 
-$(VENV)/.build $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+$(VENV)/.build $(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	pip install --quiet --group $*
 	mkdir -p build
 	touch $@

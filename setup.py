@@ -48,7 +48,7 @@ def sources(*folders: str) -> list[str]:
 
 
 def sycl_roots() -> list[Path]:
-    """Where SYCL may be, the most binding first: what an XPU torch runs on, a oneAPI toolkit, pip packages."""
+    """Lists where SYCL may be, the most binding first: what an XPU torch runs on, a oneAPI toolkit, pip packages."""
     env = os.environ
     roots = [cpp_extension.SYCL_HOME] if TORCH_IS_XPU else []
     roots += [env.get("CMPLR_ROOT"), env.get("ONEAPI_ROOT") and f"{env['ONEAPI_ROOT']}/compiler/latest", sys.prefix]
@@ -56,7 +56,7 @@ def sycl_roots() -> list[Path]:
 
 
 def needed_libraries(library: Path) -> list[str]:
-    """What `readelf -d` shows as NEEDED, of a 64-bit little-endian ELF file."""
+    """Returns what `readelf -d` shows as NEEDED, of a 64-bit little-endian ELF file."""
     image = library.read_bytes()
     (headers,), (size, count) = struct.unpack_from("<Q", image, 0x20), struct.unpack_from("<HH", image, 0x36)
     # type, flags, offset, address, physical address, size in the file
@@ -128,7 +128,7 @@ def op_library(sycl: Path | None) -> Extension:
         flags += [f'-DXPU_FP4_SYCL_LIB_DIR="{sycl / "lib"}"', f'-DXPU_FP4_SYCL_BACKEND_FILE="{SYCL_BACKEND}.abi3.so"']
     link: dict[str, list[str]] = {}
     if TORCH_IS_XPU and sycl is not None:
-        # Not torch's SyclExtension: it links SYCL without saying where it is, and takes the headers of any icpx on the PATH.
+        # torch's SyclExtension will not do: it links SYCL without a path, and takes the headers of any icpx on the PATH.
         link = sycl_link(sycl)
         link["libraries"].append("c10_xpu")
     else:

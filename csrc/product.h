@@ -13,7 +13,7 @@
 
 namespace xpu_fp4 {
 
-/// What happens to a row of floats first. A gate makes the row of k out of one of 2k, rounded to the row's dtype
+/// A row of floats goes through this first. A gate makes the row of k out of one of 2k, rounded to the row's dtype
 /// (format/gate.h). Then x -> (x - offset) x H, in float32 (format/hadamard.h): `hadamard` is the size of H's blocks, of which
 /// k is a multiple, or 0 where there is no H. offset [k] is null where there is none.
 struct Transform {
@@ -105,9 +105,9 @@ struct Product {
 
 /// A layer of experts, for every token t and its slots j < top_k: expert e = ids[t, j], u = W13[e] x_t + bias rounded to dtype,
 /// h = gate(u) rounded to dtype, v_j = W2[e] h + bias in float32; y_t = the sum of weights[t, j] * v_j, an fma each, by
-/// ascending j from +0, rounded once to dtype. Both products quantize by `to`. With router_on_input, x_t is multiplied by
-/// weights[t, j] and rounded to dtype on the way in, and the sum's factor is 1. A slot whose id is not one of the experts adds
-/// nothing.
+/// ascending j from +0, rounded once to dtype. Both products quantize by `to`, which has no offset. With router_on_input, x_t
+/// is multiplied by weights[t, j] and rounded to dtype on the way in, and the sum's factor is 1. A slot whose id is not one of
+/// the experts adds nothing. Each product has an input offset of its own or none, the same for all experts.
 struct Experts {
   const void* x;  // [tokens, w13.k]
   DType dtype;
@@ -123,7 +123,19 @@ struct Experts {
   const float *w13_bias, *w2_bias;  // [experts, n], null where there is none
   Gate gate;
   bool router_on_input;
-  void* y;  // [tokens, w2.n]
+  const float *w13_offset, *w2_offset;  // [w13.k] and [w2.k], null where there is none
+  void* y;                              // [tokens, w2.n]
+
+  constexpr Quantizer quantizer_of_x() const { return with_offset(w13_offset); }
+  constexpr Quantizer quantizer_of_h() const { return with_offset(w2_offset); }
+  constexpr bool turns() const { return to.transform.turns() || w13_offset != nullptr || w2_offset != nullptr; }
+
+ private:
+  constexpr Quantizer with_offset(const float* offset) const {
+    Quantizer own = to;
+    own.transform.offset = offset;
+    return own;
+  }
 };
 
 /// x [rows, k] of dtype, or [rows, 2k] with a gate -> codes [rows, code_bytes(k)] of the quantizer's format and scale bytes

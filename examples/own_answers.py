@@ -17,7 +17,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def whole_sentences(answer: str) -> str:
-    """Of an answer that may have been cut, all to the end of the last sentence; what has none is left."""
+    """Cuts an answer after its last whole sentence; one that has none is left as it is."""
     return re.sub(r"(.*[.!?])(?=\s|$).*", r"\1", answer.strip(), flags=re.DOTALL)
 
 

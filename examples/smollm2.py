@@ -8,9 +8,10 @@ native and on the SYCL backend. The model and the text come out of two pip packa
 
 import copy
 import importlib.util
+import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from xpu_fp4.bench.machine import describe
 from xpu_fp4.calibration import calibrate_, calibration_windows, read_chats
 from xpu_fp4.checkpoints.questions import Question, answer_all, is_right, read_questions
 
 WINDOW = 1024
 TEXT_CHARACTERS = 30_000
-# Of an emulation that shares no code with this project (torch arithmetic on dequantized values), over four windows. W4A4 is the
+# They are of an emulation that shares no code with this project (torch on dequantized values), over four windows. W4A4 is the
 # sensitive one: a rounding that flips one activation's code travels on, so other matrix kernels move it by a percent or two.
 EXPECTED_PERPLEXITY = {"original": 30.3, "W4A16": 44.4, "W4A8": 45.3, "W4A4": 89.0}
 MODES: dict[str, xpu_fp4.Mode] = {"W4A16": "w4a16", "W4A8": "w4a8", "W4A4": "w4a4"}
@@ -115,7 +117,7 @@ def chat(model: Any, tokenizer: Any, prompt: str, tokens: int, *, show: bool) ->
 
 
 def megabytes(model: nn.Module) -> float:
-    """Of the weights of the layers that are quantized."""
+    """Returns the size of the weights of the layers that are quantized."""
     linears = (m for n, m in model.named_modules() if isinstance(m, (nn.Linear, xpu_fp4.MXFP4Linear)) and n != "lm_head")
     return sum(t.nbytes for m in linears for t in (*m.parameters(), *m.buffers())) / 1e6
 
@@ -154,8 +156,8 @@ def print_results(results: dict[str, Result]) -> None:
             console.print(f"[yellow]{label}: perplexity is more than {TOLERANCE:.0%} off[/yellow]")
 
 
-def ask(models: dict[str, Any], tokenizer: Any, questions: list[Question], shown: int) -> None:
-    """Prints the first answers of each model, and how many of all are right."""
+def ask(models: dict[str, Any], tokenizer: Any, questions: list[Question], shown: int) -> dict[str, int]:
+    """Prints the first answers of each model, and returns how many of all are right."""
     answers = {}
     for label, model in models.items():
         with console.status(f"{label}: {len(questions)} questions"):
@@ -166,11 +168,21 @@ def ask(models: dict[str, Any], tokenizer: Any, questions: list[Question], shown
         table.add_column(label)
     for index, question in enumerate(questions[:shown]):
         table.add_row(question.question, *(" ".join(answer[index].split()) for answer in answers.values()))
-    right = [
-        f"{sum(is_right(a, q.expected) for a, q in zip(answer, questions, strict=True))} right" for answer in answers.values()
-    ]
-    table.add_row("", *right)
+    right = {
+        label: sum(is_right(a, q.expected) for a, q in zip(answer, questions, strict=True)) for label, answer in answers.items()
+    }
+    table.add_row("", *(f"{count} right" for count in right.values()))
     console.print(table)
+    return right
+
+
+def record(results: dict[str, Result], questions: int, right: dict[str, int]) -> dict[str, Any]:
+    """Returns what tools/demo_page.py puts into README."""
+    recipes = [
+        {"recipe": label, **asdict(result), "expected": EXPECTED_PERPLEXITY.get(label), "right": right.get(label)}
+        for label, result in results.items()
+    ]
+    return {"machine": describe(), "dtype": str(DTYPE).removeprefix("torch."), "questions": questions, "recipes": recipes}
 
 
 def first_inputs(model: Any, ids: Tensor, layers: int) -> list[tuple[str, xpu_fp4.MXFP4Linear, Tensor]]:
@@ -220,8 +232,9 @@ def compare_backends(model: Any, ids: Tensor, layers: int) -> bool:
 )
 @click.option("--layers", default=1, show_default=True, help="How many layers both backends compute.")
 @click.option("--shown", default=6, show_default=True, help="How many answers are shown.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
 @torch.inference_mode()
-def main(prompt: str, max_new_tokens: int, windows: int, layers: int, shown: int) -> None:
+def main(prompt: str, max_new_tokens: int, windows: int, layers: int, shown: int, json_path: Path | None) -> None:
     """Run SmolLM2-135M-Instruct in MXFP4."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -231,7 +244,8 @@ def main(prompt: str, max_new_tokens: int, windows: int, layers: int, shown: int
     good = calibrated(model, tokenizer)
     console.print(f"\n[bold]Prompt:[/bold] {prompt}\n[bold]W4A8, {CALIBRATED}, answers:[/bold] ", end="")
     chat(good, tokenizer, prompt, max_new_tokens, show=True)
-    ask({"original": model, f"W4A8, {CALIBRATED}": good}, tokenizer, read_questions(EXAMPLES / "questions.jsonl"), shown)
+    questions = read_questions(EXAMPLES / "questions.jsonl")
+    right = ask({"original": model, f"W4A8, {CALIBRATED}": good}, tokenizer, questions, shown)
 
     ids = load_windows(tokenizer, windows)
     results = {"original": measure(model, tokenizer, ids, prompt, max_new_tokens, "original")}
@@ -241,6 +255,8 @@ def main(prompt: str, max_new_tokens: int, windows: int, layers: int, shown: int
             set_mode(quantized, mode)
             results[label + recipe] = measure(quantized, tokenizer, ids, prompt, max_new_tokens, label + recipe)
     print_results(results)
+    if json_path is not None:
+        json_path.write_text(json.dumps(record(results, len(questions), right), indent=1) + "\n")
     if not compare_backends(good, ids[0, :128], layers):
         sys.exit("The backends differ")
 

@@ -59,7 +59,7 @@ def llama_config(*, tied: bool = False, hidden: int = HIDDEN, intermediate: int 
 
 def llama(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
     torch.manual_seed(0)
-    # Not by .to(dtype), which would round the rotary embedding's frequencies too.
+    # .to(dtype) would round the rotary embedding's frequencies too.
     return AutoModelForCausalLM.from_config(llama_config(**changes), dtype=dtype).eval()
 
 
@@ -130,7 +130,7 @@ INT8_ARGUMENTS = {"num_bits": 8, "type": "int", "strategy": "group", "group_size
 
 
 def compressed_tensors_config(*, mode: str = "w4a4", **changes: Any) -> dict[str, Any]:
-    """As llm-compressor writes it, without scale_dtype, and W4A8 as we do; changes are of the top level."""
+    """Writes it as llm-compressor does, without scale_dtype, and W4A8 as we do; changes are of the top level."""
     group = {
         "targets": ["Linear"],
         "weights": MXFP4_ARGUMENTS,
@@ -172,7 +172,7 @@ def quark_config(*, mode: str = "w4a4", **changes: Any) -> dict[str, Any]:
 
 
 def auto_round_config(*, mode: str = "w4a4", **changes: Any) -> dict[str, Any]:
-    """As AutoRound 0.16 writes it in its own format."""
+    """Writes it as AutoRound 0.16 does in its own format."""
     activations = {"act_bits": 4, "act_data_type": "mx_fp", "act_group_size": 32, "act_sym": True, "act_dynamic": True}
     config = {
         "quant_method": "auto-round",

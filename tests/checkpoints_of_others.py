@@ -68,7 +68,7 @@ def save_rotated(folder: Path, model: Any, mode: str, *, size: int = 32) -> Path
 
 
 def load_theirs(folder: Path, ids: torch.Tensor) -> Any:
-    """What compressed-tensors computes of a directory, in float32: Transformers decompresses, and leaves transforms out."""
+    """Returns what compressed-tensors computes of a directory, float32: Transformers decompresses and leaves out transforms."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model(ids)  # decompresses

@@ -30,7 +30,7 @@ def sequency_ordered(size: int) -> Tensor:
 
 
 def quantize(x: Tensor, turn: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    """What its tests hold its kernels to, in float64: codes [..., K] and scale bytes [..., K/32]; ties to the even code."""
+    """Returns what its tests hold its kernels to, in float64: codes [..., K], scale bytes [..., K/32]; ties to even codes."""
     turned = (x.double().unflatten(-1, (-1, len(turn))) @ turn.double()).flatten(-2).unflatten(-1, (-1, 32))
     scale = turned.abs().amax(-1) if method == "abs_max" else turned.std(-1, correction=0) * (2.92247856 / 6)
     power = (scale + 1e-8).log2().floor()
@@ -68,7 +68,7 @@ def emulate(model: nn.Module, linears: Iterable[str], weight_turn: Tensor, turn:
 
 
 def config(method: str, size: int, **changes: Any) -> dict[str, Any]:
-    """As Transformers writes it."""
+    """Writes it as Transformers does."""
     return {
         "quant_method": "fp_quant",
         "forward_dtype": "mxfp4",

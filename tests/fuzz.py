@@ -91,7 +91,7 @@ class Call:
         )
 
     def simpler(self) -> Iterator["Call"]:
-        """The same call with one field at its simplest."""
+        """Gives the same call with one field at its simplest, for each field."""
         for field in dataclasses.fields(self)[2:]:
             if getattr(self, field.name) == field.default:
                 continue
@@ -124,7 +124,7 @@ def elements(call: Call) -> Tensor:
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same elements in memory of another shape."""
+    """Puts the same elements into memory of another shape."""
     if tensor.dim() != 2:
         return tensor
     if layout == "transposed":
@@ -431,7 +431,7 @@ class Worker:
         self.process: subprocess.Popen[str] | None = None
 
     def run(self, case: Any) -> str:  # noqa: ANN401
-        """What is wrong with a case, empty where nothing is."""
+        """Returns what is wrong with a case, empty where nothing is."""
         if self.process is None:
             self.process = start(sys.executable, __file__, "--serve", self.kind)
         assert self.process.stdin is not None

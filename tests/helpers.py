@@ -25,7 +25,7 @@ _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers."""
+    """Views the same memory as integers."""
     return tensor.view(_INT_OF_SIZE[tensor.element_size()])
 
 
@@ -230,7 +230,7 @@ _ROUNDING = {"upward": 0x800, "toward_zero": 0xC00}  # x86's FE_UPWARD and FE_TO
 
 def environment_is(name: Environment | None) -> bool:
     """Whether this thread's float arithmetic is now of that kind (None: the default), told by what it does."""
-    # One element each: torch computes them in this thread.
+    # torch computes single elements in this thread.
     flushed = (torch.tensor([2.0**-100]) * 2.0**-40).item() == 0
     up = (torch.tensor([1.0]) + 2.0**-30).item() > 1
     down = (torch.tensor([1.0]) + (2.0**-23 - 2.0**-30)).item() == 1

@@ -110,7 +110,7 @@ def test_the_kernel_cache_is_where_the_user_wants_it(backend: str, tmp_path: Pat
 
 
 def test_many_threads_may_start_the_backend_at_once(backend: str) -> None:
-    """In a new process, so that the runtime is loaded and the kernels are built by whoever comes first."""
+    """A new process has whoever comes first load the runtime and build the kernels."""
     code = """
 import threading, torch, xpu_fp4
 x = torch.randn(64, 256); results = []

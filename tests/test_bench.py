@@ -86,7 +86,7 @@ def test_median_and_spread() -> None:
 
 
 def test_speedup_compares_rounds_with_each_other() -> None:
-    # In every round twice as fast, though the machine became ten times as slow.
+    # It is twice as fast in every round, though the machine became ten times as slow.
     assert speedup(Timing((1.0, 10.0), 1), Timing((2.0, 20.0, 7.0), 1)) == 2
 
 
@@ -304,7 +304,7 @@ def test_ggml_multiplies_our_weights(repacked: bool) -> None:
 
 
 def run_record(planned: list[Case], who: list[Contender]) -> runner.Record:
-    """On a clock that moves by a second at each look."""
+    """Runs on a clock that moves by a second at each look."""
     watch = Stopwatch(clock=itertools.count().__next__)
     return runner.run(planned, who, seconds=0, copies_bytes=1, watch=watch)
 

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 import xpu_fp4
 from checkpoint_files import IDS, assert_same_model, tensors_of
-from helpers import assert_same_bits, at_once, seeded
+from helpers import assert_same_bits, at_once, normal, seeded
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from xpu_fp4 import Mode, MXFP4Linear
@@ -173,7 +173,7 @@ def test_transformers_itself_reads_what_gpt_oss_becomes(tmp_path: Path) -> None:
 
 
 def test_gpt_oss_one_by_one_has_its_gate_in_halves(tmp_path: Path) -> None:
-    """As compressed-tensors stores it: gate and up are layers of their own, whatever rows the model alternates."""
+    """compressed-tensors stores gate and up as layers of their own, whatever rows the model alternates."""
     model = original("gpt-oss")
     model.save_pretrained(tmp_path / "source")
     out = quantize_checkpoint(plan_quantization(tmp_path / "source"), tmp_path / "out", mode="w4a16")
@@ -385,6 +385,27 @@ def test_stored_tensors_stay_reachable(tmp_path: Path) -> None:
     assert not module.unprepack_().is_prepacked
     assert_same_bits(module(*x), expected)
     assert not module.to(torch.float32).is_prepacked
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a8", "w4a16"])
+def test_offsets_are_subtracted_from_what_each_product_multiplies(mode: Mode) -> None:
+    given, x = experts_and_input(mode)
+    module = MXFP4Experts(4, 64, 32, True, gate=given.gate, mode=mode, input_offset=True, dtype=torch.bfloat16)
+    module.load_state_dict(given.state_dict(), strict=False)
+    assert_same_bits(module(*x), given(*x))
+    offsets = {f"{name}_input_offset": normal(k, seed=k) for name, (_, k) in module.shapes().items()}
+    module.load_state_dict(offsets, strict=False)
+    options = {**given.gate.options(), "mode": mode, "w13_offset": offsets["gate_up_proj_input_offset"]}
+    biases = given.state_dict()["gate_up_proj_bias"], given.state_dict()["down_proj_bias"]
+    weights = given._weight().stored_tensors()
+    expected = xpu_fp4.experts(*x, *weights, *biases, **options, w2_offset=offsets["down_proj_input_offset"])
+    assert not torch.equal(expected, given(*x))
+    assert_same_bits(module(*x), expected)
+    assert_same_bits(copy.deepcopy(module)(*x), expected)
+    module.to(torch.bfloat16)
+    for name, offset in offsets.items():
+        assert_same_bits(module.state_dict()[name], offset)
+    assert "input_offset=True" in repr(module)
 
 
 def test_threads_share_experts() -> None:

@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {
 
 
 def metadata_of(architecture: str, config: Any, **changes: Any) -> dict[str, Any]:
-    """What llama.cpp writes of a model; changes have _ for a dot's place as a key of the architecture, None for none."""
+    """Returns what llama.cpp writes of a model; changes have _ in a dot's place as a key of the architecture, None: none."""
     keys: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -94,7 +94,7 @@ def write_gguf(path: Path, metadata: dict[str, Any], tensors: Tensors) -> Path:
 
 
 def as_stored(tensor: Tensor, kind: Type) -> Tensor:
-    """What is left of a tensor in that type, by gguf's own formulas."""
+    """Returns what is left of a tensor in that type, by gguf's own formulas."""
     data = gguf.quants.quantize(tensor.detach().float().contiguous().numpy(), kind)
     return torch.from_numpy(gguf.quants.dequantize(data, kind)).to(torch.bfloat16)
 
@@ -140,7 +140,7 @@ OUTER = {
 
 
 def rotated(weight: Tensor, heads: int) -> Tensor:
-    """As llama.cpp stores queries and keys of llama."""
+    """Orders rows as llama.cpp stores queries and keys of llama."""
     return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 

@@ -164,7 +164,7 @@ def test_any_number_of_rows_and_both_scale_layouts(backend: str, dtype: torch.dt
 
 
 def test_its_numbers_are_not_those_of_our_quantizer(backend: str) -> None:
-    # Or the tests above could not tell the two apart.
+    # The tests above could not tell the two apart otherwise.
     ties = torch.tensor([[6.0, 0.75, -0.0] + [0.0] * 29])
     nothing = torch.zeros(1, 32)
     (q, scale), (ours_q, ours_scale) = group_quant(ties), xpu_fp4.quantize(ties, "rceil")

@@ -39,7 +39,7 @@ DEFINED_MODES: dict[Mode, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 
 def linear(mode: Mode, dtype: torch.dtype, *, seed: int = 0) -> tuple[MXFP4Linear, Tensor]:
-    """The same module and input in every process."""
+    """Makes the same module and input in every process."""
     torch.manual_seed(seed)
     module = MXFP4Linear.from_linear(nn.Linear(K, N, dtype=dtype), mode=mode)
     spread = torch.exp2(torch.randint(-10, 10, (3, 5, K // 32)).float()).repeat_interleave(32, -1)
@@ -125,7 +125,7 @@ def transformed_inputs_are_transformed_by_shares(mesh: DeviceMesh, tmp: Path) ->
 
 
 def shards_of_whole_groups_keep_the_codes_of_one_process(mesh: DeviceMesh, tmp: Path) -> None:
-    """Of x in MXINT8 at K / ranks = 256; at 160 a group that one process has lies on both sides of the cut."""
+    """x in MXINT8 keeps them at K / ranks = 256; at 160 a group that one process has lies on both sides of the cut."""
     for k, are_kept in ((512, True), (K, False)):
         x = torch.randn(4, k, generator=seeded(k)) * torch.exp2(torch.arange(k) // 32 % 7).float()
         codes, scale = reference.mxint8_quantize(x)
@@ -256,7 +256,7 @@ def a_transformers_model_is_sharded_by_its_own_plan(mesh: DeviceMesh, tmp: Path)
     both = [torch.empty_like(logits) for _ in range(RANKS)]
     dist.all_gather(both, logits)
     assert_same_bits(both[0], both[1])
-    # Not the same bits: partial sums, and a flipped rounding of one activation's code travels on.
+    # Bits differ: sums are partial, and a flipped rounding of one activation's code travels on.
     torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1)
     with pytest.raises(ValueError, match="Block has no tensor parallel plan"):
         tensor_parallel_plan(Block())
@@ -285,17 +285,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "silu_mul": {},
     "gpt-oss": {"gate": Gate("swiglu_oai", interleaved=True), "bias": True},
     "llama 4": {"router_on_input": True},
-    "turned": {"hadamard": 32, "bias": True},
+    "turned": {"hadamard": 32, "bias": True, "input_offset": True},
 }
 
 
 def experts_and_input(kind: str, mode: Mode, dtype: torch.dtype) -> tuple[MXFP4Experts, tuple[Tensor, Tensor, Tensor]]:
-    """The same in every process: tokens with several experts of one rank, of none, and with no expert."""
+    """Makes the same in every process: tokens with several experts of one rank, of none, and with no expert."""
     generator = seeded(20)
     module = MXFP4Experts(EXPERTS, 96, 64, mode=mode, dtype=dtype, **KINDS[kind])
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
             parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype)
+        elif name.endswith("input_offset"):
+            parameter.data = torch.randn(parameter.shape, generator=generator)
         else:
             low, high = (0, 256) if name.endswith("blocks") else (118, 123)
             parameter.data = torch.randint(low, high, parameter.shape, generator=generator, dtype=torch.uint8)

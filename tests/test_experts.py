@@ -90,27 +90,29 @@ def definition(
     interleaved: bool = False,
     router_on_input: bool = False,
     hadamard: xpu_fp4.Hadamard = 0,
+    w13_offset: Tensor | None = None,
+    w2_offset: Tensor | None = None,
     **_: object,
 ) -> Tensor:
     """The definition of modes whose products are defined to the bit."""
     dtype = given.x.dtype
 
-    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-        x = reference.transform(x, hadamard) if hadamard else x
+    def quantize(x: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = reference.transform(x, hadamard, offset) if hadamard or offset is not None else x
         return reference.quantize(x) if mode == "w4a4" else reference.mxint8_quantize(x)
 
-    def product(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, out: torch.dtype) -> Tensor:
-        return reference.gemm(*quantize(x), w, scale, out, bias)
+    def product(x: Tensor, offset: Tensor | None, w: Tensor, scale: Tensor, bias: Tensor | None, out: torch.dtype) -> Tensor:
+        return reference.gemm(*quantize(x, offset), w, scale, out, bias)
 
     def bias_of(bias: Tensor | None, expert: int) -> Tensor | None:
         return None if bias is None else bias[expert]
 
     def up(e: int, x: Tensor) -> Tensor:
-        u = product(x, given.w13[e], given.w13_scale[e], bias_of(given.w13_bias, e), dtype)
+        u = product(x, w13_offset, given.w13[e], given.w13_scale[e], bias_of(given.w13_bias, e), dtype)
         return reference.gate(u, activation, interleaved=interleaved)
 
     def down(e: int, h: Tensor) -> Tensor:
-        return product(h, given.w2[e], given.w2_scale[e], bias_of(given.w2_bias, e), torch.float32)
+        return product(h, w2_offset, given.w2[e], given.w2_scale[e], bias_of(given.w2_bias, e), torch.float32)
 
     return reference.experts(given.x, given.ids, given.weights, up, down, router_on_input=router_on_input)
 
@@ -122,6 +124,8 @@ CASES: dict[str, dict[str, Any]] = {
     "silu_mul interleaved": {"interleaved": True},
     "router on the input": {"router_on_input": True},
     "hadamard": {"hadamard": 32},
+    "offsets": {"w13_offset": normal(160, seed=1), "w2_offset": normal(96, seed=2)},
+    "offset of h": {"w2_offset": normal(96, seed=2), "hadamard": 32, "interleaved": True},
 }
 
 
@@ -161,7 +165,7 @@ def test_packed_experts_have_the_same_bits_in_every_form(mode: Mode) -> None:
 @pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 32, 32), (1, 4, 8, 288, 160), (40, 2, 4, 128, 128), (70, 1, 3, 64, 32)])
 def test_a_layer_equals_its_single_products(backend: str, mode: Mode, shape: tuple[int, ...]) -> None:
-    """Also in w4a16, whose products each backend defines for itself: a layer is composed of them."""
+    """This holds in w4a16 too, whose products each backend defines for itself: a layer is composed of them."""
     given = layer(*shape)
 
     def linear(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -272,6 +276,8 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "hadamard": ({"hadamard": 16}, "hadamard is 16"),
     "hadamard of h": ({"hadamard": 64}, "expected a multiple of hadamard"),
     "map": ({"expert_map": torch.zeros(3)}, "expert_map must be int32"),
+    "offset of x": ({"w13_offset": torch.zeros(127)}, r"w13_offset has shape \[127\], expected \[128\]"),
+    "offset of h": ({"w2_offset": torch.zeros(96).bfloat16()}, "w2_offset must be float32, got BFloat16"),
 }
 
 

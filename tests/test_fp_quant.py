@@ -57,7 +57,7 @@ modes = pytest.mark.parametrize("rule", FP_QUANT_MODES)
 
 
 def scale_byte(block: np.ndarray, rule: ScaleMode) -> int:
-    """Of a block of 32 float32, all finite: float32 by numpy, powers of two by exact fractions."""
+    """Takes a block of 32 float32, all finite: float32 by numpy, powers of two by exact fractions."""
     if rule == "abs_max":
         return math.frexp(np.abs(block).max() + np.float32(1e-8))[1] - 1 + 127
 
@@ -170,7 +170,7 @@ def test_quest_where_the_scale_changes(backend: str) -> None:
 
 
 def test_quest_of_blocks_without_spread(backend: str) -> None:
-    # Of elements that are nearly equal rounding alone decides whether the variance is 0, more or less.
+    # Rounding alone decides whether the variance of nearly equal elements is 0, more or less.
     x = 1 + normal(2000, 32) * torch.logspace(-9, -3, 2000)[:, None]
     assert_quantizes(x, "quest")
     _, scale = xpu_fp4.quantize(x, "quest")

@@ -26,7 +26,7 @@ def model() -> nn.Module:
 
 
 def as_seen(x: Tensor, mode: Mode) -> Tensor:
-    """What a linear of that mode multiplies in the place of x."""
+    """Returns what a linear of that mode multiplies in the place of x."""
     if mode == "w4a4":
         return xpu_fp4.dequantize(*xpu_fp4.quantize(x))
     if mode == "w4a8":
@@ -222,7 +222,7 @@ def test_weight_cannot_be_written() -> None:
 
 
 def test_an_encoder_layer_of_torch_computes_in_its_layers() -> None:
-    """In eval mode it has one fused operation on its layers' weights, which would not quantize activations."""
+    """It has one fused operation on its layers' weights in eval mode, which would not quantize activations."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, 128, batch_first=True), 2).eval()
     x = torch.randn(2, 5, 64)

@@ -271,7 +271,7 @@ def test_every_code_under_every_scale_dequantizes_with_one_rounding(backend: str
     expected = as_numpy(q.numpy() * units, dtype)
     assert_same_bits(xpu_fp4.mxint8_dequantize(q, scale, dtype), expected)
     assert_same_bits(xpu_fp4.mxint8_dequantize(q, scale.view(torch.float8_e8m0fnu), dtype), expected)
-    # Where blocks of a row have scales of their own.
+    # Blocks of a row may have scales of their own.
     mixed = scale.t().contiguous().view(-1, 64)
     some = random_int8(32, 2048, seeded(12))
     wanted = reference.values(some, mixed).to(dtype)

@@ -38,7 +38,7 @@ def mxint8_arguments() -> dict[str, Any]:
 
 def gemm_arguments() -> dict[str, Any]:
     return {
-        # As bytes: opcheck computes with the arguments, and torch has no arithmetic on float4_e2m1fn_x2 and float8_e8m0fnu.
+        # Bytes will do: opcheck computes with arguments, and torch has no arithmetic on float4_e2m1fn_x2 and float8_e8m0fnu.
         "a": codes(M, K // 2),
         "b": codes(N, K // 2).t(),
         "a_scale": scales(M, K // 32),

@@ -225,7 +225,7 @@ def test_every_code_under_every_scale_dequantizes_with_one_rounding(backend: str
     q = reference.pack(codes)
     actual = xpu_fp4.dequantize(q, scale, dtype)
     assert_same_bits(actual, expected)
-    # The same through the dtypes of the ops, and where a block is not the only one of its row.
+    # The dtypes of the ops give the same, and so does a block that is not the only one of its row.
     typed = xpu_fp4.dequantize(q.view(torch.float4_e2m1fn_x2), scale.view(torch.float8_e8m0fnu), dtype)
     assert_same_bits(typed, expected)
     wide = xpu_fp4.dequantize(q.reshape(16, 256), scale.reshape(16, 16), dtype)

@@ -150,7 +150,7 @@ def test_ties_are_those_of_the_transformed_row(backend: str) -> None:
 
 
 def as_given(x: Tensor, size: Hadamard, offset: Tensor | None, mode: Mode) -> Tensor:
-    """What a linear without a transform must be given: float32 or, where nothing is quantized, values of x's dtype."""
+    """Returns what a linear without a transform must be given: float32 or, where nothing is quantized, values of x's dtype."""
     y = reference.transform(x, size, offset)
     return y if mode != "w4a16" else y.to(x.dtype).float()
 

@@ -49,7 +49,7 @@ def test_every_pair_of_scales_beside_other_blocks(backend: str, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_scale_of_a_group_beside_every_scale_of_w(backend: str, dtype: torch.dtype) -> None:
-    # One scale for a whole quad of A: all that remains is W's, aligned or not.
+    # A whole quad of A has one scale: all that remains is W's, aligned or not.
     (a, _, w, w_scale), _ = every_scale_pair(160)
     a_scale = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 5).contiguous()
     for scale in (w_scale, torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 5).contiguous()):
@@ -73,10 +73,10 @@ def test_aligned_and_unaligned_quads_give_the_same_definition(backend: str, spre
 
 # ---- the windows of exponents in which a kernel takes a shortcut, at every level ----
 
-# Both edges of the windows in use: [-55, 55] natively, [-44, 33] and [-42, 33] in SYCL.
+# These are both edges of the windows in use: [-55, 55] natively, [-44, 33] and [-42, 33] in SYCL.
 LOW_EDGES = [-56, -55, -54, -45, -44, -43, -42, -41]
 HIGH_EDGES = [32, 33, 34, 54, 55, 56]
-# Of the four exponents of a quad, how far each is above the least (below the greatest, at a high edge).
+# Each of a quad's four exponents is so far above the least (below the greatest, at a high edge).
 OFFSETS = {
     "equal": (0, 0, 0, 0),
     "quad": (0, 3, 1, 2),
@@ -134,7 +134,7 @@ def test_a_quad_that_spans_a_whole_window(backend: str, order: tuple[int, ...]) 
 
 @pytest.mark.parametrize("level", OFFSETS)
 def test_whole_tiles_where_sums_underflow_and_overflow(backend: str, level: str) -> None:
-    # One exponent for all of A and the same quads in all of W, whose product's least bits or sums leave float32's range: no
+    # A has one exponent and W the same quads all over, whose product's least bits or sums leave float32's range: no
     # window may reach so far.
     below = torch.tensor([*OFFSETS[level], 0])
     a, w = random_int8(20, 160, seeded(31)), random_codes(40, 160, seeded(32))

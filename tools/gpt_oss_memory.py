@@ -22,7 +22,7 @@ SLACK = 48 * MB
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model; H = I, and attention as wide as H."""
+    """Gives the model's sizes; H = I, and attention is as wide as H."""
 
     layers: int
     hidden: int
@@ -30,7 +30,7 @@ class Size:
 
     @property
     def experts_bytes(self) -> int:
-        """Of a layer's experts in bfloat16, which nearly all of a shard is."""
+        """Returns what a layer's experts take in bfloat16, nearly all of a shard."""
         return 2 * self.experts * 3 * self.hidden**2
 
     def config(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def measure(step: str, source: Path, out: Path) -> int:
 
 
 def _memory(kind: str) -> int:
-    """Of this process by the kernel: VmRSS, resident now, or VmHWM, the most that was. getrusage has the parent's, too."""
+    """Asks the kernel about this process: VmRSS, resident now, or VmHWM, the most that was. getrusage has the parent's, too."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024
 

@@ -179,7 +179,7 @@ TOLERANCE = 0.1  # of a cost in the table of csrc/sycl/architectures.cpp; a choi
 
 
 def stale_costs(results: Iterable[Result], table: Iterable[Architecture]) -> list[str]:
-    """Where the costs that choose a kernel are not those that were counted."""
+    """Names the costs that choose a kernel and are not those that were counted."""
     costs = {item.name: item.costs for item in table}
     failures = []
     for result in results:

@@ -57,7 +57,7 @@ def ruled_out(scale: Tensor, arrangement: int, activations: int) -> Tensor:
 
 
 def of_tiles(levels: Tensor, size: int) -> Tensor:
-    """What any of a tile's rows rules out, [tiles, quads]."""
+    """Returns what any of a tile's rows rules out, [tiles, quads]."""
     return torch.stack([reduce(torch.bitwise_or, tile) for tile in levels.unflatten(0, (-1, size))])
 
 

@@ -156,7 +156,7 @@ class Listing:
         found = {}
         for begin, end in pairwise(sorted({first, last} | inside)):
             jump = instructions[end - 1]
-            # Where no lanes part, a goto leads to its second label.
+            # A goto leads to its second label where no lanes part.
             targets = (
                 [labels[name] for name in re.findall(r"\b_\w+", jump.text) if name in labels][-1:] if end - 1 in jumps else []
             )

@@ -27,7 +27,7 @@ SCALE_BYTES = (118, 121)  # weights of 0.01 to 0.1, as trained ones have
 
 
 def config_of(parameters: float, layers: int) -> GptOssConfig:
-    """So many parameters in the experts; H and I are equal, as gpt-oss has them, and multiples of 32."""
+    """Gives the experts so many parameters; H and I are equal, as gpt-oss has them, and multiples of 32."""
     size = 32 * max(2, round(math.sqrt(parameters / (3 * EXPERTS * layers)) / 32))
     return GptOssConfig(
         num_hidden_layers=layers,

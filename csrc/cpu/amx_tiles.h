@@ -6,7 +6,7 @@
 namespace xpu_fp4::cpu {
 namespace {
 
-// What LDTILECFG reads. `depth` bytes of K to a tile product.
+// LDTILECFG reads this. A tile product has `depth` bytes of K.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};

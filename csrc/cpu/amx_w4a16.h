@@ -294,7 +294,7 @@ struct AmxBf16 {
     add_apart(a, rows, filled, acc);
   }
 
-  // What four tile products add to the sums.
+  // Adds what four tile products would to the sums.
   template <int R, class Strip>
   [[gnu::always_inline]] static void add_strip_quad(const GroupQuad& a, const Strip& packed,
                                                     float (&sums)[R][strips::kColumns]) {

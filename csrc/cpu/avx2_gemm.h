@@ -90,7 +90,7 @@ struct Avx2 {
  private:
   static constexpr auto kBiased = integers_of_codes(kWeightBias), kTwice = integers_of_codes(0);
 
-  // Of a half's columns, dword d of the codes in the quad as integers kWeightBias too large: of the low nibbles of each of its
+  // Holds dword d of the codes of a half's columns as integers kWeightBias too large: those of the low nibbles of each of its
   // bytes, and of the high ones.
   struct Integers {
     __m256i low, high;

@@ -61,7 +61,7 @@ struct Avx2Float {
   using Tile = void (*)(const GroupQuad&, const StripQuad&, float*);
   using Direct = void (*)(const GroupQuad*, const Weight&, int64_t, float*);
 
-  // Of each of a half's columns, dword d of its codes in the quad: eight elements.
+  // Loads dword d of the quad's codes, eight elements, of each of a half's columns.
   static __m256i codes_of(const uint8_t* record, int d, int half) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(record + 64 * d + 32 * half));
   }
@@ -80,7 +80,7 @@ struct Avx2Float {
     }
   }
 
-  // What a block's two runs add to a pair of blocks.
+  // Adds a block's two runs to a pair of blocks.
   static __m256 add_block(int b, __m256 first_run, __m256 second_run, __m256 factor, __m256 pair) {
     const __m256 sum = _mm256_add_ps(first_run, second_run);
     return b % 2 == 0 ? _mm256_mul_ps(sum, factor) : _mm256_fmadd_ps(sum, factor, pair);

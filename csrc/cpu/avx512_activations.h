@@ -63,7 +63,7 @@ void set_row_factors(const Alignment& alignment, __m512i sums, const IntegerForm
   out.set_level(row, alignment.level);
 }
 
-// One row's quad: 64 packed bytes and its scales.
+// Expands one row's quad: 64 packed bytes and its scales.
 template <class GroupQuad>
 void expand_e2m1(const uint8_t* packed, const uint8_t* scale, const IntegerForm& form, GroupQuad& out, int row) {
   const __m512i bytes = _mm512_loadu_si512(packed);
@@ -93,7 +93,7 @@ void expand_e2m1(const uint8_t* packed, const uint8_t* scale, const IntegerForm&
   set_row_factors(alignment, sum_lanes(sums), form, out, row);
 }
 
-// One row's quad: 128 codes, which are the integers, and its scales.
+// Expands one row's quad: 128 codes, which are the integers, and its scales.
 template <class GroupQuad>
 void expand_int8(const uint8_t* codes, const uint8_t* scale, const IntegerForm& form, GroupQuad& out, int row) {
   const __m512i even_then_odd = _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0));

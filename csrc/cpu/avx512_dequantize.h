@@ -32,7 +32,7 @@ void dequantize_block(const Dequantize& args, int64_t block) {
   }
 }
 
-// The same for a block of int8 codes. A code times 2^(e - 6) is exact, or Inf.
+// Dequantizes a block of int8 codes. A code times 2^(e - 6) is exact, or Inf.
 template <DType T>
 void dequantize_int8_block(const Dequantize& args, int64_t block) {
   const uint8_t scale = args.scale[block];

@@ -11,7 +11,7 @@ inline __m512 unmagic(__m512i sum, __m512 scale, __m512 offset) {
   return _mm512_fmadd_ps(_mm512_castsi512_ps(sum), scale, offset);
 }
 
-// One block's product, rounded once: u is the integer times f.scale, w the column's factor. An instruction that makes a
+// Gives one block's product, rounded once; u is the integer times f.scale, w the column's factor. An instruction that makes a
 // subnormal out of normal numbers costs Intel's processors over a hundred cycles. So where one may come out, 2^-126 of the same
 // sign is added inside the fma: that sum is normal, and its last place is 2^-149, or it is exact, because a block's integer is
 // below 2^23. It is taken off again by the bits if a subnormal is left.
@@ -27,7 +27,7 @@ __m512 guarded_product(__m512 u, const BlockFactor& f, __m512 w) {
   const __mmask16 subnormal = _mm512_mask_testn_epi32_mask(guarded, bits, _mm512_set1_epi32(0x7F000000));
   const __m512 p = _mm512_castsi512_ps(_mm512_mask_sub_epi32(bits, subnormal, bits, least));
   const __m512 q = _mm512_mask_sub_ps(p, _knot_mask16(subnormal), p, guard);
-  // Where rest is above 1, ea is so large that nothing is guarded.
+  // Nothing is guarded where rest is above 1: ea is too large then.
   return _mm512_mask_mul_ps(q, _knot_mask16(guarded), q, _mm512_set1_ps(f.after()));
 }
 

@@ -26,7 +26,7 @@ __m512i shift_bytes(__m512i bytes, __m512i counts) {
 template <int kBias, bool kVbmi>
 struct Decoder;
 
-// One table of 64 bytes, indexed by shift << 4 | code.
+// Decodes by one table of 64 bytes, indexed by shift << 4 | code.
 template <int kBias>
 struct Decoder<kBias, true> {
   static constexpr auto kTable = [] {

@@ -86,7 +86,7 @@ __m512i pack(const __m512i (&codes)[4], __mmask16 mask) {
   return _mm512_maskz_permutexvar_epi32(mask, packed_order(), _mm512_packus_epi16(ab, cd));
 }
 
-// Up to four blocks. Returns whether any may be wrong: one so small that 2^kLeastExponent * scale, or an element beside it, is
+// Quantizes up to four blocks. Returns whether any may be wrong: so small that 2^kLeastExponent * scale, or an element, is
 // subnormal, so that its word has no exponent.
 template <DType T>
 [[gnu::always_inline]] inline bool quantize_blocks(const Quantize& args, __m512i rounding, int64_t first, int blocks) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loops that leave no loop.
+// Compile-time unrolling: the index is a constant in each step.
 #pragma once
 #include "avx512_operands.h"
 

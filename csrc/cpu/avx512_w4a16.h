@@ -81,7 +81,7 @@ struct Avx512Float {
   using Tile = void (*)(const GroupQuad&, const StripQuad*, float*);
   using Direct = void (*)(const GroupQuad*, const Weight&, int64_t, float*);
 
-  // What a block's two runs add to a pair of blocks.
+  // Adds a block's two runs to a pair of blocks.
   static __m512 add_block(int b, __m512 first_run, __m512 second_run, __m512 factor, __m512 pair) {
     const __m512 sum = _mm512_add_ps(first_run, second_run);
     return b % 2 == 0 ? _mm512_mul_ps(sum, factor) : _mm512_fmadd_ps(sum, factor, pair);

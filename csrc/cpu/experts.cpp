@@ -84,14 +84,14 @@ class Chunk {
   }
 
   Activations x_of(int64_t expert) const {
-    Activations x = Activations::floats(args_.x, args_.dtype, args_.to, rows(expert), args_.w13.k);
+    Activations x = Activations::floats(args_.x, args_.dtype, args_.quantizer_of_x(), rows(expert), args_.w13.k);
     x.rows = token_of_row_.data() + first_row(expert);
     if (args_.router_on_input) x.factors = factors_.data() + first_row(expert);
     return x;
   }
 
   Activations u_of(int64_t expert, const std::byte* u) const {
-    Quantizer to = args_.to;
+    Quantizer to = args_.quantizer_of_h();
     to.transform.gate = args_.gate;
     const std::byte* data = u + first_row(expert) * args_.w13.n * size_of(args_.dtype);
     return Activations::floats(data, args_.dtype, to, rows(expert), args_.w2.k);

@@ -16,7 +16,7 @@ class Grouped {
  public:
   /// Rows [first_row, first_row + rows) of a product of rows > 0 and columns > 0, by its kernels.
   void add(const ProductKernels& kernels, const Product& product, int64_t first_row, int64_t rows);
-  /// Of the expanded activations.
+  /// Returns the size of the expanded activations.
   size_t bytes() const { return bytes_; }
   /// Computes all products, once. `expanded` has bytes().
   void run(std::byte* expanded, const ParallelFor& parallel_for);

@@ -41,7 +41,7 @@ const ProductKernels& product(const Activations& a) {
 
 }  // namespace
 
-// What else there is, is that table's: compiled a second time it would be the same code.
+// All other entries are that table's: compiled a second time they would be the same code.
 const KernelTable kAmx = {"amx", supported, [](const Quantize& args, Range blocks) {
   kAvx512Vbmi.quantize(args, blocks);
 }, [](const GroupQuantize& args, Range blocks) {

@@ -20,7 +20,7 @@ const ProductKernels& product(const Activations& a) {
 }
 }  // namespace
 
-// What else there is, is that table's: compiled a second time it would be the same code.
+// All other entries are that table's: compiled a second time they would be the same code.
 const KernelTable kAvx512Vbmi = {"avx512_vbmi", supported, [](const Quantize& args, Range blocks) {
   kAvx512Vnni.quantize(args, blocks);
 }, [](const GroupQuantize& args, Range blocks) {

@@ -31,7 +31,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  /// So many bytes on a cache line's boundary, uninitialised; what was taken before is gone.
+  /// Returns so many bytes on a cache line's boundary, uninitialised; what was taken before is gone.
   std::byte* take(size_t bytes) {
     if (bytes > size_) {
       ::operator delete(std::exchange(data_, nullptr), kAlignment);
@@ -52,7 +52,7 @@ class Scratch {
 struct ProductKernels {
   const char* source;  // the file in csrc/cpu that has the arithmetic
   int group_rows;
-  /// At most so many rows share a pass over W.
+  /// This many rows, at most, share a pass over W.
   int block_rows;
   /// Up to so many rows W is decoded in registers, not to memory first.
   int direct_rows;
@@ -61,7 +61,7 @@ struct ProductKernels {
   size_t group_quad_bytes;
   /// Rows [first_row, first_row + rows) of A, rows <= group_rows, to out: the group's quads one after the other.
   void (*expand)(const Activations&, int64_t first_row, int rows, void* out);
-  /// One rectangle of Y after the other, until none is left. Their rows count from the first expanded row, which is first_row
+  /// Computes one rectangle of Y after the other, until none is left. Their rows count from the first expanded row: first_row
   /// of A and Y.
   void (*multiply)(const Product&, const void* activations, int64_t first_row, Rectangles&, Scratch&);
 };

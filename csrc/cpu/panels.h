@@ -44,7 +44,7 @@ constexpr int largest_sum(Format activations) {
 }
 static_assert(largest_sum(Format::mxfp4) < 1 << 22 && largest_sum(Format::mxint8) < 1 << 22);
 
-/// What the four blocks of a quad of one row share, or do not. Block b's integers are shifted left by shift[b] and its
+/// Says what the four blocks of a row's quad share, or do not. Block b's integers are shifted left by shift[b] and its
 /// remaining scale is byte base[b].
 struct Alignment {
   Level level;
@@ -157,24 +157,24 @@ class Rectangles {
   /// Panels that share a pass over A, at most.
   static constexpr int64_t kPanels = 4;
 
-  /// Of kernels.block_rows rows at most, and of whole groups.
+  /// Each has kernels.block_rows rows at most, and whole groups.
   Rectangles(int64_t rows, int64_t panels, const ProductKernels& kernels) : rows_(rows), panels_(panels) {
     const int64_t groups = ceil_div(rows, kernels.group_rows), parts = ceil_div(rows, kernels.block_rows);
     rows_each_ = ceil_div(groups, parts) * kernels.group_rows;
     count_ = ceil_div(rows, rows_each_) * panels;
   }
 
-  /// With all of them left.
+  /// The copy has all of them left.
   Rectangles(const Rectangles& other)
       : rows_(other.rows_), panels_(other.panels_), rows_each_(other.rows_each_), count_(other.count_), later_(other.later_) {}
   Rectangles& operator=(const Rectangles&) = delete;
 
-  /// So many rectangles of other products are taken after these.
+  /// Says that so many rectangles of other products are taken after these.
   void precede(int64_t later) { later_ = later; }
 
-  /// Of one row of panels.
+  /// Returns the rows of one row of panels.
   int64_t rows_each() const { return std::min(rows_, rows_each_); }
-  /// All panels, counted once for each of their rectangles.
+  /// Counts all panels, once for each of their rectangles.
   int64_t count() const { return count_; }
 
   bool take(Range& rows, Range& panels) {

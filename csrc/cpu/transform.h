@@ -19,7 +19,7 @@ namespace {
 #endif
 }
 
-// One butterfly between the lanes of a vector. Where bit `distance` of a lane's number is set, the lane holds v of a pair (u,
+// Does one butterfly between a vector's lanes. Where bit `distance` of a lane's number is set, the lane holds v of a pair (u,
 // v) and becomes u - v.
 template <int distance, int... lane>
 [[gnu::always_inline]] inline Lanes butterfly(Lanes x, std::integer_sequence<int, lane...>) {

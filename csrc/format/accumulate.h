@@ -24,7 +24,7 @@ constexpr int block_dot(const uint8_t* a, const uint8_t* w) {
   return d;
 }
 
-/// The same for MXINT8 activations, sum of c (2w): |d| <= 32 * 128 * 12 = 49152.
+/// Integer dot product of a block of MXINT8 activations, sum of c (2w): |d| <= 32 * 128 * 12 = 49152.
 constexpr int block_dot(const int8_t* a, const uint8_t* w) {
   int d = 0;
   for (int i = 0; i < kBlockBytes; ++i) {
@@ -34,7 +34,7 @@ constexpr int block_dot(const int8_t* a, const uint8_t* w) {
   return d;
 }
 
-/// What a row of A brings to a block's product: scale * rest = 2^ea for MXFP4 and 2^(ea - 5) for MXINT8, whose integers are
+/// A row of A brings this to a block's product: scale * rest = 2^ea for MXFP4 and 2^(ea - 5) for MXINT8, whose integers are
 /// that much finer. It is split so that an integer below 2^16 times scale is exact in float32: no overflow (scale <= 2^100),
 /// and no bit below 2^-149 (scale >= 2^-132).
 struct RowFactor {
@@ -48,7 +48,7 @@ constexpr RowFactor row_factor(Format format, uint8_t a_scale) {
   return {pow2(kept), pow2(e - kept)};
 }
 
-/// What a row of W brings: 2^(ew - 2), possibly subnormal; the -2 undoes the two factors of two in an MXFP4 integer product.
+/// A row of W brings this: 2^(ew - 2), possibly subnormal; the -2 undoes the two factors of two in an MXFP4 integer product.
 constexpr float weight_factor(uint8_t w_scale) {
   return w_scale == e8m0::kNan ? float_of(kNanBits) : pow2(e8m0::exponent(w_scale) - 2);
 }

@@ -8,7 +8,7 @@
 
 namespace xpu_fp4::e2m1 {
 
-/// What happens halfway between two values: the nearest even code (MXFP4), or the smaller magnitude (the numbers of
+/// Decides halfway between two values: for the even code (MXFP4), or for the smaller magnitude (the numbers of
 /// vllm-xpu-kernels' quantizer).
 enum class Ties { to_even, toward_zero };
 
@@ -31,7 +31,7 @@ constexpr float value(unsigned code) {
 template <Ties ties = Ties::to_even>
 constexpr unsigned encode_magnitude(float y) {
   const uint32_t b = magnitude_bits(y);
-  // From 1 upwards an e2m1 value has one mantissa bit: round float32's 23 bits to one, and the exponent follows by carry.
+  // An e2m1 value has one mantissa bit from 1 upwards: round float32's 23 bits to one, and the exponent follows by carry.
   const uint32_t just_below_half = 0x1FFFFFu, last_kept_bit = (b >> 22) & 1u;
   const uint32_t rounded = b + just_below_half + (ties == Ties::to_even ? last_kept_bit : 0u);
   const uint32_t code = (rounded >> 22) - ((bits_of(1.0f) >> 22) - 2u);

@@ -23,7 +23,7 @@ constexpr uint8_t kNan = 0xFF;
 /// The largest element of a block is of the order of 2^2, e2m1's largest power of two.
 constexpr unsigned kMaxExponent = 2;
 
-/// Of the first four rules: added to the bits of amax, this carries into the exponent exactly where the scale is doubled. The
+/// Gives what carries into the exponent exactly where the first four rules double the scale, if added to the bits of amax. The
 /// low sixteen bits are all set or all clear, so that bfloat16 can do with the others.
 constexpr uint32_t rounding(ScaleMode mode) {
   return mode == ScaleMode::floor ? 0u : mode == ScaleMode::ceil ? 0x7FFFFFu : mode == ScaleMode::even ? 0x200000u : 0x3FFFFFu;
@@ -40,7 +40,7 @@ constexpr uint8_t from_amax(uint32_t amax_bits, ScaleMode mode) {
 /// Unbiased exponent of a scale byte that is not NaN.
 constexpr int exponent(uint8_t byte) { return static_cast<int>(byte) - kBias; }
 
-/// What a scale byte stands for.
+/// Returns what a scale byte stands for.
 constexpr float value(uint8_t byte) { return byte == kNan ? float_of(kNanBits) : pow2(exponent(byte)); }
 
 /// 2^-exponent: what an element is multiplied by before it is encoded.

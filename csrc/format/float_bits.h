@@ -78,7 +78,7 @@ constexpr void store(void* data, int64_t i, float x) {
   if constexpr (T == DType::bf16) static_cast<uint16_t*>(data)[i] = bf16_from_float(x);
 }
 
-/// The same, with the type known only at run time.
+/// Stores x as a type that is known only at run time.
 constexpr void store(DType type, void* data, int64_t i, float x) {
   if (type == DType::f32) store<DType::f32>(data, i, x);
   if (type == DType::f16) store<DType::f16>(data, i, x);

@@ -22,7 +22,7 @@ constexpr float kLeastScale = 1e-8f;
 constexpr uint32_t kLeastByte = bits_of(kLeastScale) >> 23;
 static_assert(kLeastByte == 100);
 
-/// From the bits of the block's largest magnitude.
+/// Returns the scale byte by the rule abs_max, from the bits of the block's largest magnitude.
 constexpr uint8_t abs_max_scale(uint32_t amax_bits) {
   return amax_bits >= kInfBits ? e8m0::kNan : static_cast<uint8_t>(bits_of(float_of(amax_bits) + kLeastScale) >> 23);
 }
@@ -30,7 +30,7 @@ constexpr uint8_t abs_max_scale(uint32_t amax_bits) {
 /// The nearest float32 to (2.92247856 / 6)^2.
 constexpr float kSquareFactor = 0x1.e5e198p-3f;
 
-/// From the sum of a block's elements and the sum of their squares (tree_sum).
+/// Returns the scale byte by the rule quest, from the sum of a block's elements and that of their squares (tree_sum).
 constexpr uint8_t quest_scale(uint32_t amax_bits, float sum, float sum_of_squares) {
   const float mean = sum * (1.0f / 32), variance = sum_of_squares * (1.0f / 32) - mean * mean;
   if (amax_bits >= kInfBits || magnitude_bits(variance) >= kInfBits) return e8m0::kNan;  // squares may overflow
@@ -46,7 +46,7 @@ struct Square {
   constexpr float operator()(float x) const { return x * x; }
 };
 
-/// Of `count` neighbours: element i takes i + s, for s = 1, 2, 4 ... count / 2. Written without a loop, since elements are in
+/// Sums `count` neighbours: element i takes i + s, for s = 1, 2, 4 ... count / 2. There is no loop, since elements are in
 /// registers on a GPU.
 template <int count, class Term = Itself>
 constexpr float tree_sum(const float* x) {

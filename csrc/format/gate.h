@@ -7,7 +7,7 @@
 
 namespace xpu_fp4 {
 
-/// What becomes of a row [2 k] of gate and up: g * sigmoid(g) * u; or gpt-oss', which clamps both to a limit first, then
+/// Joins a row [2 k] of gate and up: g * sigmoid(g) * u; or gpt-oss' way, which clamps both to a limit first, then
 /// g * sigmoid(alpha g) * (u + 1).
 enum class GateKind : int { none, silu_mul, swiglu_oai };
 
@@ -18,7 +18,7 @@ struct Gate {
   float alpha = 1.0f, limit = 0.0f;
 
   constexpr bool is_none() const { return kind == GateKind::none; }
-  /// Where in a row of 2 k the gate of element i stands, and its up.
+  /// Says where in a row of 2 k the gate of element i stands, and its up.
   constexpr int64_t gate_at(int64_t i) const { return interleaved ? 2 * i : i; }
   constexpr int64_t up_at(int64_t i, int64_t k) const { return interleaved ? 2 * i + 1 : k + i; }
 };

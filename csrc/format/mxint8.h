@@ -16,7 +16,7 @@ constexpr float kLargest = 127.0f;
 /// rounds to 128. Inf and NaN give e8m0::kNan; the exponent is clamped to [-127, 127].
 constexpr uint8_t scale_byte(uint32_t amax_bits) {
   if (amax_bits >= kInfBits) return e8m0::kNan;
-  // From 255/128 on, this carries into the exponent. A subnormal of 2^-127 and more has one bit less behind its first.
+  // The sum carries into the exponent from 255/128 on. A subnormal of 2^-127 and more has one bit less behind its first.
   if (amax_bits < 0x00800000u) return amax_bits >= 0x007F8000u ? 1 : 0;
   const uint32_t exponent = (amax_bits + 0x10000u) >> 23;
   return static_cast<uint8_t>(exponent < 254u ? exponent : 254u);

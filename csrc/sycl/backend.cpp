@@ -173,7 +173,7 @@ class SyclBackend final : public Backend {
     const ExpertsShape shape = {slots, args.tokens, args.experts, args.w13.n, args.w13.k};
     if (floats) return {gpu(*architecture), plan_w4a16(*architecture, shape.rows(), forced.kernel)};
     const GemmPlan plan = plan_grouped_gemm(*architecture, queue_->compute_units(), shape, forced.kernel);
-    return {gpu(*architecture), plan, plan.kernel != Kernel::small || !shape.few() || !args.to.transform.is_none()};
+    return {gpu(*architecture), plan, plan.kernel != Kernel::small || !shape.few() || args.turns()};
   }
 
   // Null where the portable kernels run.
@@ -184,7 +184,7 @@ class SyclBackend final : public Backend {
 
   static Choice portable(const char* why_no_other) { return {nullptr, {Kernel::portable, {}, 1, 1, 0}, why_no_other}; }
 
-  // Where no kernel with a matrix unit computes this: the portable ones.
+  // Chooses the portable kernels where none with a matrix unit computes this.
   std::optional<Choice> without_matrix_unit(const Override& forced, const Product& product) const {
     if (forced.kernel == Kernel::portable) return portable("others: XPU_FP4_SYCL_VARIANT asks for portable");
     if (matrix_architecture(forced) == nullptr) return portable("kernels for a matrix unit: the device has none that is known");
@@ -193,7 +193,7 @@ class SyclBackend final : public Backend {
     return std::nullopt;
   }
 
-  // What the block-scaled instruction cannot load, and MXINT8, the exact kernels compute.
+  // The exact kernels compute MXINT8, and what the block-scaled instruction cannot load.
   static const char* bdpas_refusal(const Product& product) {
     const Activations& a = product.activations;
     if (a.to.format != Format::mxfp4) return "gemm_bdpas: multiplies MXFP4 activations alone";
@@ -240,7 +240,7 @@ class SyclBackend final : public Backend {
     }
   }
 
-  // For kernels that read codes: quantizes to memory first.
+  // Quantizes to memory first, for kernels that read codes.
   void multiply_quantized(const Product& product) const {
     const Activations& a = product.activations;
     const std::shared_ptr<void> codes = queue_->allocate(a.m * code_bytes(a.to.format, a.k));
@@ -250,7 +250,7 @@ class SyclBackend final : public Backend {
     multiply({Activations::codes(a.to.format, codes_at, scale_at, a.m, a.k), product.weight, product.output});
   }
 
-  // For W4A16, whose kernels read floats as they are: transforms to memory first.
+  // Transforms to memory first, for W4A16, whose kernels read floats as they are.
   void multiply_transformed(const Product& product) const {
     const Activations& a = product.activations;
     const std::shared_ptr<void> floats = queue_->allocate(a.m * a.k * size_of(a.dtype));

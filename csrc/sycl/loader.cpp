@@ -19,7 +19,7 @@
 #include <sycl/version.hpp>
 #define XPU_FP4_STRING_OF(x) #x
 #define XPU_FP4_SONAME(major) "libsycl.so." XPU_FP4_STRING_OF(major)
-// What the backend was linked to, so the one version that will do.
+// The backend was linked to this one, so no other version will do.
 constexpr char kSyclLibrary[] = XPU_FP4_SONAME(__LIBSYCL_MAJOR_VERSION);
 #endif
 

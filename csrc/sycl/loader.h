@@ -15,7 +15,7 @@ namespace xpu_fp4::syclrt {
 /// Throws std::runtime_error that says what is missing and what was tried.
 const Plugin& load_plugin();
 
-/// Where compiled kernels are kept: $XPU_FP4_CACHE_DIR, else xpu_fp4 in the user's cache directory. A SYCL_CACHE_DIR of the
+/// Compiled kernels are kept there: $XPU_FP4_CACHE_DIR, else xpu_fp4 in the user's cache directory. A SYCL_CACHE_DIR of the
 /// user's own has precedence. Empty, so no cache, where none of these is known.
 std::string cache_dir();
 

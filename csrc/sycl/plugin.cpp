@@ -16,7 +16,7 @@ class SyclPlugin final : public Plugin {
   std::vector<DeviceInfo> devices() const override { return sycl_devices(); }
 
   const Backend& cpu() const override {
-    // Not destroyed: at exit the SYCL runtime may be gone before a static of ours.
+    // It is never destroyed: at exit the SYCL runtime may be gone before a static of ours.
     static const Backend& backend = *make_backend(cpu_queue()).release();
     return backend;
   }
@@ -41,7 +41,7 @@ XPU_FP4_EXPORT const Plugin* xpu_fp4_sycl_plugin() {
   return &plugin;
 }
 
-// For tools/level_mix.py: the levels that each of so many quads, of four scale bytes and no block of zeros, rules out.
+// tools/level_mix.py asks which levels each of so many quads, of four scale bytes and no block of zeros, rules out.
 XPU_FP4_EXPORT void xpu_fp4_sycl_levels(const uint8_t* scales, int64_t quads, int arrangement, int format, uint32_t* levels) {
   const AlignmentRule rule = alignment_rule(static_cast<Arrangement>(arrangement), static_cast<Format>(format));
   for (int64_t quad = 0; quad < quads; ++quad) {
@@ -51,7 +51,7 @@ XPU_FP4_EXPORT void xpu_fp4_sycl_levels(const uint8_t* scales, int64_t quads, in
   }
 }
 
-// For `make isa` (tools/gpu_programs.py).
+// `make isa` asks for this list (tools/gpu_programs.py).
 XPU_FP4_EXPORT const char* xpu_fp4_sycl_variants() {
   static const std::string json = variants_json();
   return json.c_str();

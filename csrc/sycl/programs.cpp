@@ -96,7 +96,7 @@ Program build(const sycl::context& context, const sycl::device& device, const Va
   } catch (const CannotBuild&) {
     throw;
   } catch (const std::exception& error) {
-    // What SYCL reads as a length in a damaged cache is any number, and memory runs out over it.
+    // In a damaged cache SYCL takes any number for a length, and memory runs out over it.
     const char* cache = std::getenv("SYCL_CACHE_DIR");
     throw std::runtime_error("xpu_fp4: SYCL cannot build " + variant.file + ": " + error.what() +
                              ". Delete its kernel cache, whose files may be damaged: " + (cache == nullptr ? "none" : cache));
@@ -159,7 +159,7 @@ class ProgramCache {
   std::unordered_map<Place, std::map<Key, std::shared_future<Program>>, Hash> per_device_;
 };
 
-// By the numbers that a device bears, not by what its runtime says of a matrix unit: runtimes have tables of their own, which
+// A device is known by the numbers that it bears, not by what its runtime says of a matrix unit: runtimes have tables, which
 // lack devices that are newer than they are.
 const Architecture* query_architecture(const sycl::device& device) {
   if (!device.is_gpu()) return nullptr;
@@ -212,7 +212,7 @@ Target target_of(const sycl::device& device) {
 }
 
 sycl::kernel get_kernel(const sycl::queue& queue, const Variant& variant, const std::string& name) {
-  // Not destroyed: at exit the SYCL runtime may be gone before a static of ours.
+  // It is never destroyed: at exit the SYCL runtime may be gone before a static of ours.
   static ProgramCache& cache = *new ProgramCache;
   return cache.get(queue, variant).ext_oneapi_get_kernel(name);
 }

@@ -34,7 +34,7 @@ void check_memory(const Argument& arg) {
   XPU_FP4_CHECK(arg, tensor.layout() == at::kStrided && tensor.has_storage(), "has the layout ", tensor.layout(),
                 " and no storage, expected a strided tensor");
   if (tensor.numel() == 0) return;
-  // Of a tensor without data (functional, fake, zero), asking for the pointer in the usual way raises without a name.
+  // The usual way to ask for the pointer raises without a name where a tensor has no data (functional, fake, zero).
   c10::StorageImpl& storage = *tensor.storage().unsafeGetStorageImpl();
   const auto held = static_cast<int64_t>(storage.nbytes());
   const int64_t end = tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) + extent(tensor);
@@ -111,7 +111,7 @@ ScaleMode check_scale_mode(const char* op, std::string_view mode) {
 }
 
 float check_global_scale(const char* op, double scale) {
-  // So far from float32's ends that its reciprocal, by that of the activations, is a normal number.
+  // This range keeps its reciprocal, times that of the activations, a normal number.
   TORCH_CHECK(scale >= 0x1p-64 && scale <= 0x1p64, op, ": weight_global_scale is ", scale,
               ", expected a positive number from 2^-64 to 2^64");
   return static_cast<float>(scale);
@@ -121,6 +121,18 @@ int check_group(const char* op, int64_t group) {
   TORCH_CHECK(group == kBlock || group == kDefaultGroup, op, ": group is ", group, ", expected ", kBlock, " or ",
               kDefaultGroup);
   return static_cast<int>(group);
+}
+
+Tensor hold_offset(const Argument& offset, const Tensor& x, int64_t k, const char* meaning) {
+  check_device(offset, x.device());
+  XPU_FP4_CHECK(offset, offset.tensor.scalar_type() == at::kFloat, "must be float32, got ", offset.tensor.scalar_type());
+  check_shape(offset, {k}, meaning);
+  return offset.tensor.contiguous();
+}
+
+const float* offset_data(const Tensor& offset) {
+  // There is nothing to subtract where K is 0.
+  return offset.defined() && offset.numel() != 0 ? offset.const_data_ptr<float>() : nullptr;
 }
 
 HeldTransform check_transform(const Argument& x, int64_t hadamard, const std::optional<Tensor>& input_offset) {
@@ -133,13 +145,8 @@ HeldTransform check_transform(const Argument& x, int64_t hadamard, const std::op
     held.view.hadamard = static_cast<int>(hadamard);
   }
   if (input_offset) {
-    const Argument arg{x.op, "input_offset", *input_offset};
-    check_device(arg, x.tensor.device());
-    XPU_FP4_CHECK(arg, arg.tensor.scalar_type() == at::kFloat, "must be float32, got ", arg.tensor.scalar_type());
-    check_shape(arg, {k}, "[K], of the K in the last dimension of x");
-    held.offset = input_offset->contiguous();
-    // Where K is 0 there is nothing to subtract.
-    if (k != 0) held.view.offset = held.offset.const_data_ptr<float>();
+    held.offset = hold_offset({x.op, "input_offset", *input_offset}, x.tensor, k, "[K], of the K in the last dimension of x");
+    held.view.offset = offset_data(held.offset);
   }
   return held;
 }

@@ -36,15 +36,19 @@ DType check_float(const Argument& arg);
 DType check_out_dtype(const char* op, const char* name, at::ScalarType type);
 /// MXFP4 codes: float4_e2m1fn_x2 or uint8.
 void check_weight_codes(const Argument& arg);
-/// Those, or int8, which are MXINT8's.
+/// Takes those, or int8, which are MXINT8's.
 Format check_codes(const Argument& arg);
 /// K, a multiple of 32, of a tensor in whose last dimension an entry holds so many elements.
 int64_t check_k(const Argument& arg, int64_t elements_per_entry);
 ScaleMode check_scale_mode(const char* op, std::string_view mode);
-/// From 2^-64 to 2^64, as float32.
+/// Returns it as float32; it must be from 2^-64 to 2^64.
 float check_global_scale(const char* op, double scale);
 /// 32 or 128.
 int check_group(const char* op, int64_t group);
+
+/// Of an input offset float32 [k] on x's device: dense, and its data, null where there is none. `meaning` says what k is.
+Tensor hold_offset(const Argument& offset, const Tensor& x, int64_t k, const char* meaning);
+const float* offset_data(const Tensor& offset);
 
 /// A transform, and whose memory its offset is.
 struct HeldTransform {

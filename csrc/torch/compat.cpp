@@ -27,7 +27,7 @@ struct CompatOp {
   std::string name() const { return std::string(library_namespace) + "::" + plain_name; }
 };
 
-// Those of all devices.
+// Lists the compatibility ops of all devices.
 std::vector<CompatOp>& compat_ops() {
   static std::vector<CompatOp> ops = [] {
     std::vector<CompatOp> all;
@@ -69,7 +69,7 @@ void define(CompatOp& op) {
   };
   const std::string& name = op.plain_name;
   new_library(torch::Library::FRAGMENT, op.library_namespace, std::nullopt).def(op.schema);
-  // No derivative: backward raises instead of giving no gradient.
+  // There is no derivative: backward raises instead of giving no gradient.
   in(c10::DispatchKey::Autograd).impl(name.c_str(), torch::autograd::autogradNotImplementedFallback());
   in(c10::DispatchKey::ADInplaceOrView).impl(name.c_str(), torch::autograd::autogradNotImplementedInplaceOrViewFallback());
   // torch's own handling of lazily negated tensors aborts on an op that writes to an argument and returns nothing, or has it

@@ -45,7 +45,7 @@ const bool cpu_compat_binding = [] {
   return true;
 }();
 
-// One line per device: name; driver; sub-group; whose kernels it runs.
+// Gives one line per device: name; driver; sub-group; whose kernels it runs.
 std::vector<std::string> describe_sycl_devices() {
   std::vector<std::string> lines;
   for (const auto& device : syclrt::load_plugin().devices()) {

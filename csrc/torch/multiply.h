@@ -14,23 +14,23 @@ struct GemmNames {
   const char *op, *a, *b, *a_scale, *b_scale, *bias;
 };
 
-/// What ops of codes check first of a: its K.
+/// Checks what ops of codes check first of a, and returns its K.
 int64_t k_of_codes(const Argument& arg);
 
-/// What is left to check then, and the product. K is that of the weight.
+/// Checks the rest, and multiplies. K is that of the weight.
 Tensor multiply_codes(const Backend& backend, const GemmNames& names, const Tensor& a, const Tensor& a_scale,
                       const HeldWeight& weight, std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
 
-/// What comes before the quantizer, as ops are given it.
+/// The arguments of ops that say what comes before the quantizer.
 struct TransformArguments {
   int64_t hadamard;
   const std::optional<Tensor>& input_offset;
 };
 
-/// What linear ops check first of x: its K.
+/// Checks what linear ops check first of x, and returns its K.
 int64_t k_of_floats(const char* op, const Tensor& x);
 
-/// What is left to check then, and the product.
+/// Checks the rest, and multiplies.
 Tensor linear(const Backend& backend, const char* op, const Tensor& x, Quantizer to, const TransformArguments& before,
               const HeldWeight& weight, const std::optional<Tensor>& bias, double weight_global_scale);
 

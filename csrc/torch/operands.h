@@ -21,7 +21,7 @@ HeldWeight held_stored(const Tensor& codes, const Tensor& scale, int64_t n, int6
 /// weight [N, K/2] with weight_scale [N, K/32], contiguous, as checkpoints store them.
 HeldWeight hold_stored(const char* op, const Tensor& weight, const Tensor& weight_scale, int64_t k, const at::Device& device);
 
-/// The same where nothing but the weight tells its K.
+/// Holds a stored weight where nothing but the weight tells its K.
 HeldWeight hold_alone(const char* op, const Tensor& weight, const Tensor& weight_scale);
 
 /// A stored weight with what mxfp4_expand returned for it.

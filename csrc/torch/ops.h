@@ -27,7 +27,7 @@ using at::Tensor;
 /// x -> codes and scales. A block with a NaN or Inf gets a NaN scale and codes 0.
 std::tuple<Tensor, Tensor> mxfp4_quantize(const Backend& backend, const Tensor& x, std::string_view scale_mode,
                                           int64_t hadamard, const std::optional<Tensor>& input_offset);
-/// The same in MXINT8; each group of 32 or 128 elements of a row (the last may be shorter) has one scale, repeated per block.
+/// x -> MXINT8; each group of 32 or 128 elements of a row (the last may be shorter) has one scale, repeated per block.
 std::tuple<Tensor, Tensor> mxint8_quantize(const Backend& backend, const Tensor& x, int64_t group, int64_t hadamard,
                                            const std::optional<Tensor>& input_offset);
 
@@ -51,7 +51,7 @@ Tensor mxfp4_gemm(const Backend& backend, const Tensor& a, const Tensor& b, cons
 /// vLLM's name of it.
 Tensor fp4_gemm(const Backend& backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                 std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
-/// With a prepacked weight of out_features rows; a's K tells its columns.
+/// mxfp4_gemm with a prepacked weight of out_features rows; a's K tells its columns.
 Tensor mxfp4_gemm_prepacked(const Backend& backend, const Tensor& a, const Tensor& a_scale, const Tensor& b,
                             int64_t out_features, std::optional<at::ScalarType> out_dtype, const std::optional<Tensor>& bias);
 
@@ -94,20 +94,23 @@ Tensor mxfp4_linear_w4a16_prepacked(const Backend& backend, const Tensor& x, con
 /// with w2_scale [E, H, I/32] and w2_bias [E, H], all contiguous. Rows of w13 are gate's, then up's or, interleaved, alternate.
 /// activation is "silu_mul" or "swiglu_oai", which takes alpha and limit; mode is "w4a16", "w4a8" (with group) or "w4a4" (with
 /// scale_mode), for both products, whose inputs hadamard transforms. expert_map, int32, gives each id its expert here, or -1; a
-/// slot whose id has none adds nothing. router_on_input: the weights multiply x, not the sum.
+/// slot whose id has none adds nothing. router_on_input: the weights multiply x, not the sum. w13_offset [H] and w2_offset [I],
+/// float32, are subtracted from the products' inputs before the Hadamard, for all experts the same.
 Tensor mxfp4_experts(const Backend& backend, const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights,
                      const Tensor& w13, const Tensor& w13_scale, const Tensor& w2, const Tensor& w2_scale,
                      const std::optional<Tensor>& w13_bias, const std::optional<Tensor>& w2_bias, std::string_view activation,
                      bool interleaved, double alpha, double limit, std::string_view mode, std::string_view scale_mode,
-                     int64_t group, int64_t hadamard, const std::optional<Tensor>& expert_map, bool router_on_input);
-/// The same with what mxfp4_prepack makes of each expert's weights, stacked: w13 [E, ceil(2I/16), bytes] and w2
+                     int64_t group, int64_t hadamard, const std::optional<Tensor>& expert_map, bool router_on_input,
+                     const std::optional<Tensor>& w13_offset, const std::optional<Tensor>& w2_offset);
+/// mxfp4_experts with what mxfp4_prepack makes of each expert's weights, stacked: w13 [E, ceil(2I/16), bytes] and w2
 /// [E, ceil(H/16), bytes], where I is intermediate_size.
 Tensor mxfp4_experts_prepacked(const Backend& backend, const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights,
                                const Tensor& w13, const Tensor& w2, int64_t intermediate_size,
                                const std::optional<Tensor>& w13_bias, const std::optional<Tensor>& w2_bias,
                                std::string_view activation, bool interleaved, double alpha, double limit, std::string_view mode,
                                std::string_view scale_mode, int64_t group, int64_t hadamard,
-                               const std::optional<Tensor>& expert_map, bool router_on_input);
+                               const std::optional<Tensor>& expert_map, bool router_on_input,
+                               const std::optional<Tensor>& w13_offset, const std::optional<Tensor>& w2_offset);
 
 // ---- what vllm-xpu-kernels' class for experts calls, with its schemas: ops_vllm_experts.cpp ----
 
@@ -122,7 +125,7 @@ void remap_hidden_states(const Backend& backend, const Tensor& hidden_states, co
                          int64_t local_experts_num);
 /// Writes int32 expert_map [num_experts * ep_size]: rank ep_rank has num_experts of them in a row, the others are -1.
 void init_expert_map(const Backend& backend, const Tensor& expert_map, int64_t num_experts, int64_t ep_rank, int64_t ep_size);
-/// For each expert, its rows_per_expert (int32, on the CPU) next rows of a times its weight, b [num_experts, N, K/2] with
+/// Multiplies each expert's rows_per_expert (int32, on the CPU) next rows of a by its weight, b [num_experts, N, K/2] with
 /// b_scale [num_experts, N, K/32], plus its bias [num_experts, N], into d [rows, N]: W4A16 where a [rows, K] are floats, W4A4
 /// or W4A8 where they are codes with a_scale [rows, K/32]. Rows that are no expert's stay as they are. Returns d.
 Tensor cutlass_grouped_gemm_interface(const Backend& backend, const Tensor& a, const std::optional<Tensor>& a_scale,

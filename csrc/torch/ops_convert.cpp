@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> quantize(const Backend& backend, const Argument& arg,
   const HeldTransform transform = check_transform(arg, hadamard, input_offset);
   to.transform = transform.view;
   const Tensor dense = x.contiguous();
-  // As bytes: where torch's algorithms are to be deterministic, it fills what is empty, and knows no such value of MXFP4's
+  // Memory is made as bytes: torch fills what is empty where algorithms are to be deterministic, and has no value of MXFP4's
   // codes.
   const auto empty = [&](int64_t last, ScalarType type) {
     return at::empty(with_last(x, last), x.options().dtype(at::kByte)).view(type);

@@ -13,7 +13,7 @@
 namespace xpu_fp4::ops {
 namespace {
 
-// What both ops take beside the weights.
+// Both ops take this beside the weights.
 struct LayerArguments {
   const char* op;
   const Tensor &x, &topk_ids, &topk_weights;
@@ -25,6 +25,7 @@ struct LayerArguments {
   int64_t group, hadamard;
   const std::optional<Tensor>& expert_map;
   bool router_on_input;
+  const std::optional<Tensor>&w13_offset, &w2_offset;
 };
 
 Gate check_gate(const LayerArguments& layer) {
@@ -108,6 +109,10 @@ Tensor run(const Backend& backend, const LayerArguments& layer, const HeldExpert
   to.transform = check_transform({op, "x", x}, layer.hadamard, std::nullopt).view;
   TORCH_CHECK(layer.hadamard == 0 || held.w2.k % layer.hadamard == 0, op, ": the experts have ", held.w2.k,
               " columns in w2, expected a multiple of hadamard, ", layer.hadamard);
+  Tensor w13_offset, w2_offset;
+  if (layer.w13_offset) w13_offset = hold_offset({op, "w13_offset", *layer.w13_offset}, x, held.w13.k, "[H], of x [T, H]");
+  if (layer.w2_offset)
+    w2_offset = hold_offset({op, "w2_offset", *layer.w2_offset}, x, held.w2.k, "[I], of the I columns of w2");
   const Tensor w13_bias = hold_bias(op, "w13_bias", layer.w13_bias, x, held.experts, held.w13.n);
   const Tensor w2_bias = hold_bias(op, "w2_bias", layer.w2_bias, x, held.experts, held.w2.n);
   const Tensor dense = x.contiguous(), y = at::empty(x.sizes(), x.options());
@@ -115,7 +120,7 @@ Tensor run(const Backend& backend, const LayerArguments& layer, const HeldExpert
   backend.experts({dense.const_data_ptr(), dtype_of(x.scalar_type()), x.size(0), to, ids.const_data_ptr<int32_t>(),
                    weights.const_data_ptr<float>(), ids.size(1), map.defined() ? map.const_data_ptr<int32_t>() : nullptr,
                    map.defined() ? map.size(0) : 0, held.experts, held.w13, held.w2, data_of(w13_bias), data_of(w2_bias), gate,
-                   layer.router_on_input, y.data_ptr()});
+                   layer.router_on_input, offset_data(w13_offset), offset_data(w2_offset), y.data_ptr()});
   return y;
 }
 
@@ -174,7 +179,7 @@ std::pair<Tensor, Tensor> restore(const Tensor& stacked, const Weight& strips) {
   return {codes, scale};
 }
 
-// For a backend that does not take them, the weights are stored again.
+// The weights are stored again for a backend that does not take strips.
 HeldExperts hold_prepacked(const Backend& backend, const LayerArguments& layer, const Tensor& w13, const Tensor& w2,
                            int64_t inner) {
   const char* op = layer.op;
@@ -202,10 +207,11 @@ Tensor mxfp4_experts(const Backend& backend, const Tensor& x, const Tensor& topk
                      const Tensor& w13, const Tensor& w13_scale, const Tensor& w2, const Tensor& w2_scale,
                      const std::optional<Tensor>& w13_bias, const std::optional<Tensor>& w2_bias, std::string_view activation,
                      bool interleaved, double alpha, double limit, std::string_view mode, std::string_view scale_mode,
-                     int64_t group, int64_t hadamard, const std::optional<Tensor>& expert_map, bool router_on_input) {
-  const LayerArguments layer = {"mxfp4_experts", x,           topk_ids,   topk_weights,   w13_bias, w2_bias,
-                                activation,      interleaved, alpha,      limit,          mode,     scale_mode,
-                                group,           hadamard,    expert_map, router_on_input};
+                     int64_t group, int64_t hadamard, const std::optional<Tensor>& expert_map, bool router_on_input,
+                     const std::optional<Tensor>& w13_offset, const std::optional<Tensor>& w2_offset) {
+  const LayerArguments layer = {"mxfp4_experts", x,           topk_ids,   topk_weights,    w13_bias,   w2_bias,
+                                activation,      interleaved, alpha,      limit,           mode,       scale_mode,
+                                group,           hadamard,    expert_map, router_on_input, w13_offset, w2_offset};
   return run(backend, layer, hold_stored(layer, w13, w13_scale, w2, w2_scale));
 }
 
@@ -214,7 +220,8 @@ Tensor mxfp4_experts_prepacked(const Backend& backend, const Tensor& x, const Te
                                const std::optional<Tensor>& w13_bias, const std::optional<Tensor>& w2_bias,
                                std::string_view activation, bool interleaved, double alpha, double limit, std::string_view mode,
                                std::string_view scale_mode, int64_t group, int64_t hadamard,
-                               const std::optional<Tensor>& expert_map, bool router_on_input) {
+                               const std::optional<Tensor>& expert_map, bool router_on_input,
+                               const std::optional<Tensor>& w13_offset, const std::optional<Tensor>& w2_offset) {
   const LayerArguments layer = {"mxfp4_experts_prepacked",
                                 x,
                                 topk_ids,
@@ -230,7 +237,9 @@ Tensor mxfp4_experts_prepacked(const Backend& backend, const Tensor& x, const Te
                                 group,
                                 hadamard,
                                 expert_map,
-                                router_on_input};
+                                router_on_input,
+                                w13_offset,
+                                w2_offset};
   return run(backend, layer, hold_prepacked(backend, layer, w13, w2, intermediate_size));
 }
 

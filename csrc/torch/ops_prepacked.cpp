@@ -31,7 +31,7 @@ std::pair<Tensor, Tensor> restore(const Tensor& prepacked, int64_t n, int64_t k)
   return {codes, scale};
 }
 
-// For a backend that does not take it, the weight is stored again.
+// The weight is stored again for a backend that does not take strips.
 HeldWeight hold_prepacked(const Backend& backend, const Argument& arg, int64_t n, int64_t k) {
   check_prepacked(arg, n, k);
   if (!refusal(backend, WeightForm::strips, n, k)) return {strips_of(arg.tensor, n, k), {arg.tensor}};

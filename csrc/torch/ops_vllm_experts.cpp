@@ -192,7 +192,7 @@ Activations check_rows(const Argument& a, const std::optional<Tensor>& scale, in
   return Activations::codes(format, bytes(a.tensor), bytes(*scale), rows, k);
 }
 
-// The same from a row on, so many.
+// Gives `count` rows of these activations, from row `first` on.
 Activations part_of(Activations rows, int64_t first, int64_t count) {
   const int64_t row_bytes = rows.are_codes ? code_bytes(rows.to.format, rows.k) : rows.k * size_of(rows.dtype);
   rows.data = static_cast<const uint8_t*>(rows.data) + first * row_bytes;

@@ -94,11 +94,11 @@ std::vector<OpRow> op_table() {
       "w2_scale, Tensor? w13_bias=None, Tensor? "
       "w2_bias=None, str activation=\"silu_mul\", bool interleaved=False, float alpha=1.702, float limit=7.0, str "
       "mode=\"w4a16\", str scale_mode=\"even\", int group=128, int hadamard=0, Tensor? expert_map=None, bool "
-      "router_on_input=False) -> Tensor"));
+      "router_on_input=False, Tensor? w13_offset=None, Tensor? w2_offset=None) -> Tensor"));
   return rows;
 }
 
-/// Those for prepacked weights, whose layout is the native kernels': for CPU tensors. GetNative gives the native backend.
+/// Lists the ops of prepacked weights, whose layout is the native kernels': for CPU tensors. GetNative gives that backend.
 template <class GetBackend, class GetNative>
 std::vector<OpRow> prepacked_op_table() {
   using G = GetBackend;
@@ -124,7 +124,7 @@ std::vector<OpRow> prepacked_op_table() {
       "intermediate_size, Tensor? w13_bias=None, Tensor? "
       "w2_bias=None, str activation=\"silu_mul\", bool interleaved=False, float alpha=1.702, float limit=7.0, str "
       "mode=\"w4a16\", str scale_mode=\"even\", int group=128, int hadamard=0, Tensor? expert_map=None, bool "
-      "router_on_input=False) -> Tensor"));
+      "router_on_input=False, Tensor? w13_offset=None, Tensor? w2_offset=None) -> Tensor"));
   return rows;
 }
 
@@ -153,7 +153,7 @@ std::vector<CompatRow> compat_table() {
   return rows;
 }
 
-/// Those of vllm-xpu-kernels' class for experts, which look at indices on the host: for CPU tensors.
+/// Lists the ops of vllm-xpu-kernels' class for experts, which look at indices on the host: for CPU tensors.
 template <class GetBackend>
 std::vector<CompatRow> compat_experts_table() {
   using G = GetBackend;

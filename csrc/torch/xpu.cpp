@@ -13,7 +13,7 @@
 namespace xpu_fp4 {
 namespace {
 
-// From torch's caching allocator: memory let go after the submission is given out again to the same stream only, so that its
+// Memory comes from torch's caching allocator: if let go after the submission, only the same stream gets it again, so that its
 // kernels run in order.
 std::shared_ptr<void> allocate_on_current_device(int64_t bytes) {
   const at::Tensor memory = at::empty({bytes}, at::TensorOptions(at::kXPU).dtype(at::kByte));

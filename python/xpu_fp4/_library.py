@@ -72,7 +72,7 @@ def fake_gemm(
     out_dtype: torch.dtype | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Also the fake of the compatibility op, which has the same arguments."""
+    """Serves as the fake of the compatibility op too, which has the same arguments."""
     _on_one_device(a, b=b, a_scale=a_scale, b_scale=b_scale, bias=bias)
     return a.new_empty([*a.shape[:-1], b.shape[1]], dtype=out_dtype or torch.float16)
 
@@ -127,7 +127,7 @@ def _register_linear(name: str) -> None:
     torch.library.register_fake(f"xpu_fp4::{name}", fake)
 
 
-# One for each mode and form of a weight: all take x first and give [..., N] of its dtype.
+# Each mode and form of a weight has one: all take x first and give [..., N] of its dtype.
 for _name in ("mxfp4_linear", "mxfp4_linear_w4a8", "mxfp4_linear_w4a16"):
     for _form in ("", "_prepacked", "_expanded"):
         if hasattr(ops, _name + _form):

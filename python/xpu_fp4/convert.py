@@ -116,7 +116,7 @@ def linears_to_replace(
 
 
 def _other_matrices(model: nn.Module, replaced: Collection[str]) -> dict[str, nn.Parameter]:
-    """What could be quantized by its shape, and is in no module that is left alone on purpose."""
+    """Returns what could be quantized by its shape, and is in no module that is left alone on purpose."""
     known = (nn.Embedding, nn.EmbeddingBag, _ConvNd)
     return {
         f"{name}.{kind}".lstrip("."): parameter

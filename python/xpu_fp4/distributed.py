@@ -192,7 +192,7 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
 
 
 def _means(pattern: str, name: str) -> bool:
-    """In Transformers' plans * is a number."""
+    """Whether a pattern of Transformers' plans, where * is a number, means that name."""
     return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
 
 

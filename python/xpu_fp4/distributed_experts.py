@@ -9,7 +9,8 @@ Every rank gets all tokens and their routing, and has the whole result. Paramete
 Not imported by `import xpu_fp4`.
 """
 
-from typing import Literal, cast
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -64,9 +65,10 @@ class _ExpertParallel(_ShardedExperts):
             return total.to(hidden_states.dtype)
         held = self._snapshot()
         slots = _Slots(hidden_states, ids, top_k_weights, here, self)
-        up = slots.multiply(slots.x, [w13 for w13, _ in map(held.expert, range(here))], self._bias(GATE_UP))
+        gate_up, down = zip(*map(held.expert, range(here)), strict=True)
+        up = slots.multiply(slots.x, gate_up, self._bias(GATE_UP), self._offset(GATE_UP))
         hidden = gate(up, **self.gate.options())
-        v = slots.multiply_h(hidden, [w2 for _, w2 in map(held.expert, range(here))], self._bias(DOWN))
+        v = slots.multiply_h(hidden, down, self._bias(DOWN), self._offset(DOWN))
         # Bits, so that adding the nothing of other ranks changes none.
         all_slots = slots.spread(v).view(torch.int32)
         dist.all_reduce(all_slots, group=self.mesh.get_group())
@@ -84,9 +86,9 @@ class _ColumnParallel(_ShardedExperts):
             for blocks, scales in (stored[:2], stored[2:])
         )
         slots = _Slots(hidden_states, top_k_index, top_k_weights, self.num_experts, self)
-        up = gather(slots.multiply(slots.x, gate_up, self._bias(GATE_UP)), self.mesh)
+        up = gather(slots.multiply(slots.x, gate_up, self._bias(GATE_UP), self._offset(GATE_UP)), self.mesh)
         hidden = gate(torch.cat(up, -1), **self.gate.options())
-        v = gather(slots.multiply_h(hidden, down, self._bias(DOWN)), self.mesh)
+        v = gather(slots.multiply_h(hidden, down, self._bias(DOWN), self._offset(DOWN)), self.mesh)
         return slots.combine(slots.spread(torch.cat(v, -1)), slots.is_known)
 
 
@@ -103,23 +105,32 @@ class _Slots:
         if module.router_on_input:
             self.x = (self.weights[self.token, self.slot, None] * self.x.float()).to(x.dtype)
 
-    def multiply(self, x: Tensor, weights: list[PackedWeight], bias: Tensor | None, hadamard: bool = True) -> Tensor:
-        """Each row of x [S, K] times its expert's weight [N, K] -> [S, N] of x's dtype."""
+    def multiply(
+        self,
+        x: Tensor,
+        weights: Sequence[PackedWeight],
+        bias: Tensor | None,
+        offset: Tensor | None,
+        *,
+        is_transformed: bool = False,
+    ) -> Tensor:
+        """Each row of x [S, K], transformed if it is not yet, times its expert's weight [N, K] -> [S, N] of x's dtype."""
         m = self.module
+        how: dict[str, Any] = {} if is_transformed else {"hadamard": m.hadamard, "input_offset": offset}
         y = x.new_empty(len(x), weights[0].n if weights else 0)
         for expert in self.expert.unique().tolist():
             rows = self.expert == expert
             y[rows] = weights[expert].linear(
                 x[rows], None if bias is None else bias[expert], mode=m.mode, scale_mode=m.scale_mode, group=m.group,
-                hadamard=m.hadamard if hadamard else 0,
+                **how,
             )  # fmt: skip
         return y
 
-    def multiply_h(self, h: Tensor, weights: list[PackedWeight], bias: Tensor | None) -> Tensor:
+    def multiply_h(self, h: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None, offset: Tensor | None) -> Tensor:
         """`multiply` with a float32 result, which float32 rows have; their values are those of h."""
         if self.module.mode == "w4a16":  # which rounds what it turned to the rows' dtype
-            h = transform(h, self.module.hadamard).to(h.dtype)
-        return self.multiply(h.float(), weights, bias, hadamard=self.module.mode != "w4a16")
+            h = transform(h, self.module.hadamard, offset).to(h.dtype)
+        return self.multiply(h.float(), weights, bias, offset, is_transformed=self.module.mode == "w4a16")
 
     def spread(self, v: Tensor) -> Tensor:
         """v [S, H] -> [T, top_k, H], zeros where a slot has no row."""

@@ -102,7 +102,7 @@ def multiply(
     product = _PRODUCTS[mode]
     if form not in product.ops:
         raise ValueError(f"an {form} weight is for mode {_either(modes_of(form))}, got mode {mode!r}")
-    # As nn.Linear does. torch knows of no autocast on meta tensors, and raises.
+    # nn.Linear does so too. torch knows of no autocast on meta tensors, and raises.
     if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype in _CAST:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     how = [options[name] for name in product.options]

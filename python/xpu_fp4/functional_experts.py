@@ -34,6 +34,8 @@ def experts(
     hadamard: Hadamard = 0,
     expert_map: Tensor | None = None,
     router_on_input: bool = False,
+    w13_offset: Tensor | None = None,
+    w2_offset: Tensor | None = None,
 ) -> Tensor:
     """A layer of experts: x [T, H] -> [T, H], for each token the sum over its slots of weight * W2 act(W13 x).
 
@@ -51,13 +53,14 @@ def experts(
         scale_mode, group, hadamard: as in `linear`, for both products.
         expert_map: int32, of which entry `id` is the expert's place in w13 and w2, or -1: experts of other processes.
         router_on_input: topk_weights multiply x on its way in instead of the sum (Llama 4).
+        w13_offset, w2_offset: float32 [H] and [I], `input_offset` of the two products, for all experts the same.
 
     Raises:
         RuntimeError: an argument does not fit; the message names it.
     """
     out: Tensor = ops.mxfp4_experts(
         x, topk_ids, topk_weights, w13, w13_scale, w2, w2_scale, w13_bias, w2_bias, activation, interleaved, alpha, limit,
-        mode, scale_mode, group, hadamard, expert_map, router_on_input,
+        mode, scale_mode, group, hadamard, expert_map, router_on_input, w13_offset, w2_offset,
     )  # fmt: skip
     return out
 
@@ -86,6 +89,8 @@ class ExpertsOptions(TypedDict, total=False):
     hadamard: Hadamard
     expert_map: Tensor | None
     router_on_input: bool
+    w13_offset: Tensor | None
+    w2_offset: Tensor | None
 
 
 def experts_prepacked(

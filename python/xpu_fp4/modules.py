@@ -102,6 +102,7 @@ class MXFP4Linear(PackedModule[PackedWeight]):
     """
 
     _stored_names = _WEIGHTS
+    _offset_names = ("input_offset",)
     _prepacked_names = ("_prepacked",)
     _prepacked: Tensor | None
 
@@ -241,13 +242,7 @@ class MXFP4Linear(PackedModule[PackedWeight]):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MXFP4Linear":
         with self._locked():
-            offset = None if self.input_offset is None else self.input_offset.data
             super()._apply(fn, recurse)
-            moved = self.input_offset
-            if (
-                offset is not None and moved is not None and moved.dtype != offset.dtype
-            ):  # it stays float32 in a model that is cast
-                self.input_offset = frozen(offset.to(moved.device))
             self._dtype = fn(torch.empty(1, dtype=self._dtype)).dtype  # also where there is no bias
         return self
 

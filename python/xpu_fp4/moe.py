@@ -80,9 +80,10 @@ class MXFP4Experts(PackedModule[PackedExperts]):
     """Every expert's `down(gate(gate_up(x)))` for the tokens routed to it, by one op, its two weights in MXFP4.
 
     Parameters have the names and the layout of gpt-oss: for NAME `gate_up_proj` (N = 2I, K = H) and `down_proj` (N = H, K = I),
-    `NAME_blocks` uint8 [E, N, K/32, 16], `NAME_scales` uint8 [E, N, K/32] and, if there are biases, `NAME_bias` [E, N]. A new
-    module is all zeros. On the CPU the first forward moves blocks and scales into the native kernels' layout, as MXFP4Linear
-    does; threads may share a module in the same way.
+    `NAME_blocks` uint8 [E, N, K/32, 16], `NAME_scales` uint8 [E, N, K/32] and, if there are biases, `NAME_bias` [E, N]. With
+    input offsets there is `NAME_input_offset` float32 [K], the same for all experts. A new module is all zeros. On the CPU the
+    first forward moves blocks and scales into the native kernels' layout, as MXFP4Linear does; threads may share a module in
+    the same way.
 
     Args:
         experts, hidden, intermediate: E, H and I; H and I are multiples of 32 and of hadamard.
@@ -90,11 +91,13 @@ class MXFP4Experts(PackedModule[PackedExperts]):
         gate: what joins gate and up, and how the rows of `gate_up_proj` are ordered.
         router_on_input: whether routing weights multiply the tokens on their way in.
         mode, scale_mode, group, hadamard: as for MXFP4Linear.
+        input_offset: whether there are offsets, of both products.
         device, dtype: of the parameters; dtype is the biases'.
     """
 
     _stored_names = tuple(f"{name}_{part}" for name in PROJECTIONS for part in ("blocks", "scales"))
     _prepacked_names = ("_prepacked_gate_up", "_prepacked_down")
+    _offset_names = tuple(f"{name}_input_offset" for name in PROJECTIONS)
     _prepacked_gate_up: Tensor | None
     _prepacked_down: Tensor | None
 
@@ -111,6 +114,7 @@ class MXFP4Experts(PackedModule[PackedExperts]):
         scale_mode: ScaleMode = "even",
         group: Group = 128,
         hadamard: Hadamard = 0,
+        input_offset: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -127,6 +131,8 @@ class MXFP4Experts(PackedModule[PackedExperts]):
             self.register_parameter(f"{name}_scales", frozen(blocks.new_zeros(experts, n, k // BLOCK)))
             made = frozen(torch.zeros(experts, n, device=device, dtype=dtype)) if bias else None
             self.register_parameter(f"{name}_bias", made)
+            offset = frozen(torch.zeros(k, device=device, dtype=torch.float32)) if input_offset else None
+            self.register_parameter(f"{name}_input_offset", offset)
 
     @classmethod
     def like(
@@ -137,12 +143,12 @@ class MXFP4Experts(PackedModule[PackedExperts]):
         is_interleaved: bool | None = None,
         **options: Any,  # noqa: ANN401
     ) -> "MXFP4Experts":
-        """On the meta device, in place of an experts module of Transformers, with its shapes, gate and mode of training.
+        """Makes one on the meta device, in place of an experts module of Transformers, with its shapes, gate and training mode.
 
         Args:
             bias: whether there are biases; None: if the source has them.
             is_interleaved: whether rows of gate and up alternate; None: if the source's do.
-            options: mode, scale_mode, group and hadamard.
+            options: mode, scale_mode, group, hadamard and input_offset.
 
         Raises:
             ValueError: the source is of a class whose gate is not known, or K is no multiple of 32 or of hadamard.
@@ -217,13 +223,16 @@ class MXFP4Experts(PackedModule[PackedExperts]):
     def _bias(self, name: str) -> Tensor | None:
         return self._parameters[f"{name}_bias"]
 
+    def _offset(self, name: str) -> Tensor | None:
+        return self._parameters[f"{name}_input_offset"]
+
     def _stored(self) -> tuple[Tensor, ...]:
         gate_up, gate_up_scales, down, down_scales = self._weight().stored_tensors()
         blocks = (codes.unflatten(2, (-1, BLOCK // 2)) for codes in (gate_up, down))
         return tuple(map(self._from_local, (next(blocks), gate_up_scales, next(blocks), down_scales)))
 
     def dequantized_weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """By their names the weights [E, N, K] that blocks and scales stand for, turned back if there is a Hadamard."""
+        """Gives, by name, the weights [E, N, K] that blocks and scales stand for, turned back if there is a Hadamard."""
         with self._locked():
             gate_up, gate_up_scales, down, down_scales = self._stored()
         pairs = {GATE_UP: (gate_up, gate_up_scales), DOWN: (down, down_scales)}
@@ -250,11 +259,14 @@ class MXFP4Experts(PackedModule[PackedExperts]):
             group=self.group,
             hadamard=self.hadamard,
             router_on_input=self.router_on_input,
+            w13_offset=self._offset(GATE_UP),
+            w2_offset=self._offset(DOWN),
         )
 
     def extra_repr(self) -> str:
         how = ", ".join(f"{name}={getattr(self, name)}" for name in ("mode", *options_of(self.mode)))
         how += f", hadamard={self.hadamard}" if self.hadamard else ""
+        how += ", input_offset=True" if self._offset(DOWN) is not None else ""
         shape = f"experts={self.num_experts}, hidden={self.hidden}, intermediate={self.intermediate}"
         return f"{shape}, bias={self._parameters[f'{GATE_UP}_bias'] is not None}, {self.gate}, {how}"
 

@@ -4,7 +4,7 @@
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ class PackedModule(nn.Module, Generic[Packed]):
     """Parameters that are gone while the module is prepacked; reading them, state_dict and load_state_dict go on as before."""
     _prepacked_names: tuple[str, ...]
     """Buffers that are there in their place."""
+    _offset_names: tuple[str, ...]
+    """Parameters that stay float32 in a model that is cast."""
     _is_managed = False
 
     def __init__(self) -> None:
@@ -132,7 +134,12 @@ class PackedModule(nn.Module, Generic[Packed]):
         # .to(), .cuda(), .share_memory() and the like are for the weights as they are stored.
         with self._locked():
             self._as_stored()
+            offsets = [(name, p.data) for name in self._offset_names if (p := self._parameters.get(name)) is not None]
             super()._apply(fn, recurse)
+            for name, offset in offsets:
+                moved = cast(nn.Parameter, self._parameters[name])
+                if moved.dtype != offset.dtype:
+                    self._parameters[name] = frozen(offset.to(moved.device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -50,13 +50,13 @@ class PackedWeight:
         return self.tensors[0], self.tensors[1]
 
     def prepacked(self) -> "PackedWeight":
-        """For the native CPU kernels. RuntimeError if the weight is not on the CPU."""
+        """Gives the form of the native CPU kernels. RuntimeError if the weight is not on the CPU."""
         if self.form == "prepacked":
             return self
         return PackedWeight("prepacked", self.n, self.k, (prepack(*self.stored_tensors()),))
 
     def expanded(self) -> "PackedWeight":
-        """For products with many rows on a GPU. RuntimeError where there is no such form (see `xpu_fp4.expand`)."""
+        """Gives the form for products of many rows on a GPU. RuntimeError where there is none (see `xpu_fp4.expand`)."""
         codes, scale = self.stored_tensors()
         return PackedWeight.stored(codes, scale, expand(codes, scale))
 
@@ -134,7 +134,7 @@ class PackedExperts:
         )
 
     def prepacked(self) -> "PackedExperts":
-        """For the native CPU kernels. RuntimeError if the weights are not on the CPU."""
+        """Gives the form of the native CPU kernels. RuntimeError if the weights are not on the CPU."""
         if self.form == "prepacked":
             return self
         w13, w13_scale, w2, w2_scale = self.tensors
@@ -147,7 +147,7 @@ class PackedExperts:
         return self.prepacked() if is_stored_on_cpu and cpu_backend_name() == "native" else self
 
     def expert(self, expert: int) -> tuple[PackedWeight, PackedWeight]:
-        """One expert's w13 and w2."""
+        """Returns one expert's w13 and w2."""
         if self.form == "prepacked":
             w13, w2 = (tensor[expert] for tensor in self.tensors)
             gate_up = PackedWeight("prepacked", 2 * self.intermediate, self.hidden, (w13,))
@@ -170,12 +170,15 @@ class PackedExperts:
         hadamard: Hadamard = 0,
         expert_map: Tensor | None = None,
         router_on_input: bool = False,
+        w13_offset: Tensor | None = None,
+        w2_offset: Tensor | None = None,
     ) -> Tensor:
         """x [T, H] -> [T, H]: `xpu_fp4.experts`, with the same bits in every form."""
         options: dict[str, Any] = {
             **gate.options(),
             "mode": mode, "scale_mode": scale_mode, "group": group, "hadamard": hadamard,
             "expert_map": expert_map, "router_on_input": router_on_input,
+            "w13_offset": w13_offset, "w2_offset": w2_offset,
         }  # fmt: skip
         if self.form == "prepacked":
             w13, w2 = self.tensors

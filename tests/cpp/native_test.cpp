@@ -287,7 +287,7 @@ TEST_P(Native, W4A16IsWithinItsBoundForEveryScale) {
   const std::vector<float> floats = random_floats(5 * 288, 9, 4.0f);
   for (const DType dtype : kDTypes) {
     for (int byte = 0; byte < 255; ++byte) {
-      // So that the least scales are more than underflow, and the largest do not overflow.
+      // Inputs are scaled so that the least scales are more than underflow, and the largest do not overflow.
       std::vector<float> x = floats;
       for (float& value : x) value = std::ldexp(value, byte < 127 ? 8 : -10);
       // Shared by a weight, and among the usual ones.
@@ -369,7 +369,7 @@ TEST_P(Native, W4A16RowsDoNotDependOnTheirNeighbours) {
   }
 }
 
-// As all-zero blocks have the least scale.
+// All-zero blocks have the least scale.
 TEST_P(Native, W4A16ZeroBlocksFitAnyScale) {
   for (const int64_t m : {2, 20}) {
     Unquantized in(Operands(m, 50, 288, 120, 130, 5), DType::bf16, random_floats(m * 288, 6, 4.0f));

@@ -93,7 +93,7 @@ class Offsets : public testing::Test {
     return {size(count), size(group), id(first)};
   }
 
-  /// Where the last of `size` places lies, in steps of `tile`.
+  /// Says where the last of `size` places lies, in steps of `tile`.
   static int64_t last_of(int64_t size, int64_t tile) { return (size - 1) / tile; }
 
   /// The one tile that holds the last rows and columns of y [m, n], with `split` sub-groups to a tile.
@@ -201,7 +201,7 @@ class Offsets : public testing::Test {
     std::mt19937 random(8);
     in.a.resize(static_cast<size_t>(in.m * code_bytes(format, k)));
     for (uint8_t& byte : in.a) byte = static_cast<uint8_t>(random());
-    // Without the exponents that give Inf and NaN.
+    // The exponents that give Inf and NaN are left out.
     std::vector<uint16_t> x(static_cast<size_t>(in.m * k));
     for (uint16_t& bits : x) bits = static_cast<uint16_t>(random() % 2 << 15 | (120 + random() % 8) << 7 | random() % 128);
     const auto run = [&](int64_t rows, int64_t columns, std::vector<T>& result) {

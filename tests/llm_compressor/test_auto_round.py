@@ -19,7 +19,7 @@ FORMATS = ("llm_compressor", "auto_round")
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same model, tuned for two steps, in each format."""
+    """Writes the same model, tuned for two steps, in each format."""
     folder = tmp_path_factory.mktemp("models")
     source = folder / "llama"
     llama(hidden=128, intermediate=256).save_pretrained(source)

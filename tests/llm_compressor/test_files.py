@@ -136,7 +136,7 @@ def run(*arguments: object) -> Result:
 
 @pytest.mark.parametrize(("mode", "size"), [("w4a4", 0), ("w4a4", 32), ("w4a16", 0), ("w4a16", 64)])
 def test_what_it_decides_is_written(source: Path, tmp_path: Path, mode: Mode, size: Hadamard) -> None:
-    # As many windows as fit in one of our batches.
+    # There are as many windows as fit in one of our batches.
     model: Any = AutoModelForCausalLM.from_pretrained(source)
     loader: Any = DataLoader([{"input_ids": WINDOWS}], batch_size=None)  # type: ignore[arg-type]
     recipe = [*([quip(size)] if size else []), gptq(mode)]

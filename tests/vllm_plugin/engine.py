@@ -28,7 +28,7 @@ class EngineFailed(Exception):
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """For a vLLM process: offline, in one process, its caches and settings in folder.
+    """Makes the variables of a vLLM process: offline, in one process, its caches and settings in folder.
 
     The cache spares a second engine the process in which vLLM inspects the model's class.
     """
@@ -70,5 +70,5 @@ class Engines:
 
 
 def generate(checkpoint: Path, folder: Path, *, env: dict[str, str] | None = None, **settings: Any) -> Run:
-    """One engine in a process of its own."""
+    """Runs one engine in a process of its own."""
     return Engines(folder, {"engine": {"model": str(checkpoint)} | settings}, env=env)["engine"]

@@ -46,7 +46,7 @@ class Models:
 
 @pytest.fixture(scope="session")
 def vllm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where vLLM's processes share their caches."""
+    """Makes the folder where vLLM's processes share their caches."""
     return tmp_path_factory.mktemp("vllm")
 
 

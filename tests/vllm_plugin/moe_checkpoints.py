@@ -41,7 +41,7 @@ def _save(model: PreTrainedModel, folder: Path) -> Path:
             "norm" in name
         )
         if parameter.ndim == 3:  # the experts' weights
-            # Those of gpt-oss are [E, K, N], the others [E, N, K].
+            # gpt-oss has them as [E, K, N], the others as [E, N, K].
             axis = 1 if isinstance(model, GptOssForCausalLM) else 2
             rows = values.transpose(axis, 2)
             values = dequantize(*reference.quantize(rows.contiguous())).transpose(axis, 2)
@@ -63,7 +63,7 @@ def save_tiny_qwen3_moe(folder: Path) -> Path:
 
 
 def _tensors(dense: Path, experts: Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]) -> dict[str, Tensor]:
-    """Those of a bf16 checkpoint, with its experts' weights, one by one or in one tensor, replaced."""
+    """Reads a bf16 checkpoint and replaces its experts' weights, one by one or in one tensor."""
     found: dict[str, Tensor] = {}
     for name, tensor in load_file(dense / "model.safetensors").items():
         is_weight = ".experts." in name and not name.endswith("bias")
@@ -80,7 +80,7 @@ def _write(dense: Path, folder: Path, tensors: dict[str, Tensor], config: dict[s
 
 
 def save_as_gpt_oss(dense: Path, folder: Path) -> Path:
-    """As OpenAI publishes it: blocks and scales of all experts in one tensor each."""
+    """Writes it as OpenAI publishes it: blocks and scales of all experts in one tensor each."""
 
     def packed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         codes, scale = reference.quantize(tensor.transpose(1, 2).float())

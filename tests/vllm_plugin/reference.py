@@ -18,7 +18,7 @@ from .checkpoints import HADAMARD, Groups, linears_of, quantize, rotate
 NOISE = 1e-6
 NOISY_RUNS = 4
 
-# Of several lengths; none is a multiple of another's.
+# Their lengths differ, and none is a multiple of another's.
 PROMPTS = [[1, *range(10 + i, 10 + i + length)] for i, length in enumerate([3, 40, 7, 4, 11, 90])]
 NEW_TOKENS = 8
 

@@ -136,7 +136,7 @@ Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::option
 
 sycl::queue& current_queue(DeviceIndex device) { return queue_of(device, streams_now.at(static_cast<size_t>(device))); }
 
-// The same memory as a CPU tensor.
+// Shows the same memory as a CPU tensor.
 Tensor on_cpu(const Tensor& tensor) {
   const auto options = tensor.options().device(at::kCPU);
   return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), options);
@@ -174,7 +174,7 @@ Tensor to_device(const Tensor& tensor, int64_t index) {
   return moved;
 }
 
-// Without waiting for anything: the caller has synchronized.
+// Waits for nothing: the caller has synchronized.
 Tensor to_host(const Tensor& tensor) {
   Tensor copy = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kCPU));
   std::memcpy(copy.data_ptr(), tensor.data_ptr(), tensor.nbytes());

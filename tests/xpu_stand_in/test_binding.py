@@ -219,7 +219,7 @@ def test_memory_is_the_allocators_and_a_warm_call_takes_none_that_is_fresh(devic
 
 
 def test_a_captured_call_computes_anew_at_each_replay(device: Any, variant: str) -> None:  # noqa: ANN401
-    """As in a torch.xpu graph: once warm, a call only submits kernels, which SYCL records."""
+    """Once warm, a call only submits kernels, which SYCL records, as in a torch.xpu graph."""
     x, *weights = layer()
     on_device = moved(device, (x, *weights))
     own.mxfp4_linear(*on_device)

@@ -21,7 +21,7 @@ print(hashlib.sha256(y.view(torch.uint8).numpy().tobytes()).hexdigest())
 
 
 def bits(package: Path, **env: str) -> tuple[str, str]:
-    """What a fresh process prints: the package and whether it serves XPU tensors; and a hash of a product of CPU tensors."""
+    """Runs a fresh process, which prints the package, whether it serves XPU tensors, and a hash of a product of CPU tensors."""
     result = subprocess.run(
         [sys.executable, "-c", BITS], env={**os.environ, "PYTHONPATH": str(package), **env}, capture_output=True, text=True
     )

@@ -7,7 +7,7 @@
 
 namespace xpu_fp4 {
 
-/// What an operand is to a product.
+/// Says what an operand is to a product.
 struct AlignmentRule {
   bool columns;    // W, else A
   bool has_near;   // the product's kernel has the near level
@@ -57,7 +57,7 @@ constexpr uint32_t not_near(const uint32_t (&scale)[kQuad], const uint32_t (&exp
   return kNoNearLevel & ~applies;
 }
 
-/// Of a quad's scale bytes, and where its blocks are zeros: they take any exponent, since their products are +0 whatever it is.
+/// Aligns a quad, from its scale bytes and where blocks are zeros: those take any exponent, since their products are +0 anyhow.
 /// All other blocks take the smallest exponent that fits, so that their integer sums share the largest power of two; the near
 /// level relies on it.
 constexpr Alignment align(const AlignmentRule& rule, const uint32_t (&scales)[kQuad], const bool (&zero)[kQuad]) {
@@ -79,7 +79,7 @@ constexpr Alignment align(const AlignmentRule& rule, const uint32_t (&scales)[kQ
     result.levels = nan && !rule.columns ? 0 : kOnlyGeneral;
     return result;
   }
-  // Where not all four can share an exponent, the blocks of a column's pair may. A row of A has low blocks, and high ones with
+  // The blocks of a column's pair may share an exponent where not all four can. A row of A has low blocks, and high ones with
   // outliers in the same channels as other rows.
   ScaleRange part[2];
   bool second[kQuad] = {};

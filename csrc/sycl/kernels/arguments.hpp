@@ -222,7 +222,7 @@ struct GateArguments {
   }
 };
 
-/// By which a token's slots are added up; null where they count as they are.
+/// A token's slots are added up by these weights; null where they count as they are.
 struct SlotWeights {
   const float* weights;
   int64_t top_k;

@@ -12,7 +12,14 @@
 //   XPU_FP4_GROUPED      1 for a product of experts: each tile of rows has a weight of its own
 //   XPU_FP4_REGISTERS    where a kernel wants 256 registers per thread on a GPU instead of 128
 #pragma once
-#include <sycl/sycl.hpp>
+// All of <sycl/sycl.hpp> takes three times as long to read, which is most of what compiling a kernel takes.
+#include <sycl/builtins.hpp>
+#include <sycl/ext/oneapi/free_function_queries.hpp>
+#include <sycl/ext/oneapi/kernel_properties/properties.hpp>
+#include <sycl/group_algorithm.hpp>
+#include <sycl/group_barrier.hpp>
+#include <sycl/nd_item.hpp>
+#include <sycl/sub_group.hpp>
 #if XPU_FP4_MATRIX_UNIT && defined(XPU_FP4_REGISTERS)
 #include <sycl/ext/intel/experimental/grf_size_properties.hpp>
 #define XPU_FP4_GRF SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((sycl::ext::intel::experimental::grf_size<XPU_FP4_REGISTERS>))
@@ -104,7 +111,7 @@ inline int8 matrix_mad(RowFragment a, int8 b, int8 acc) {
 }
 #endif
 
-/// Of a grouped product: leaves the kernel where a tile is empty, else goes to its expert. All lanes of a work-group's
+/// Leaves a grouped product's kernel where a tile is empty, else goes to its expert. All lanes of a work-group's
 /// row of tiles do the same.
 #ifdef XPU_FP4_GROUPED
 #define XPU_FP4_FIND_EXPERT(index)                                                        \

@@ -79,13 +79,13 @@ XPU_FP4_INLINE int8 matrix_mad(RowFragment a, const DecodedBlock<z_weight>& b, i
   return z_weight == 1 ? matrix_mad(a, b.z, with_z) : with_z;
 }
 
-/// What is known of W: Weights of layout.hpp.
+/// Says what is known of W: Weights of layout.hpp.
 constexpr auto kWeights = static_cast<Weights>(XPU_FP4_WEIGHTS);
 
 #if XPU_FP4_MATRIX_UNIT
-/// As 32 bits, whose arithmetic the compiler does not narrow.
+/// Loads a byte as 32 bits, whose arithmetic the compiler does not narrow.
 XPU_FP4_INLINE uint32_t load_byte(GlobalBytes at) { return __builtin_IB_lsc_load_global_uchar_to_uint(at, 0, 0); }
-/// In one message; a plain load of these would be two.
+/// Loads eight dwords in one message; a plain load of these would be two.
 XPU_FP4_INLINE xpu_fp4_uint8 load_dwords8(GlobalBytes at) {
   return __builtin_IB_lsc_load_global_uint8((XPU_FP4_GLOBAL const xpu_fp4_uint8*)at, 0, 0);
 }

@@ -27,7 +27,7 @@ constexpr int kLanes = kSubGroup;
 constexpr AlignmentRule kRule = alignment_rule(kArrangement, kFormat);
 constexpr int kBlockDwords = code_bytes(kFormat, kBlock) / 4;
 
-/// One row's quad. Blocks beyond the last have codes 0.
+/// Holds one row's quad. Blocks beyond the last have codes 0.
 struct RowQuad {
   uint32_t codes[kQuad][kBlockDwords];
   uint32_t scale[kQuad];
@@ -157,7 +157,7 @@ expand(XPU_FP4_STORED_PARAMETERS(in), XPU_FP4_EXPANDED_PARAMETERS(out), int64_t 
 #ifdef XPU_FP4_DTYPE
 using BlockValues = Values<kBlock>;
 
-/// What becomes of a quad's floats.
+/// Says how a quad is quantized.
 struct QuadQuantizer {
   int mode, group;  // of MXFP4; of MXINT8
 };
@@ -175,7 +175,7 @@ inline void quantize_quad(const Block& block, int64_t blocks, QuadQuantizer to, 
       in.scale[b] = scale;
     }
   } else {
-    // Twice over the floats: a group's would not stay in registers.
+    // The floats are passed twice: a group's would not stay in registers.
     uint32_t amax_bits[kQuad], all = 0;
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
@@ -201,7 +201,7 @@ inline void expand_quantized(const ExpandedOperand& out, Place at, int64_t block
   Expanded{out, static_cast<uint32_t>(ceil_div(blocks, kQuad))}.store(in, at.row, at.quad, real);
 }
 
-/// Of rows that lie densely. quantize(x, blocks, in): of the row's quad from x on, of which `blocks` exist.
+/// Expands rows that lie densely. quantize(x, blocks, in) does so with the row's quad from x on, of which `blocks` exist.
 template <class QuantizeQuad>
 inline void expand_quantized(const QuantizeExpandArguments& args, Place at, const QuantizeQuad& quantize) {
   if (at.row >= args.padded_rows) return;  // whole sub-groups
@@ -268,7 +268,7 @@ XPU_FP4_KERNEL(2)
 transform_quantize_expand(const void* x, XPU_FP4_EXPANDED_PARAMETERS(out), int64_t rows, int64_t padded_rows, int64_t k,
                           int mode, int group, XPU_FP4_TRANSFORM_PARAMETERS) {
   const QuantizeExpandArguments args = {x, XPU_FP4_EXPANDED(out), rows, padded_rows, k, mode, group};
-  // The same quad in all lanes, and so the same offsets.
+  // All lanes have the same quad, and so the same offsets.
   const Place at = {this_place().row, sycl::group_broadcast(this_sub_group(), this_place().quad, 0)};
   if (offset != nullptr) offset += int64_t{at.quad} * kQuadElements;
   expand_quantized(args, at, [&](const uint8_t* from, int64_t blocks, RowQuad& in) {

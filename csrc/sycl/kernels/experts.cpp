@@ -61,7 +61,7 @@ sort_slots(XPU_FP4_ROUTING_PARAMETERS, XPU_FP4_GROUPED_ROWS_PARAMETERS, int64_t 
   }
 }
 
-// Where no fused quantizer reads x: a lane writes an element of its row's token, or 0 where the row is none's.
+// Gathers where no fused quantizer reads x: a lane writes an element of its row's token, or 0 where the row is none's.
 XPU_FP4_KERNEL(2)
 gather_rows(XPU_FP4_TOKENS_PARAMETERS, const int32_t* slot_of_row, void* out, int64_t k) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
@@ -71,7 +71,7 @@ gather_rows(XPU_FP4_TOKENS_PARAMETERS, const int32_t* slot_of_row, void* out, in
   store_converted<kDType>(out, row * k + i, slot < 0 ? 0.0f : Tokens(XPU_FP4_TOKENS).element<kDType>(slot, i, k));
 }
 
-// Where no fused quantizer does: u [rows, 2k] -> h [rows, k].
+// Computes the gate where no fused quantizer does: u [rows, 2k] -> h [rows, k].
 XPU_FP4_KERNEL(2)
 gate_rows(const void* u, XPU_FP4_GATE_PARAMETERS, const int32_t* slot_of_row, void* out, int64_t k) {
   const auto item = syclext::this_work_item::get_nd_item<2>();

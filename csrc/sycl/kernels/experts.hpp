@@ -7,7 +7,7 @@
 namespace xpu_fp4 {
 
 struct Routing : RoutingArguments {
-  /// Of the experts here, or -1.
+  /// Returns a slot's expert among those here, or -1.
   inline int32_t expert_of(int64_t slot) const {
     int32_t id = ids[slot];
     if (map != nullptr) id = id >= 0 && id < map_size ? map[id] : -1;
@@ -23,7 +23,7 @@ struct Tokens : TokensArguments {
     return weights == nullptr ? value : rounded<T>(weights[slot] * value);
   }
 
-  /// Of a row of so many blocks.
+  /// Returns one block of a row of so many blocks.
   template <DType T>
   inline Values<kBlock> block(int64_t slot, int64_t block, int64_t blocks) const {
     const Values<kBlock> in(static_cast<const uint8_t*>(x) + (slot / top_k * blocks + block) * kBlock * size_of(T));

@@ -148,7 +148,6 @@ XPU_FP4_INLINE bool any_outside_of_window(const uint32_t (&rows)[kGroups], uint3
   return sycl::any_of_group(this_sub_group(), (outside & 0x80808080u) != 0);
 }
 
-#ifdef XPU_FP4_COMBINED
 /// The tile's rows from first_row on, of `m` that are real.
 XPU_FP4_INLINE Rows rows_from(const ExpandedOperand& a, int64_t first_row, int64_t m, uint32_t quads) {
   // Rows are padded to groups: a tile may start inside of one only where it is smaller, and then it is the first.
@@ -199,6 +198,7 @@ XPU_FP4_INLINE void add_tile(const Rows& rows, WeightColumn column, uint32_t blo
   }
 }
 
+#ifdef XPU_FP4_COMBINED
 XPU_FP4_KERNEL(2)
 gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k,
            uint32_t start_bits, XPU_FP4_SLOT_WEIGHTS_PARAMETERS) {
@@ -228,32 +228,29 @@ gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4
   if (split == 0 && first_column + lane_id() < n) store_converted<kDType>(y, token * n + column, sum);
 }
 #else
-// The loop is add_tile's, written out: called, it takes one instruction more a round on pvc, which is more than memory's
-// clocks.
 XPU_FP4_KERNEL(2)
 gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4_OUTPUT_PARAMETERS, int64_t k,
            uint32_t start_bits) {
   const auto item = syclext::this_work_item::get_nd_item<2>();
   XPU_FP4_TO_EXPERT(item.get_global_id(0))
-  static syclexp::work_group_static<RoundTerms[2]> terms;
   const uint32_t split = uniform(this_sub_group().get_group_linear_id());
   const int64_t first_row = uniform(static_cast<int64_t>(item.get_global_id(0))) * kTileStride;
   const int64_t first_column = static_cast<int64_t>(item.get_global_id(1)) / (kLanes * kSplit) * kLanes;
   const auto quads = static_cast<uint32_t>(ceil_div(k, kQuadElements));
-  const auto blocks = static_cast<uint32_t>(k / kBlock);
-
-  // Rows are padded to groups: a tile may start inside of one only where it is smaller, and then it is the first.
-  const uint64_t row_group = first_row / kLanes;
-  const auto height = static_cast<uint32_t>(sycl::min(m - first_row, int64_t{kRows}));
-  const Rows rows = {{(GlobalBytes)a_codes + uint64_t(first_row) * quads * kQuadElements, quads, height},
-                     (GlobalWords)a_exponents + row_group * quads * kLanes,
-                     quads};
+  const Rows rows = rows_from(XPU_FP4_EXPANDED(a), first_row, m, quads);
   WeightColumn column(XPU_FP4_STORED(w), k, sycl::min(first_column + lane_id(), n - 1), split);
   const int8 start = start_of_lane(start_bits);
-  const uint32_t first_own = split * kOwnRows;
 
   float acc[kOwnRows] = {};
   uint32_t buffer = 0;
+#ifdef XPU_FP4_GROUPED
+  add_tile(rows, column, static_cast<uint32_t>(k / kBlock), split, start, buffer, acc);
+#else
+  // The loop is add_tile's, written out: called, it takes one instruction more a round on pvc, which is more than memory's
+  // clocks. Experts call it: written out, their largest tile spills on dg2.
+  static syclexp::work_group_static<RoundTerms[2]> terms;
+  const auto blocks = static_cast<uint32_t>(k / kBlock);
+  const uint32_t first_own = split * kOwnRows;
 #pragma nounroll
   for (uint32_t first = 0; first < quads; first += kSplit) {
     const uint32_t quad = first + split;
@@ -287,11 +284,12 @@ gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4
     column.step(kSplit);
     buffer ^= 1;  // the next round writes what the one before has read: one barrier is enough
   }
+#endif
   const Output output{XPU_FP4_OUTPUT};
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) {
-    const uint32_t row = first_own + i;
-    if (row < height) output.store_row(acc[i], first_row + row, first_column + lane_id());
+    const uint32_t row = split * kOwnRows + i;
+    if (row < rows.codes.height) output.store_row(acc[i], first_row + row, first_column + lane_id());
   }
 }
 #endif

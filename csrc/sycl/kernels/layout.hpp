@@ -70,7 +70,7 @@ enum class ElementOrder : int {
   packed  // as in the checkpoint: for products with operands of four bits
 };
 
-/// Of an operand's codes.
+/// Says how an operand's codes lie.
 enum class Arrangement : int {
   rows,             // [row][K]: A, for devices with 2D block loads
   row_fragments,    // [8 rows][quad][block][row][32]: A, for the others
@@ -80,7 +80,7 @@ enum class Arrangement : int {
 /// Columns are padded to whole tiles of every device, so that a weight can be expanded once for all products.
 constexpr int kColumnPadding = 32;
 
-/// What a kernel that reads W as it is in the checkpoint knows of it.
+/// Says what a kernel that reads W as it is in the checkpoint knows of it.
 enum class Weights : int {
   any,
   whole_quads,     // K is a multiple of 128

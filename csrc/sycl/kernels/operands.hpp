@@ -40,7 +40,7 @@ namespace xpu_fp4 {
 
 using float8 = xpu_fp4_float8;
 
-// What stays out of line takes generic pointers, whose address arithmetic is 64 bits wide on Alchemist.
+// Functions out of line take generic pointers, whose address arithmetic is 64 bits wide on Alchemist.
 #define XPU_FP4_INLINE inline __attribute__((always_inline))
 
 constexpr int kLanes = kSubGroup;
@@ -70,7 +70,7 @@ XPU_FP4_INLINE int8 load_lanes8(GlobalWords words) {
   return __builtin_bit_cast(int8, __spirv_SubgroupBlockReadINTEL<xpu_fp4_uint8>(words));
 }
 
-/// One tile's rows of expanded A. `height` rows are real, the others read as zeros.
+/// Loads one tile's rows of expanded A. `height` rows are real, the others read as zeros.
 struct RowCodes {
   GlobalBytes codes;  // of the tile's first row
   uint32_t quads, height;
@@ -185,7 +185,7 @@ struct ColumnCodes {
   }
 
 #if XPU_FP4_MATRIX_UNIT && XPU_FP4_BLOCK_2D
-  // One surface with rows of 64 bytes: a quad's fragments are 32 of them.
+  // All is one surface with rows of 64 bytes: a quad's fragments are 32 of them.
   XPU_FP4_INLINE int last_row() const { return static_cast<int>(groups * quads * 32) - 1; }
   XPU_FP4_INLINE xpu_fp4_int2 place(uint32_t group, uint32_t quad) const {
     return {0, static_cast<int>((group * quads + quad) * 32)};

@@ -29,7 +29,7 @@ struct Output : OutputArguments {
 #pragma unroll
     for (int j = 0; j < column_units; ++j) {
       real[j] = kLanes * j + lane < columns;
-      // Without a bias -0, which changes nothing.
+      // It is -0 without a bias, which changes nothing.
       added[j] = bias != nullptr && real[j] ? from[j * kLanes * bias_column_stride] : -0.0f;
     }
     int64_t at = first_row * n + first_column + lane;

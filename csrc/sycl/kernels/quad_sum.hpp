@@ -71,7 +71,7 @@ struct ChainSums {
   }
 };
 
-/// Of kLanes rows, lane = row: sa, and what takes the start off.
+/// Holds, of kLanes rows, lane = row, sa and what takes the start off.
 template <int level>
 struct RowScales {
   float scale[kChains<level>], offset[kChains<level>], rest[kChains<level>];
@@ -104,7 +104,7 @@ struct RowScales<kNearLevel> {
   }
 };
 
-/// Of kLanes columns, lane = column: the first scale, over 2^kTooLarge, and ratios.
+/// Holds, of kLanes columns, lane = column, the first scale, over 2^kTooLarge, and ratios.
 template <int level>
 struct ColumnScales {
   float scale[kChains<level>];
@@ -132,7 +132,7 @@ struct ColumnScales {
   }
 };
 
-/// On the near level a column's blocks share their exponent.
+/// A column's blocks share their exponent on the near level.
 template <>
 struct ColumnScales<kNearLevel> : ColumnScales<kQuadLevel> {
   using ColumnScales<kQuadLevel>::ColumnScales;

@@ -91,7 +91,7 @@ struct Values {
     }
   }
 
-  /// The same of lanes: u + 1 v, or u + -1 v, which is rounded once.
+  /// Does a butterfly between lanes: u + 1 v, or u + -1 v, which is rounded once.
   inline void add_and_subtract_lanes(int distance) {
     const float sign = (this_sub_group().get_local_linear_id() & distance) == 0 ? 1.0f : -1.0f;
 #pragma unroll(kUnroll)
@@ -111,7 +111,7 @@ inline uint32_t largest_of_lanes(uint32_t amax_bits, int lanes) {
   return amax_bits;
 }
 
-/// The same of sums, in the order of fp_quant::tree_sum.
+/// Adds up lanes' sums, in the order of fp_quant::tree_sum.
 inline float sum_of_lanes(float sum, int lanes) {
 #pragma unroll
   for (int distance = 1; distance < kSubGroup; distance *= 2) {

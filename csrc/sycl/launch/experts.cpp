@@ -87,11 +87,12 @@ class Layer {
   }
 
   // The quantizer reads rows where they are and writes them where they belong, if it need not transform them.
-  bool is_fused() const { return plan_.gpu && args_.to.format != Format::none && args_.to.transform.is_none(); }
+  bool is_fused(const Quantizer& to) const { return plan_.gpu && to.format != Format::none && to.transform.is_none(); }
 
   void multiply_tokens(void* u) {
     const Weight& w = args_.w13;
-    if (is_fused()) {
+    const Quantizer to = args_.quantizer_of_x();
+    if (is_fused(to)) {
       const Expanded a = expanded(w.k);
       launch(quantizer(alignment_of({args_.x})), "gather_quantize_expand", grid(a.layout.quads, rows()),
              GatherQuantizeExpandArguments{tokens(), routing(), rows_, a.arrays, w.k, mode(), args_.to.group});
@@ -100,13 +101,14 @@ class Layer {
     const std::shared_ptr<void> x = allocate_floats(w.k, args_.dtype);
     launch(experts_variant(queue_.target(), args_.dtype), "gather_rows", grid(rows(), w.k),
            GatherArguments{tokens(), rows_.slot_of_row, x.get(), w.k});
-    multiply(x.get(), w, {u, args_.dtype, {args_.w13_bias, 0, 1}});
+    multiply(x.get(), to, w, {u, args_.dtype, {args_.w13_bias, 0, 1}});
   }
 
   void multiply_gated(const void* u, void* v, DType dtype) {
     const Weight& w = args_.w2;
+    const Quantizer to = args_.quantizer_of_h();
     const Output out = {v, dtype, {args_.w2_bias, 0, 1}};
-    if (is_fused()) {
+    if (is_fused(to)) {
       const Expanded a = expanded(w.k);
       launch(quantizer(16), "gate_quantize_expand", grid(a.layout.quads, rows()),
              GateQuantizeExpandArguments{u, gate(), rows_, a.arrays, w.k, mode(), args_.to.group});
@@ -116,7 +118,7 @@ class Layer {
     const std::shared_ptr<void> h = allocate_floats(w.k, args_.dtype);
     launch(experts_variant(queue_.target(), args_.dtype), "gate_rows", grid(rows(), w.k),
            GateArguments{u, gate(), rows_.slot_of_row, h.get(), w.k});
-    multiply(h.get(), w, out);
+    multiply(h.get(), to, w, out);
   }
 
   int mode() const { return static_cast<int>(args_.to.mode); }
@@ -139,8 +141,7 @@ class Layer {
   }
 
   // The same of a [rows, k] of x's type.
-  void multiply(const void* a, const Weight& w, const Output& out) {
-    const Quantizer& to = args_.to;
+  void multiply(const void* a, const Quantizer& to, const Weight& w, const Output& out) {
     const Activations floats = Activations::floats(a, args_.dtype, to, rows(), w.k);
     if (to.format == Format::none) return multiply_floats(floats, w, out);
     if (plan_.gpu) {

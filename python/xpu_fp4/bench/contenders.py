@@ -71,7 +71,7 @@ class Mode:
 
 
 HADAMARD = 32
-"""Of the contenders that transform x first. The time is that of any weight, so theirs is not turned."""
+"""The contenders that transform x first use this size. The time is that of any weight, so theirs is not turned."""
 
 MODES = (
     Mode("w4a4", "mxfp4_linear", "mxfp4_quantize"),
@@ -153,7 +153,7 @@ def quantize_bytes(problem: Problem) -> tuple[int, int]:
 
 
 def quantize_mxint8_bytes(problem: Problem) -> tuple[int, int]:
-    """The same for MXINT8."""
+    """Counts what quantizing to MXINT8 reads and writes."""
     elements = problem.case.m * problem.case.k
     return 2 * elements, elements + elements // BLOCK
 

@@ -49,7 +49,7 @@ class LayerWeights(Weights):
 
     @property
     def elements(self) -> int:
-        """Of one expert."""
+        """Counts the elements of one expert's weights."""
         return 3 * self.n * self.k
 
     @cached_property

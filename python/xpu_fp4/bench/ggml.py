@@ -71,7 +71,7 @@ def _load(library: Path, functions: dict[str, tuple[Any, ...]]) -> ctypes.CDLL:
 
 
 def folder() -> Path:
-    """Where libggml-base.so and libggml-cpu.so are: what the environment names, or a package's. Raises ImportError."""
+    """Says where libggml-base.so and libggml-cpu.so are: the environment's folder, or a package's. Raises ImportError."""
     named = os.environ.get(DIR_VARIABLE)
     if named:
         if not (Path(named) / "libggml-cpu.so").exists():
@@ -107,7 +107,7 @@ class Ggml:
 
     @property
     def instruction_sets(self) -> list[str]:
-        """What it was compiled for."""
+        """Returns what it was compiled for."""
         return [name for name in INSTRUCTION_SETS if getattr(self.cpu, f"ggml_cpu_has_{name}", int)()]
 
     def use_threads(self, threads: int) -> None:
@@ -229,7 +229,7 @@ class Products:
             raise RuntimeError(f"ggml_backend_graph_compute gives {status}")
 
     def result(self, index: int) -> Tensor:
-        """What the last run of this weight gave, float32."""
+        """Returns what the last run of this weight gave, float32."""
         y = torch.empty(self.shape)
         self.ggml.base.ggml_backend_tensor_get(self.outputs[index], y.data_ptr(), 0, y.nbytes)
         return y

@@ -56,7 +56,7 @@ class Weights:
 
     @property
     def packed_bytes(self) -> int:
-        """What a checkpoint holds: 17 bytes a block."""
+        """Returns what a checkpoint holds: 17 bytes a block."""
         return self.codes.numel() + self.scale.numel()
 
     def copies(self, form: str, size: int, make: Callable[[], T]) -> list[T]:
@@ -73,7 +73,7 @@ class Weights:
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
-    # Not all of torch's functions know the dtypes of MXFP4.
+    # Some of torch's functions do not know the dtypes of MXFP4.
     if tensor.dtype in (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu):
         return _copy(tensor.view(torch.uint8), device).view(tensor.dtype)
     return tensor.to(device, copy=True)

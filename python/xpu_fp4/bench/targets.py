@@ -45,7 +45,7 @@ class Verdict:
 
 
 def threads_of(record: Record) -> int:
-    """What all suites with targets ran on, but for the comparison of thread counts."""
+    """Returns what all suites with targets ran on, but for the comparison of thread counts."""
     return statistics.mode(case.threads for case in record.cases if case.suite in ("targets", *EXPERTS))
 
 
@@ -62,7 +62,7 @@ class _Results:
         return case.m, case.n, case.k, case.data, case.threads, contender
 
     def get(self, contender: str, m: int, k: int = 4096, *, data: Data = "gaussian", threads: int | None = None) -> Result:
-        """Of a product with n = 4096."""
+        """Finds the result of a product with n = 4096."""
         found = self._by_key.get((m, 4096, k, data, threads or self.threads, contender))
         if found is None:
             reason = self.record.absent.get(contender, f"no {contender} at {m} x 4096 x {k}")
@@ -117,7 +117,7 @@ def _w4a4(results: _Results, form: str) -> Iterator[Verdict]:
         figure = _bytes if limit == "limit-read" else _ops
         return rate_share(results.get(name, m, k, data=data), results.get(limit, m, k, data=data), figure)
 
-    # Where the processor has a faster instruction, this one is no limit.
+    # This instruction is no limit where the processor has a faster one.
     fastest = math.inf if results.has("limit-tdpbusd") else 1
     big = f"{name} 1024x4096x4096"
     yield _verdict(big, "of vpdpbusd", 0.85, partial(of, "limit-vpdpbusd", 1024), possible=fastest)
@@ -235,7 +235,7 @@ def _others(results: _Results) -> Iterator[Verdict]:
 
 
 def _experts(record: Record, suite: str) -> Iterator[Verdict]:
-    """Those of a layer of experts."""
+    """Gives the verdicts on a layer of experts."""
     threads = threads_of(record)
     by_key = {
         (r.case.m, r.case.experts.router, r.contender): r
@@ -260,7 +260,7 @@ def _experts(record: Record, suite: str) -> Iterator[Verdict]:
         return over(name, peer, m)
 
     def half() -> float:
-        # As many rows in all, of fewer experts: two cases, so no rounds to compare.
+        # Both cases have as many rows in all; being two, they have no rounds in common to compare.
         return get("w4a8-experts", HALF_M, "half").seconds / get("w4a8-experts", HALF_M).seconds
 
     if suite == "gpt-oss-20b":

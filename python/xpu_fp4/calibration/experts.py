@@ -82,7 +82,8 @@ def fuse(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
 
 
 def schemes_of_each(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
-    """The schemes of the linear layers in UnfusedExperts, out of those of the latter; experts cannot have an input offset."""
+    """The schemes of the linear layers in UnfusedExperts, out of those of the latter. Each expert's
+    inputs have another mean, but all share an input offset: they get none."""
     return {
         f"{name}.{layer}": replace(scheme, input_offset=False)
         for name, scheme in schemes.items()

@@ -32,7 +32,7 @@ _ROTATIONS = ("rotation_config", "spinquant_config")
 
 
 def check_keys(config: dict[str, Any], where: str) -> list[str]:
-    """What is left aside of a `quantization_config`. Raises CheckpointError for keys that change what a layer computes."""
+    """Returns what a `quantization_config` has that is left aside. Raises CheckpointError for keys that change a layer."""
     places = {where: config} | {f"{where}.extra_config.{name}": of for name, of in _extra(config, where).items()}
     for place, found in places.items():
         for key in _ROTATIONS:

@@ -54,7 +54,7 @@ _NAMES = {
 
 
 def names_of(scheme: Scheme) -> Names:
-    """What the tensors of a layer in that scheme are called; input_offset is there only if it has one."""
+    """Returns what the tensors of a layer in that scheme are called; input_offset is there only if it has one."""
     return _NAMES[scheme.input_offset]
 
 
@@ -88,7 +88,7 @@ _ARGUMENT_KEYS = {*_MXFP4, "dynamic", "scale_dtype", "zp_dtype", "block_structur
 
 
 def check_keys(config: dict[str, Any], where: str) -> list[str]:
-    """What is left aside of a `quantization_config`. Raises CheckpointError for keys that change what a layer computes."""
+    """Returns what a `quantization_config` has that is left aside. Raises CheckpointError for keys that change a layer."""
     InputTransforms(config.get("transform_config"), f"{where}.transform_config")  # for its errors
     sparsity = require_object(config.get("sparsity_config"), f"{where}.sparsity_config")
     if sparsity.get("format", "dense") != "dense":
@@ -215,7 +215,7 @@ def _write_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 
 def _write_hint(scheme: Scheme) -> dict[str, Any]:
-    """What a group's object under our own key says of a scheme."""
+    """Returns what a group's object under our own key says of a scheme."""
     hint: dict[str, Any] = {} if scheme.scale_mode == "even" else {"scale_mode": scheme.scale_mode}
     activations = _ACTIVATIONS[scheme.mode].in_extension
     if activations is not None:
@@ -224,7 +224,7 @@ def _write_hint(scheme: Scheme) -> dict[str, Any]:
 
 
 def _write_transforms(scheme: Scheme, ignore: list[str], exceptions: Mapping[str, Scheme]) -> dict[str, Any]:
-    """One entry for each size; of all layers but some for the scheme's own, of named layers for others."""
+    """Makes one entry for each size: for the scheme's own, all layers but some; for others, layers by name."""
     transforms = {}
     for size in sorted({scheme.hadamard, *(other.hadamard for other in exceptions.values())} - {0}):
         if size == scheme.hadamard:

@@ -33,7 +33,7 @@ class Scheme:
         return {name: getattr(self, name) for name in names}
 
     def arguments_of_experts(self) -> dict[str, Any]:
-        """The same for a layer of experts, which has no global scale: what `xpu_fp4.experts` and MXFP4Experts take."""
+        """Gives what `xpu_fp4.experts` and MXFP4Experts take: a layer of experts has no global scale."""
         return {name: value for name, value in self.arguments().items() if name != "weight_global_scale"}
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ class Checkpoint:
     """Keys of the quantization_config that are not acted on, each with the reason."""
 
     def in_mode(self, mode: Mode | None) -> "Checkpoint":
-        """The same weights, every layer in that mode; None: as it is. Raises ValueError if there is no such mode."""
+        """Puts every layer into that mode, weights unchanged; None: as it is. Raises ValueError if there is no such mode."""
         if mode is None:
             return self
         check_mode(mode)

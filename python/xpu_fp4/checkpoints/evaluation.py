@@ -20,7 +20,7 @@ class LayerNoise:
     name: str
     weight: float
     output: float
-    """Of the layer by itself: it is given the inputs of the original layer."""
+    """It is the layer's own: the layer is given the inputs of the original one."""
 
 
 _ROWS = 128

@@ -37,7 +37,7 @@ _DTYPE = "mxfp4"
 
 
 def check_keys(config: dict[str, Any], where: str) -> list[str]:
-    """What is left aside of a `quantization_config`. Raises CheckpointError for keys that change what a layer computes."""
+    """Returns what a `quantization_config` has that is left aside. Raises CheckpointError for keys that change a layer."""
     scheme_of(config, where)
     for key, stores in (("pseudoquantization", "dequantized (dqweight)"), ("store_master_weights", "unquantized (weight)")):
         if is_set(config.get(key)):
@@ -77,7 +77,7 @@ def group_size(config: dict[str, Any], where: str) -> Hadamard:
 
 
 def kept_modules(config: dict[str, Any]) -> list[str]:
-    """What the names of modules end in that are not quantized."""
+    """Returns what the names of modules end in that are not quantized."""
     kept: list[str] | None = config.get("modules_to_not_convert")
     return ["lm_head"] if kept is None else kept
 

@@ -25,13 +25,13 @@ class FusedExperts:
     """The experts of a layer."""
 
     name: str
-    """Of the experts module, in the files that are written."""
+    """The experts module is called so in the files that are written."""
     in_model: str
     kind: ExpertsKind
     tensors: Mapping[str, str]
-    """By projection, `gate_up_proj` and `down_proj`: its name in the files, [E, N, K] or transposed."""
+    """Each projection, `gate_up_proj` and `down_proj`, has its name in the files here, [E, N, K] or transposed."""
     parts: Mapping[str, tuple[str, ...]]
-    """By projection: what one expert's linear layers are called that make up its rows."""
+    """Each projection has the names of one expert's linear layers here that make up its rows."""
 
     @property
     def is_gpt_oss(self) -> bool:
@@ -48,7 +48,7 @@ class FusedExperts:
 
 
 def fused_experts(model: nn.Module, files: TensorFiles, modules: Iterable[Module]) -> list[FusedExperts]:
-    """Those among a model's modules with matrices that can be quantized.
+    """Finds the fused experts among a model's modules that can be quantized.
 
     Left out are experts whose class or gate is not known, tensors that Transformers transposes or splits as it loads them, and
     biases where the format has no place for them. Raises CheckpointError if a K is no multiple of 32.

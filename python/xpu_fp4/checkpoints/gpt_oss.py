@@ -28,7 +28,7 @@ _ACTIVATIONS: dict[Mode, dict[str, Any]] = {
 
 
 def check_keys(config: dict[str, Any], where: str) -> list[str]:
-    """What is left aside of a `quantization_config`, which has no key that changes what a layer computes."""
+    """Returns what is left aside of a `quantization_config`, which has no key that changes what a layer computes."""
     _scheme(config, where)
     return unknown_keys(config, {"quant_method", "modules_to_not_convert", "dequantize", EXTENSION})
 

@@ -34,7 +34,7 @@ class Module:
     """A module with a matrix."""
 
     name: str
-    """In the files."""
+    """The name that files have for it."""
     in_model: str
     is_linear: bool
     """Whether it is an nn.Linear or, of experts that Transformers fuses, was one."""
@@ -45,11 +45,11 @@ class Module:
     tensor: str = ""
     """The matrix, in the files; none of a tied weight."""
     projection: str | None = None
-    """Of a matrix of all experts of a layer, its name in their module."""
+    """A matrix of all experts of a layer has this name in their module."""
 
     @property
     def fused(self) -> str:
-        """The same for all that readers make one layer of."""
+        """Returns one name for all matrices that readers make one layer of."""
         if match := _EXPERT.fullmatch(self.in_model):
             return match[1]
         owner, _, name = self.in_model.rpartition(".")
@@ -122,5 +122,5 @@ def _kept_by_default(model: nn.Module) -> Callable[[str], bool]:
 
 
 def _inputs(module: nn.Module) -> str | Sequence[str]:
-    """What a model of Transformers takes: text, image, audio, ..."""
+    """Returns what a model of Transformers takes: text, image, audio, ..."""
     return getattr(module, "input_modalities", "text")

@@ -209,7 +209,7 @@ def _load_layer(model: nn.Module, checkpoint: Checkpoint, name: str, place: Plac
 
 
 def _put_expert(experts: nn.Module, name: str, value: Tensor, place: Place) -> None:
-    """One expert's rows of a parameter, which gets its memory with the first of them."""
+    """Copies one expert's rows into a parameter, which gets its memory with the first of them."""
     target = experts.get_parameter(name)
     if target.is_meta:
         target = nn.Parameter(torch.empty_like(target, device="cpu"), requires_grad=False)

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def names_in_model(model: nn.Module, tensors: Iterable[str]) -> dict[str, list[str]]:
-    """What each of a checkpoint's tensors may be called in a model, by its name in the files.
+    """Returns what each of a checkpoint's tensors may be called in a model, by its name in the files.
 
     Transformers has rules that rename what was published under other names (`block_sparse_moe`, `language_model.model`). And
     one of the two may have a base model's prefix.
@@ -16,7 +16,7 @@ def names_in_model(model: nn.Module, tensors: Iterable[str]) -> dict[str, list[s
     prefix = getattr(model, "base_model_prefix", "")
     rules = _renamings(model)
     candidates = {}
-    # In the order in which Transformers goes through them: some of its rules wait for the first name that they are for.
+    # Transformers goes through them in this order: some of its rules wait for the first name that they are for.
     for tensor in sorted(tensors):
         name = tensor
         for rule in rules:

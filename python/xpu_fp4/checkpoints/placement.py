@@ -88,7 +88,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def find_tensors(model: nn.Module, files: TensorFiles, tensors: Iterable[str]) -> dict[str, str | None]:
-    """Where in a model's state each of a checkpoint's tensors belongs, None if nowhere.
+    """Says where in a model's state each of a checkpoint's tensors belongs, None if nowhere.
 
     Raises CheckpointError, naming the tensor, if one has another shape than the model's: some would broadcast, and Transformers
     lets some pass.
@@ -174,7 +174,7 @@ def _experts(model: nn.Module, checkpoint: Checkpoint, name: str, places: dict[s
         raise CheckpointError(f"{where}: the experts of {name} differ in scheme or bias, expected all alike")
     scheme = layers[0].scheme
     if scheme.input_offset:
-        raise CheckpointError(f"{where} has an input offset, which experts cannot have")
+        raise CheckpointError(f"{where} has an input offset, which is read for linear layers alone, not for experts")
     if scheme.scale_mode not in SCALE_MODES or scheme.weight_global_scale != 1:
         raise CheckpointError(f"{where} is quantized by FP-Quant's rules, which experts cannot follow")
     try:

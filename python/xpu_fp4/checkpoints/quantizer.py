@@ -71,7 +71,7 @@ class Plan:
 def plan_quantization(
     source: str | PathLike[str], ignore: Sequence[str] | None = None, include: Sequence[str] | None = None
 ) -> Plan:
-    """Which linear layers and experts of a Transformers model directory would be quantized.
+    """Says which linear layers and experts of a Transformers model directory would be quantized.
 
     Of gpt-oss these are the experts, since its own format has nothing else. Kept by default, since readers of the format hold
     them in high precision: output heads, routers and gates of experts, layers with fewer than 32 rows, what brings images and
@@ -134,7 +134,7 @@ class Calibration(Protocol):
         ...
 
     def run(self, plan: Plan, schemes: Mapping[str, Scheme], folder: Path) -> Mapping[str, QuantizedLinear]:
-        """What becomes of the layers, by their names in the files, and of fused experts by those of `FusedExperts.layer`.
+        """Returns what becomes of layers, by their names in the files, and of fused experts by those of `FusedExperts.layer`.
 
         Of those that are not there, nothing is known.
         """
@@ -216,7 +216,7 @@ def _describe(
     if plan.is_gpt_oss:
         return gpt_oss.write_config(scheme, plan.ignore)
     in_model = {name: (name, plan.in_model[name]) for name in plan.quantized}
-    # Of fused experts, the linear layers that each becomes in the files.
+    # Fused experts are written as linear layers, which a pattern names.
     in_model |= {e.name: (_each_of(e.name), _each_of(e.in_model)) for e in plan.experts}
     written = {name: _scheme_written(name, schemes, calibrated) for name in schemes}
     exceptions = {n: s for name, s in written.items() if s != scheme for n in in_model[name]}
@@ -288,7 +288,7 @@ def _check_weight(files: TensorFiles, name: str) -> None:
 
 
 def _job(plan: Plan, mode: Mode, scale_mode: ScaleMode) -> dict[str, Any]:
-    """What a run must have in common with an interrupted one to go on with its shards."""
+    """Returns what a run must have in common with an interrupted one to go on with its shards."""
     stats = {file.name: file.stat() for file in plan.files.files}
     return {
         "source": str(plan.source.resolve()),

@@ -33,7 +33,7 @@ _ONLINE_ROTATIONS = ("r4", "online_r1_rotation")
 
 
 def check_keys(config: dict[str, Any], where: str) -> list[str]:
-    """What is left aside of a `quantization_config`. Raises CheckpointError for keys that change what a layer computes."""
+    """Returns what a `quantization_config` has that is left aside. Raises CheckpointError for keys that change a layer."""
     algorithms = config.get("algo_config") or []
     for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
         for key in _ONLINE_ROTATIONS:

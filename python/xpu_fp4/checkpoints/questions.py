@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 MOST_BYTES = 16 << 20
-"""Of a file of questions."""
+"""A file of questions has no more."""
 _TOGETHER = 32
 
 

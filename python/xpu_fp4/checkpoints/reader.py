@@ -37,7 +37,7 @@ _FORMATS: dict[str, _Format] = {format.METHOD: format for format in (compressed_
 def quantization_config(folder: Path) -> dict[str, Any] | None:
     """The `quantization_config` of a model directory, or None if it is not quantized."""
     config = read_config(folder)
-    # Of a model with several parts, it may stand with the language model.
+    # It may stand with the language model, where a model has several parts.
     found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     check_type(found, dict[str, Any] | None, f"{folder / CONFIG}: quantization_config")
     return found
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_keys(config: dict[str, Any], where: str) -> list[str]:
-    """What is left aside of a quantization_config, nothing for a quant_method that is not read here.
+    """Returns what is left aside of a quantization_config, nothing for a quant_method that is not read here.
 
     Raises CheckpointError for a key that changes what a layer computes in a way that is not done here.
     """

@@ -29,7 +29,7 @@ class ScaleStatistics:
 
 
 def scale_statistics(scale: Tensor) -> ScaleStatistics:
-    """Of scales uint8 [..., K/32]. A last pair or quad that is not full is judged by the blocks it has."""
+    """Counts over scales uint8 [..., K/32]. A last pair or quad that is not full is judged by the blocks it has."""
     rows = scale.flatten(0, -2)
     count = torch.bincount(rows.flatten().int(), minlength=256).tolist()
     histogram = {byte - _BIAS: n for byte, n in enumerate(count) if n and byte != _NAN}

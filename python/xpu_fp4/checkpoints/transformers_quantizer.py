@@ -62,7 +62,7 @@ class XpuFp4Quantizer(HfQuantizer):  # type: ignore[misc]
             cast(MXFP4Experts, model.get_submodule(name)).flatten_blocks()
 
     def get_weight_conversions(self) -> list[Any]:
-        """For the tensors of layers that are called otherwise in the files than in MXFP4Linear."""
+        """Renames the tensors of layers that are called otherwise in the files than in MXFP4Linear."""
         layers: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
         for layer in self.checkpoint.layers.values():
             for tensor, ours in ((layer.packed, PACKED), (layer.scale, SCALE), (layer.bias, "bias")):

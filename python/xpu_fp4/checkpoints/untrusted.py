@@ -63,7 +63,7 @@ def open_file(path: Path, root: Path | None = None) -> BinaryIO:
     Raises FileNotFoundError, OSError, and CheckpointError if it leads out of the directory or is no regular file.
     """
     target = _target(path, root or path.parent)
-    # Not blocking: a pipe has no end. No link, since the last one has been followed.
+    # It must not block, since a pipe has no end, and follows no link, since the last one has been followed.
     descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -72,7 +72,7 @@ def open_file(path: Path, root: Path | None = None) -> BinaryIO:
 
 
 def _target(path: Path, root: Path) -> Path:
-    """Where a file really is."""
+    """Says where a file really is."""
     try:
         target, inside = path.resolve(), root.resolve()
     except (OSError, RuntimeError) as error:  # links in a circle
@@ -116,7 +116,7 @@ def _read_json(path: Path) -> Any:
 
 
 def parse_json(content: bytes, where: str) -> Any:
-    """What UTF-8 JSON says. Raises CheckpointError, which begins with where, if it is none, or nested too deeply."""
+    """Returns what UTF-8 JSON says. Raises CheckpointError, which begins with where, if it is none, or nested too deeply."""
     try:
         return json.loads(content.decode("utf-8"), parse_int=_integer)
     except RecursionError:

@@ -130,7 +130,7 @@ def _is_packed(file: GgufFile, parameter: Parameter, model: Model) -> bool:
 
 
 def _tensors_of(file: GgufFile, parameter: Parameter, model: Model) -> list[StreamedTensor]:
-    """What is written of a parameter: codes and scales, or bfloat16."""
+    """Returns what is written of a parameter: codes and scales, or bfloat16."""
     first, *others = (file[name] for name in parameter.sources)
     where = f"{file.path}: tensor {first.name}"
     for other in others:

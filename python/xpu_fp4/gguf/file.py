@@ -23,7 +23,7 @@ from ..checkpoints.untrusted import open_file
 MOST_HEADER = 256 << 20
 """Bytes before the data."""
 MOST_ENTRIES = 4 << 20
-"""Of all arrays together: tokens and merges of a large vocabulary are a million."""
+"""All arrays together have no more: tokens and merges of a large vocabulary are a million."""
 MOST_NAMES = 1 << 16
 """Keys, and tensors."""
 _SHORT = 1024  # numbers of an array that is kept
@@ -36,7 +36,7 @@ _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=
 
 @dataclass(frozen=True)
 class Skipped:
-    """In place of an array of strings, or of many numbers."""
+    """Stands in the place of an array of strings, or of many numbers."""
 
     count: int
 
@@ -50,7 +50,7 @@ class GgufTensor:
     """gguf's name of it: F32, BF16, Q8_0, MXFP4, ..."""
     shape: tuple[int, ...]
     row_bytes: int
-    """Of the last dimension, in which elements are in blocks."""
+    """The last dimension takes so many: elements are in blocks along it."""
     begin: int
 
     @property

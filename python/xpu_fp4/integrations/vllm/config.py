@@ -52,7 +52,7 @@ class CompressedTensorsMxfp4(CompressedTensorsW4A4Mxfp4):
     """vLLM's scheme, its kernel selected for the activations of `scheme`, or ours if these are transformed."""
 
     def __init__(self, scheme: Scheme) -> None:
-        # Not the parent's, which selects one for W4A4.
+        # The parent's is not called: it selects a kernel for W4A4.
         self.group_size = BLOCK
         self.scheme = scheme
         transforms = scheme.hadamard or scheme.input_offset
@@ -150,7 +150,7 @@ class ActivationsAwareConfig(CompressedTensorsConfig):
                 apply.ignore = _renamed(apply.ignore, hf_to_vllm_mapper)
 
     def _scheme(self, args: dict[str, Any], name: str) -> Scheme:
-        """What the entries of a layer with MXFP4 weights say, but for its transform."""
+        """Returns what the entries of a layer with MXFP4 weights say, but for its transform."""
         weight_only = weight_only_scheme(self.config or {}, args[_GROUP], "quantization_config")
         activations = args["input_activations"] and args["input_activations"].model_dump(mode="json")
         return activations_scheme(activations, weight_only, f"input_activations of {name}")

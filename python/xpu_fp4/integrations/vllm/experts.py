@@ -27,7 +27,7 @@ _GATES = {
 
 
 class XpuFp4Experts(mk.FusedMoEExpertsModular):
-    """Both products of each expert with the activation between them, weighted and added up: x [T, H] -> [T, H].
+    """Computes both products of each expert, the activation between them, and their weighted sum: x [T, H] -> [T, H].
 
     Weights are those of a `PackedExperts`. Experts of other ranks, which the expert map gives as -1, add nothing. W4A4 and W4A8
     have the same bits whatever tokens come together, W4A16 on one backend.
@@ -39,7 +39,7 @@ class XpuFp4Experts(mk.FusedMoEExpertsModular):
         self._scheme = Scheme("w4a16")
 
     def serve(self, weights: PackedExperts, scheme: Scheme) -> None:
-        """To be called once the layer has these weights. Their tensors then come with each call, as vLLM has it."""
+        """Must be called once the layer has these weights. Their tensors then come with each call, as vLLM has it."""
         self._weights, self._scheme = replace(weights, tensors=()), scheme
 
     @property

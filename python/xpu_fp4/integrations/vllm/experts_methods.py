@@ -58,7 +58,7 @@ class _Method(FusedMoEMethodBase):
     def maybe_roundup_sizes(
         self, hidden_size: int, intermediate_size_per_partition: int, act_dtype: Any, moe_parallel_config: Any
     ) -> tuple[int, int]:
-        # Not that of vLLM's class, which knows what its kernels need.
+        # vLLM's class is passed over: it knows what its own kernels need.
         hidden_size, inner = FusedMoEMethodBase.maybe_roundup_sizes(
             self, hidden_size, intermediate_size_per_partition, act_dtype, moe_parallel_config
         )

@@ -38,11 +38,11 @@ REQUEST = "XPU_FP4_ACTIVATIONS"
 _BY_REQUEST = {"mxint8": Scheme("w4a8")}
 
 _TENSORS = ("weight", "weight_scale", "xpu_fp4_expanded")
-"""Where a layer has the tensors of its PackedWeight, in that order; those that its form lacks are None."""
+"""A layer has the tensors of its PackedWeight there, in that order; those that its form lacks are None."""
 
 
 def key_of(scheme: Scheme) -> QuantKey | None:
-    """What vLLM calls the activations of a scheme."""
+    """Returns what vLLM calls the activations of a scheme."""
     plain = replace(scheme, scale_mode="even", hadamard=0, weight_global_scale=1.0).arguments()
     return next(key for key, known in SCHEMES.items() if known.arguments() == plain)
 
@@ -58,7 +58,7 @@ def requested_scheme() -> Scheme | None:
 
 
 def served_scheme(stored: Scheme) -> Scheme:
-    """What a layer that is stored for that computes: that, or what is asked for of every layer, which is logged once."""
+    """Returns what a layer that is stored for that computes: that, or what every layer is asked for, which is logged once."""
     request = requested_scheme()
     if request is None:
         return stored
@@ -91,7 +91,7 @@ def refusal_of_checkpoint() -> str | None:
     model = None if loading is None else loading.model_config
     if model is None:
         return None
-    # Of a model with several parts, it may stand with the language model.
+    # It may stand with the language model, where a model has several parts.
     parts = (model.hf_config, model.hf_config.get_text_config())
     config = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
     try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def load_the_same(weight_loader: Callable[..., None], layer: str, what: str) -> Callable[..., None]:
-    """For a parameter, all NaN to begin with, that the parts of a fused layer have each in the files, but all the same."""
+    """Loads a parameter, all NaN at first, of which each part of a fused layer has one in the files, but all the same."""
 
     def load(param: Any, loaded: Tensor, *shard: Any, **more: Any) -> None:
         before = param.data.clone()
