@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <new>
 #include <stdexcept>
+#include <string>
 #include <sycl/sycl.hpp>
 #include <utility>
 
@@ -60,8 +60,9 @@ class SyclQueue final : public Queue {
       });
       if (wait_) sycl::event(event).wait_and_throw();
     } catch (const sycl::exception& error) {
+      const auto memory = out_of_memory(error, device_);
       throw std::runtime_error("xpu_fp4: the SYCL kernel " + std::string(kernel) + " failed on " + device_name() + ": " +
-                               error.what());
+                               (memory ? *memory : error.what()));
     }
   }
 
@@ -73,7 +74,9 @@ class SyclQueue final : public Queue {
 
 std::shared_ptr<void> allocate_on_host(int64_t bytes) {
   void* memory = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(bytes, 1), 64)));
-  if (memory == nullptr) throw std::bad_alloc();
+  if (memory == nullptr) {
+    throw std::runtime_error("xpu_fp4: memory ran out: a kernel needs " + std::to_string(bytes) + " bytes beside its operands");
+  }
   return {memory, std::free};
 }
 

@@ -311,4 +311,19 @@ TEST_F(Offsets, ManyColumnsWithoutAMatrixUnit) { check_portable(8, 73, kMany + 5
 TEST_F(Offsets, ManyRowsInSixteenBitsWithoutAMatrixUnit) { check_portable_half(16, kMany + 5, 90); }
 TEST_F(Offsets, ManyColumnsInSixteenBitsWithoutAMatrixUnit) { check_portable_half(8, 73, kMany + 5); }
 
+// Beside the offsets because this, too, is of SYCL's own types.
+TEST(Memory, RunningOutOfItIsSaidInWords) {
+  const sycl::device device{sycl::cpu_selector_v};
+  const auto said = [&](sycl::errc code, const char* text) {
+    return syclrt::out_of_memory(sycl::exception(sycl::make_error_code(code), text), device).value_or("");
+  };
+  for (const std::string& text : {said(sycl::errc::memory_allocation, "no"),
+                                  said(sycl::errc::runtime, "failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+                                  said(sycl::errc::runtime, "failed with error: 38 (UR_RESULT_ERROR_OUT_OF_HOST_MEMORY)")}) {
+    EXPECT_EQ(text.rfind("memory ran out on ", 0), 0u) << text;
+    EXPECT_NE(text.find(" MiB: free tensors"), std::string::npos) << text;
+  }
+  EXPECT_EQ(said(sycl::errc::runtime, "failed with error: 4 (UR_RESULT_ERROR_INVALID_VALUE)"), "");
+}
+
 }  // namespace
