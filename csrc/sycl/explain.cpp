@@ -59,9 +59,13 @@ class PlanningQueue final : public Queue {
 
  private:
   void submit(const Variant& variant, const char* kernel, const Range& range, const std::vector<Argument>&) const override {
-    const auto [rows, lanes] = range.group;
-    const int64_t groups = range.global[0] / rows * (range.global[1] / lanes);
-    if (groups > 0) out_.launches.push_back({kernel, variant.label, groups, rows * lanes});
+    int64_t groups = 1, items = 1;
+    for (int i = 0; i < range.dimensions; ++i) {
+      const auto of = static_cast<size_t>(i);
+      groups *= range.global[of] / range.group[of];
+      items *= range.group[of];
+    }
+    if (groups > 0) out_.launches.push_back({kernel, variant.label, groups, items});
   }
 
   PlannedDevice device_;
