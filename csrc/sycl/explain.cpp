@@ -17,7 +17,7 @@ struct Card {
   int engines;
   double ghz;
 };
-constexpr Card kCards[] = {{"dg2", "Arc A770", 512, 2.1},   {"pvc", "Max 1550", 1024, 1.6},
+constexpr Card kCards[] = {{"dg2", "Arc A770", 512, 2.1},   {"pvc", "Max 1550, one stack", 512, 1.6},
                            {"lnl-m", "Arc 140V", 64, 2.05}, {"bmg", "Arc B580", 160, 2.67},
                            {"ptl", "Arc B390", 96, 2.5},    {"cri", "Crescent Island", 256, 2.3}};
 
@@ -59,9 +59,13 @@ class PlanningQueue final : public Queue {
 
  private:
   void submit(const Variant& variant, const char* kernel, const Range& range, const std::vector<Argument>&) const override {
-    const auto [rows, lanes] = range.group;
-    const int64_t groups = range.global[0] / rows * (range.global[1] / lanes);
-    if (groups > 0) out_.launches.push_back({kernel, variant.label, groups, rows * lanes});
+    int64_t groups = 1, items = 1;
+    for (int i = 0; i < range.dimensions; ++i) {
+      const auto of = static_cast<size_t>(i);
+      groups *= range.global[of] / range.group[of];
+      items *= range.group[of];
+    }
+    if (groups > 0) out_.launches.push_back({kernel, variant.label, groups, items});
   }
 
   PlannedDevice device_;

@@ -397,9 +397,11 @@ std::string json(const Architecture& architecture) {
   add_portable(architecture, all);
   const Costs& costs = architecture.costs;
   return "{\"name\": " + quoted(architecture.name) + ", \"block_2d\": " + (architecture.block_2d ? "true" : "false") +
-         ", \"costs\": {\"matrix\": " + std::to_string(costs.matrix) + ", \"bytes\": " + std::to_string(costs.bytes) +
-         ", \"small\": " + std::to_string(costs.small) + ", \"small_row\": " + std::to_string(costs.small_row) +
-         "}, \"programs\": [" + joined(all, [](const Counted& counted) { return json(counted); }) + "]}";
+         ", \"group\": [" + std::to_string(architecture.group_rows) + ", " + std::to_string(kGroupColumns) +
+         "], \"panel\": " + std::to_string(kPanelRows) + ", \"costs\": {\"matrix\": " + std::to_string(costs.matrix) +
+         ", \"bytes\": " + std::to_string(costs.bytes) + ", \"small\": " + std::to_string(costs.small) +
+         ", \"small_row\": " + std::to_string(costs.small_row) + "}, \"programs\": [" +
+         joined(all, [](const Counted& counted) { return json(counted); }) + "]}";
 }
 
 }  // namespace

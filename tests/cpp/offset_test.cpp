@@ -73,8 +73,8 @@ class Offsets : public testing::Test {
  protected:
   sycl::queue queue{sycl::cpu_selector_v, sycl::property::queue::in_order{}};
 
-  template <class Arguments>
-  void launch(const Variant& variant, const char* kernel, sycl::nd_range<2> range, const Arguments& arguments) {
+  template <int dimensions, class Arguments>
+  void launch(const Variant& variant, const char* kernel, sycl::nd_range<dimensions> range, const Arguments& arguments) {
     const sycl::kernel compiled = syclrt::get_kernel(queue, variant, kernel);
     queue.submit([&](sycl::handler& handler) {
       int index = 0;
@@ -100,6 +100,13 @@ class Offsets : public testing::Test {
   static sycl::nd_range<2> last_tile(Tile tile, int64_t lanes, int64_t m, int64_t n, int64_t split = 1) {
     const int64_t columns = tile.columns(static_cast<int>(lanes)), group = lanes * split;
     return range({1, group}, {1, group}, {last_of(m, tile.rows()), last_of(n, columns) * group});
+  }
+
+  /// The same as gemm_large counts tiles: each is a work-group, a panel has one row of them.
+  static sycl::nd_range<3> last_panel(Tile tile, int lanes, int64_t m, int64_t n) {
+    const sycl::range<3> work_group(1, 1, static_cast<size_t>(lanes));
+    return {work_group, work_group,
+            sycl::id<3>(static_cast<size_t>(last_of(m, tile.rows())), static_cast<size_t>(last_of(n, tile.columns(lanes))), 0)};
   }
 
   struct Expanded {
@@ -145,7 +152,7 @@ class Offsets : public testing::Test {
     expand(syclrt::expand_activations_variant(gpu, format, std::nullopt, ElementOrder::apart, 16), a,
            last_of(a.rows, tile.rows()) * tile.rows(), left);
     expand(syclrt::expand_weight_variant(gpu, 16), w, last_of(w.rows, tile.columns(lanes)) * tile.columns(lanes), right);
-    launch(syclrt::gemm_large_variant(gpu, format, tile, DType::f32), "gemm_large", last_tile(tile, lanes, a.rows, w.rows),
+    launch(syclrt::gemm_large_variant(gpu, format, tile, DType::f32), "gemm_large", last_panel(tile, lanes, a.rows, w.rows),
            GemmLargeArguments{left.arrays(), right.arrays(), output(y, a.rows, w.rows),
                               static_cast<uint32_t>(left.layout.quads), kStartBits});
   }
