@@ -144,6 +144,8 @@ TEST(Fallback, ExpertsFallBackToThePortableKernels) {
                       nullptr,
                       {GateKind::silu_mul},
                       false,
+                      nullptr,
+                      nullptr,
                       memory.data()});
     EXPECT_EQ(std::count(launched.begin(), launched.end(), "gemm"), refuses ? 2 : 0);
   }

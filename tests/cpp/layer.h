@@ -78,6 +78,8 @@ struct LayerOperands {
             w2_bias.data(),
             gate,
             router_on_input,
+            nullptr,
+            nullptr,
             y};
   }
 
