@@ -149,6 +149,13 @@ struct Avx2 {
     return _mm_cvtsi128_si32(_mm_mullo_epi16(sums, _mm_set1_epi16(-kWeightBias)));
   }
 
+  // Four K of a row of A in every dword.
+  static __m256i four_of(const GroupQuad& a, int row, int position) {
+    int32_t dword;
+    std::memcpy(&dword, a.at(row, position), sizeof(dword));
+    return _mm256_set1_epi32(dword);
+  }
+
   using Tile = void (*)(const GroupQuad&, const StripQuad&, float*, int64_t);
 
   // kMagicBits and what pairs of int16 add up to.
@@ -175,14 +182,14 @@ struct Avx2 {
     for (int b = 0; b < kQuad; ++b) {
       __m256i sum[R][2];
       for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm256_set1_epi32(a.block[r][b].start);
-      for (int step = b * kBlock / 4; step < (b + 1) * kBlock / 4; ++step) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kBlock / 4; ++i) {
+        const int step = b * kBlock / 4 + i;
         const __m256i left = _mm256_load_si256(reinterpret_cast<const __m256i*>(w.codes[step][0]));
         const __m256i right = _mm256_load_si256(reinterpret_cast<const __m256i*>(w.codes[step][8]));
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          int32_t dword;
-          std::memcpy(&dword, a.at(r, 4 * step), sizeof(dword));
-          const __m256i row = _mm256_set1_epi32(dword);
+          const __m256i row = four_of(a, r, 4 * step);
           sum[r][0] = _mm256_add_epi16(sum[r][0], _mm256_maddubs_epi16(left, row));
           sum[r][1] = _mm256_add_epi16(sum[r][1], _mm256_maddubs_epi16(right, row));
         }
@@ -222,10 +229,8 @@ struct Avx2 {
           const Integers w = decode(record, d, half);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
-            int32_t dwords[2];
-            std::memcpy(dwords, a.at(r, 8 * d), sizeof(dwords));
-            sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(w.low, _mm256_set1_epi32(dwords[0])));
-            sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(w.high, _mm256_set1_epi32(dwords[1])));
+            sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(w.low, four_of(a, r, 8 * d)));
+            sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(w.high, four_of(a, r, 8 * d + 4)));
           }
         }
         const __m256 factor = factor_of(record, b, half);
