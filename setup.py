@@ -8,6 +8,7 @@ import shutil
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import setuptools
 from setuptools import Extension, setup
@@ -41,6 +42,10 @@ if WITHOUT_AVX512:
 # What a change of makes everything compile again.
 HEADERS = sorted(str(path) for path in (ROOT / CSRC).rglob("*") if path.suffix in {".h", ".hpp", ".py"})
 TORCH_IS_XPU = torch.version.xpu is not None
+# Whether, and for whom, programs are compiled ahead of time: nothing but an XPU torch hands the library to a GPU.
+SPIRV_FOR = {"0": None, "1": "gpus", "tests": "tests"}
+SPIRV = os.environ.get("XPU_FP4_SPIRV", "") or str(int(TORCH_IS_XPU))
+SPIRV_FOLDER, EMBEDDED_SPIRV = Path("build/spirv"), Path("build/spirv.cpp")
 
 
 def sources(*folders: str) -> list[str]:
@@ -96,6 +101,11 @@ def find_sycl() -> Path | None:
     return roots[0]
 
 
+def require_settings() -> None:
+    if SPIRV not in SPIRV_FOR:
+        sys.exit(f"xpu_fp4: XPU_FP4_SPIRV is {SPIRV!r}, expected one of {', '.join(SPIRV_FOR)}")
+
+
 def require_compiler() -> None:
     compiler = os.environ.get("CXX", "g++").split()[0]
     if shutil.which(compiler) is None:
@@ -144,14 +154,26 @@ def op_library(sycl: Path | None) -> Extension:
     )
 
 
+def script(name: str) -> dict[str, Any]:
+    """The functions of csrc/sycl/NAME.py."""
+    return runpy.run_path(str(ROOT / CSRC / f"sycl/{name}.py"))
+
+
+def jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+
+
 def sycl_backend(sycl: Path) -> Extension:
     """A library of its own, loaded at first use: `_xpu_C` must load where SYCL is not installed."""
     embedded = Path("build/device_sources.cpp")
-    runpy.run_path(str(ROOT / CSRC / "sycl/embed.py"))["embed"](ROOT / embedded)
+    embed = script("embed")
+    embed["embed"](embedded)
+    pack = SPIRV_FOLDER / SPIRV / "pack"
+    embed["embed_spirv"](pack if pack.exists() else None, EMBEDDED_SPIRV)  # the last build's, until this one's is made
     files = [path for path in sources("sycl", "sycl/launch") if Path(path).name != "loader.cpp"]
     return Extension(
         f"{PACKAGE}.{SYCL_BACKEND}",
-        [*files, str(embedded)],
+        [*files, str(embedded), str(EMBEDDED_SPIRV)],
         include_dirs=[str(ROOT / CSRC)],
         extra_compile_args={"cxx": [*FLAGS, *sycl_flags(sycl)]},
         **sycl_link(sycl),
@@ -169,6 +191,7 @@ def extensions() -> list[Extension]:
 class BuildExtension(cpp_extension.BuildExtension):
     def build_extensions(self) -> None:
         super().build_extensions()
+        self.embed_spirv()
         for extension in self.extensions:
             library = Path(self.get_ext_fullpath(extension.name))
             if "libstdc++.so.6" not in needed_libraries(library):
@@ -178,9 +201,20 @@ class BuildExtension(cpp_extension.BuildExtension):
                     "options like -static-libstdc++."
                 )
 
+    def embed_spirv(self) -> None:
+        """The SYCL backend says what it is made of, compiles that, and is linked once more with what came out."""
+        if (whom := SPIRV_FOR[SPIRV]) is None or (sycl := find_sycl()) is None:
+            return
+        backend = next(extension for extension in self.extensions if extension.name == f"{PACKAGE}.{SYCL_BACKEND}")
+        library = Path(self.get_ext_fullpath(backend.name)).resolve()
+        pack = script("spirv")["pack"](library, whom, (SPIRV_FOLDER / SPIRV).resolve(), sycl, jobs())
+        script("embed")["embed_spirv"](pack, EMBEDDED_SPIRV)
+        self.build_extension(backend)
+
 
 if __name__ == "__main__":
     require_compiler()
+    require_settings()
     os.chdir(ROOT)
     setup(
         ext_modules=extensions(),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import xpu_fp4
 from click.testing import CliRunner
-from xpu_fp4 import reference
+from xpu_fp4 import _library, reference
 from xpu_fp4.cli import doctor, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,6 +166,23 @@ def test_doctor_is_content_with_this_machine() -> None:
     assert result.exit_code == 0, result.output
     for word in ("torch", "kernel cache", "native", "self-test passed"):
         assert word in result.output
+
+
+def test_doctor_and_warmup_say_that_torch_used_the_xpu_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "XPU_CAME_FIRST", True)
+    monkeypatch.setattr(torch.xpu, "synchronize", lambda: None)
+    assert "before xpu_fp4 was imported" in doctor.versions()["kernel cache"]
+    with pytest.warns(UserWarning, match="Import xpu_fp4 first"):
+        xpu_fp4.warmup([], device="xpu")
+    monkeypatch.setattr(_library, "XPU_CAME_FIRST", False)
+    assert "before" not in doctor.versions()["kernel cache"]
+
+
+def test_what_torch_did_with_the_xpu_is_noticed_at_import() -> None:
+    code = "import torch; torch.xpu.is_initialized = lambda: True; import xpu_fp4; print(xpu_fp4._library.XPU_CAME_FIRST)"
+    assert python(code).stdout.strip() == "True"
+    assert python(code, SYCL_CACHE_PERSISTENT="1").stdout.strip() == "False"
+    assert python(code.replace("lambda: True", "lambda: False")).stdout.strip() == "False"
 
 
 def test_doctor_notices_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:

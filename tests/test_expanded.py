@@ -13,7 +13,7 @@ from xpu_fp4 import Mode, MXFP4Linear
 
 own = torch.ops.xpu_fp4
 OPS = {name: getattr(own, name) for name in ("mxfp4_linear_expanded", "mxfp4_linear_w4a8_expanded")}
-VARIANTS = ["bmg:large", "bmg:medium", "bmg:small", "bmg", "ptl:large", "dg2:large", "dg2:medium", "dg2:small"]
+VARIANTS = ["bmg:large", "bmg:medium", "bmg:small", "bmg", "dg2:large", "dg2:medium", "dg2:small"]
 MODES: tuple[Mode, ...] = ("w4a4", "w4a8")
 WITHOUT_A_FORM = "only the SYCL kernels for GPUs with a matrix unit have an expanded form"
 

@@ -162,6 +162,15 @@ def test_experts_name_each_of_their_kernels() -> None:
     assert plan.weight_bytes == 32 * 3 * 2880 * 2880 * 17 // 32
 
 
+@pytest.mark.usefixtures("requires_sycl")
+def test_experts_with_an_offset_transform_their_inputs() -> None:
+    plain, offset = (
+        explain(Experts(32, 4, 2880, 2880, Scheme("w4a8", input_offset=offset)), 64, "bmg") for offset in (False, True)
+    )
+    assert "transform" not in plain.variant
+    assert offset.variant.count("transform_quantize_expand") == 2
+
+
 # ---- model directories ----
 
 

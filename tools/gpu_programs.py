@@ -56,6 +56,8 @@ class Architecture:
 
     name: str
     costs: Costs
+    group: tuple[int, int]  # rows and columns of sub-groups in a work-group of gemm_large
+    panel: int  # rows of work-groups that are walked together
     programs: tuple[Program, ...]
 
     def program(self, kernel: str, label: str) -> Program:
@@ -87,10 +89,15 @@ def read_program(row: Mapping[str, Any]) -> Program:
     return Program(KERNELS / row["file"], macros, row["label"], tuple(row["kernels"]), row["budgeted"])
 
 
-def peer(block_2d: Program) -> Program:
-    """The core of a product that widens to bfloat16, on the device of another program."""
-    macros = {name: block_2d.macro(name) for name in ("SUB_GROUP", "MATRIX_UNIT", "BLOCK_2D", "ALIGNMENT")}
-    return Program(ROOT / "tools/bf16_peer.cpp", (*macros.items(), ("REGISTERS", 256)), "32x64", ("bf16_peer",))
+def peers(block_2d: Program) -> list[Program]:
+    """The cores of products that widen to bfloat16 and to int8, on the device of another program."""
+    shared = {name: block_2d.macro(name) for name in ("SUB_GROUP", "MATRIX_UNIT", "BLOCK_2D", "ALIGNMENT")}
+    macros = (*shared.items(), ("REGISTERS", 256))
+    source = ROOT / "tools/peer.cpp"
+    return [
+        Program(source, macros, "32x64", ("bf16_peer",)),
+        Program(source, (*macros, ("INT8", 1)), "32x64", ("int8_peer",)),
+    ]
 
 
 @cache
@@ -99,6 +106,7 @@ def architectures() -> list[Architecture]:
     for row in described():
         programs = [read_program(program) for program in row["programs"]]
         if row["block_2d"]:
-            programs.append(peer(programs[0]))
-        found.append(Architecture(row["name"], Costs(**row["costs"]), tuple(programs)))
+            programs += peers(programs[0])
+        walk = tuple(row["group"]), row["panel"]
+        found.append(Architecture(row["name"], Costs(**row["costs"]), *walk, tuple(programs)))
     return found

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 import tomllib
-from gpu_programs import KERNELS, ROOT, Architecture, Program, architectures, peer
+from gpu_programs import KERNELS, ROOT, Architecture, Program, architectures, peers
 from isa_checks import Result, judge, refuse
 from machine_code import Listing
 from rich.console import Console
@@ -125,8 +125,8 @@ class Compiler:
         # A built-in that the compiler does not know stays a call, and ocloc exits with 0 all the same.
         unresolved = tuple(re.findall(r"^declare .*@(_Z\w*matrix_mad\w*)", declared, re.MULTILINE))
         native = 8 if device == "dg2" else 16
-        texts = [file.read_text(errors="replace") for file in sorted(folder.glob("*.asm"))]
-        found = [Listing(text, native, unresolved) for text in texts]
+        files = sorted(folder.glob("*.asm"))
+        found = [Listing(file.read_text(errors="replace"), native, unresolved, file) for file in files]
         return {listing.kernel: listing for listing in found}
 
     def forget_the_rest(self) -> None:
@@ -152,14 +152,14 @@ def run(compiler: Compiler, wanted: Iterable[tuple[str, Program]], budgets: Mapp
 def controls(bmg: Architecture) -> dict[str, Program]:
     """Bad kernels, each with what its refusal must say."""
 
-    large = bmg.program("gemm_large", "64x32 bf16")
+    large = bmg.program("gemm_large", "48x32 bf16")
     (bdpas,) = (item for architecture in architectures() for item in architecture.programs if "gemm_bdpas" in item.kernels)
     return {
         "spills": large.changed("in 128 registers", REGISTERS=128),
         "no matrix instruction": large.changed("with the stand-in", MATRIX_UNIT=0, ROW_UNITS=2),
         "at most": large.changed("of 16x32, which has too little to do between its loads", ROW_UNITS=2),
         "does not compile": bdpas,  # for an instruction that bmg lacks
-        "no machine code": replace(peer(large), label="which is another", kernels=("gemm_large",)),
+        "no machine code": replace(peers(large)[0], label="which is another", kernels=("gemm_large",)),
     }
 
 
@@ -204,9 +204,10 @@ def stale_costs(results: Iterable[Result], table: Iterable[Architecture]) -> lis
 
 def describe(path: Mapping[str, float]) -> str:
     if "together" in path:
+        busy = f", busy {path['busy']:.0f} %" if "busy" in path else ""
         return (
             f"{path['int']:.1f} int, {path['float']:.1f} float, {path['send']:.2f} send per dpas; "
-            f"{path['together']:.0f} / {path['none']:.0f} % of peak"
+            f"{path['together']:.0f} / {path['none']:.0f} % of peak{busy}"
         )
     if "matrix" in path:
         return f"{path['int']:.1f} int, {path['float']:.1f} float, {path['send']:.2f} send per bdpas"
@@ -239,6 +240,7 @@ def save(results: list[Result], file: Path) -> None:
             "in the loop": result.listing.segment(*result.listing.loop).instructions if result.listing.loop else 0,
             "spilled": result.listing.spilled,
             "paths": result.paths,
+            "listing": str(result.listing.file),
         }
         for result in results
     ]

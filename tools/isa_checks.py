@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine_model import LATENCIES, Engine, matrix_busy
 from gpu_programs import MXFP4, Program
 from machine_code import Listing, Segment
 
@@ -98,6 +99,13 @@ def check_large(result: Result, budgets: Mapping[str, Any]) -> None:
             result.exceed(f"{level}: float per dpas", path["float"], most[level][1])
             for name, value, bound in zip(("together", "none"), share, least.get(level, (0, 0)), strict=True):
                 result.fall_short(f"{level}: % of the int8 peak, {name}", value, bound)
+    # Of one program for a device: the others' loops are alike, and this takes a second.
+    if bound := budgets["gemm_large_busy"].get(result.device, {}).get(result.program.label):
+        instructions = tuple(result.listing.code[0][slice(*result.listing.runs(useful)[0])])
+        engine = Engine(int(clocks), result.listing.native)
+        busy = [100 * matrix_busy(instructions, engine, latencies) for latencies in LATENCIES]
+        result.paths["quad"]["busy"] = min(busy)
+        result.fall_short("quad: % of the time in which the matrix unit is busy", min(busy), bound)
     return None
 
 
@@ -168,6 +176,7 @@ MATRIX_CHECKS: dict[str, Check] = {
     "gemm_small": check_small,
     "gemm_w4a16_matrix": check_half,
     "bf16_peer": check_half,
+    "int8_peer": check_half,
     "gemm_bdpas": check_bdpas,
 }
 TRANSFORMS = ("transform", "transform_quantize", "transform_quantize_mxint8", "transform_quantize_expand")

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 K = 4096
-ROWS, COLUMNS = 64, 32  # of a tile
+ROWS, COLUMNS = 48, 32  # of a tile
 DRAWS, TILES = 16, 4  # draws of outlier channels; tiles of rows, and of columns, in each
 MXINT8 = 2  # Format in csrc/format/formats.h
 ROW_BUFFER, _, COLUMN_FRAGMENTS = range(3)  # Arrangement in csrc/sycl/kernels/layout.hpp
@@ -91,7 +91,7 @@ def main(counts: Path) -> None:
             w4a4 += mix(ruled_out(xpu_fp4.quantize(x)[1], ROW_BUFFER, MXFP4), columns) / DRAWS
             w4a8 += mix(ruled_out(torch.ops.xpu_fp4.mxint8_quantize(x)[1], ROW_BUFFER, MXINT8), columns) / DRAWS
         cells = []
-        for shares, variant in ((w4a4, "64x32 bf16"), (w4a8, "64x32 bf16, W4A8")):
+        for shares, variant in ((w4a4, "48x32 bf16"), (w4a8, "48x32 bf16, W4A8")):
             cells.append(", ".join(f"{share:.2f}" for share in shares[:4]))
             for device in ("pvc", "bmg"):
                 peaks = [peak_share(models[device], variant, shares, apart) for apart in (False, True)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import pairwise
 from math import inf
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Listing:
     text: str
     native: int  # lanes of an instruction that issues in one clock
     unresolved: tuple[str, ...] = ()  # built-ins that the compiler left as calls
+    file: Path | None = None
 
     def header(self, key: str) -> str:
         found = re.search(rf"^//\.{key}\s+(\S+)", self.text, re.MULTILINE)
@@ -134,18 +136,23 @@ class Listing:
         return max(innermost, key=lambda loop: self.segment(*loop).matrix, default=None)
 
     def runs(self, least: int) -> list[tuple[int, int]]:
-        """Straight runs of the loop with at least so many matrix instructions, by their float work."""
+        """Straight runs of the loop with at least so many matrix instructions, by their float work; of those with as much the
+        ones with more loads come later."""
         if self.loop is None:
             return []
         first, last = self.loop
         cuts = sorted({first, last, *(at for at in self.code[1].values() if first < at < last)})
         found = [run for run in pairwise(cuts) if self.segment(*run).matrix >= least]
-        return sorted(found, key=lambda run: self.segment(*run).per_matrix("float"))
+
+        def cost(run: tuple[int, int]) -> tuple[int, int]:
+            segment = self.segment(*run)
+            return round(segment.per_matrix("float")), segment.counts["send"]
+
+        return sorted(found, key=cost)
 
     def paths(self, least: int) -> list[Segment]:
-        """The same, counted; of those with as much float work the ones with more loads come later."""
-        segments = [self.segment(*run) for run in self.runs(least)]
-        return sorted(segments, key=lambda segment: (round(segment.per_matrix("float")), segment.counts["send"]))
+        """The same, counted."""
+        return [self.segment(*run) for run in self.runs(least)]
 
     def blocks(self) -> dict[int, tuple[int, list[int]]]:
         """The loop's basic blocks: beginning -> end, and where it may go on."""

@@ -95,12 +95,12 @@ const char* name_of_device(uint32_t id) {
 
 const std::vector<Architecture>& architectures() {
   static const std::vector<Architecture> table = {
-      {"dg2", 8, false, {2, 4}, {2, 2}, {8, 1}, {}, {16, 0.52, 160, 7.7}},     // Alchemist
-      {"pvc", 16, true, {8, 2}, {4, 2}, {16, 1}, {}, {8, 2.0, 82, 3.0}},       // Ponte Vecchio
-      {"lnl-m", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.04, 74, 3.0}},    // Xe2: Lunar Lake
-      {"bmg", 16, true, {8, 2}, {4, 2}, {8, 2}, {}, {16, 1.07, 74, 3.0}},      // Xe2: Battlemage
-      {"ptl", 16, true, {6, 2}, {4, 2}, {8, 2}, {}, {16, 0.64, 74, 3.0}},      // Xe3: Panther Lake
-      {"cri", 16, true, {6, 2}, {4, 2}, {8, 2}, {4, 4}, {16, 1.02, 74, 3.0}},  // Xe3P: Crescent Island
+      {"dg2", 8, false, {2, 4}, {2, 2}, 8, {8, 1}, {}, {16, 0.52, 160, 7.7}},     // Alchemist
+      {"pvc", 16, true, {6, 2}, {4, 2}, 4, {16, 1}, {}, {8, 2.0, 82, 3.0}},       // Ponte Vecchio
+      {"lnl-m", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {}, {16, 1.04, 74, 3.0}},    // Xe2: Lunar Lake
+      {"bmg", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {}, {16, 1.07, 74, 3.0}},      // Xe2: Battlemage
+      {"ptl", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {}, {16, 0.64, 74, 3.0}},      // Xe3: Panther Lake
+      {"cri", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {4, 4}, {16, 1.02, 74, 3.0}},  // Xe3P: Crescent Island
   };
   return table;
 }
@@ -133,13 +133,13 @@ GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, cons
                    std::optional<Kernel> forced) {
   const auto small = [&]() -> GemmPlan { return {Kernel::small, {}, 1, 1, small_rows(shape.m)}; };
   const auto large = [&](Tile tile) -> GemmPlan {
-    // A work-group of 4 x 8 tiles shares its operands in the first cache: 256 x 256 outputs, one work-group per core.
+    // A work-group's tiles share their operands in the first cache: one work-group per core.
     const auto fit = [](int64_t wanted, int64_t available) {
       while (wanted / 2 >= available) wanted /= 2;
       return static_cast<int>(wanted);
     };
-    return {Kernel::large, tile, fit(4, ceil_div(shape.m, tile.rows())),
-            fit(8, ceil_div(shape.n, tile.columns(architecture.sub_group))), 0};
+    return {Kernel::large, tile, fit(architecture.group_rows, ceil_div(shape.m, tile.rows())),
+            fit(kGroupColumns, ceil_div(shape.n, tile.columns(architecture.sub_group))), 0};
   };
   if (forced) {
     switch (*forced) {

@@ -21,6 +21,13 @@ struct Tile {
 /// Rows for which gemm_small.cpp is compiled.
 constexpr int kSmallTiles[] = {1, 4, 8, 16, 32};
 
+/// Rows of work-groups of gemm_large that are walked together. Those of a row share rows of A, those of a column share W's: a
+/// few rows together find both in the last cache (tools/cache_model.py).
+constexpr int kPanelRows = 4;
+
+/// Columns of sub-groups in such a work-group.
+constexpr int kGroupColumns = 8;
+
 /// What the choice of a kernel weighs: clocks of a vector engine, from data sheets and from counted machine code
 /// (tools/isa_budgets.toml and `make isa`, which hold these against each other; docs/GPU.md).
 struct Costs {
@@ -35,6 +42,7 @@ struct Architecture {
   bool block_2d;     // has 2D block loads
   Tile large;        // of gemm_large: the largest that does not spill with 256 registers (make isa)
   Tile medium;       // where large ones are too few to fill the device
+  int group_rows;    // sub-groups of a work-group of gemm_large, as many as a core runs with 256 registers: so many rows
   Tile w4a16;        // of gemm_w4a16_matrix: the more rows, the fewer times a weight is decoded
   Tile bdpas;        // of gemm_bdpas, where the device has the instruction; else of no rows
   Costs costs;

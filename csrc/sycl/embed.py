@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the device sources into a C++ file: the library carries them and compiles them on the user's machine.
+"""Writes what the library carries of its kernels into C++ files: their sources, and the SPIR-V that was made of them.
 
-Usage: embed.py OUTPUT.cpp
+Usage: embed.py SOURCES.cpp SPIRV.cpp, without any SPIR-V
 """
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -29,13 +30,33 @@ def render() -> str:
     )
 
 
-def embed(output: Path) -> None:
+def write(output: Path, text: str) -> None:
     """Leaves an output that is up to date alone, so that nothing is rebuilt."""
-    text = render()
     if not output.exists() or output.read_text() != text:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)
 
 
+def embed(output: Path) -> None:
+    write(output, render())
+
+
+def embed_spirv(pack: Path | None, output: Path) -> None:
+    """`pack`: a file of csrc/sycl/spirv.py's. Its hash makes the object file of another one old."""
+    content = "" if pack is None else f'.incbin \\"{pack.resolve()}\\"'
+    digest = "none" if pack is None else hashlib.sha256(pack.read_bytes()).hexdigest()
+    write(
+        output,
+        f"""// Written by csrc/sycl/embed.py: {digest}.
+asm(".section .rodata\\n.balign 8\\n"
+    ".globl xpu_fp4_spirv_begin\\n.hidden xpu_fp4_spirv_begin\\nxpu_fp4_spirv_begin:\\n"
+    "{content}\\n"
+    ".globl xpu_fp4_spirv_end\\n.hidden xpu_fp4_spirv_end\\nxpu_fp4_spirv_end:\\n"
+    ".byte 0\\n.text\\n");
+""",
+    )
+
+
 if __name__ == "__main__":
     embed(Path(sys.argv[1]))
+    embed_spirv(None, Path(sys.argv[2]))

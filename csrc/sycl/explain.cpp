@@ -17,7 +17,7 @@ struct Card {
   int engines;
   double ghz;
 };
-constexpr Card kCards[] = {{"dg2", "Arc A770", 512, 2.1},   {"pvc", "Max 1550", 1024, 1.6},
+constexpr Card kCards[] = {{"dg2", "Arc A770", 512, 2.1},   {"pvc", "Max 1550, one stack", 512, 1.6},
                            {"lnl-m", "Arc 140V", 64, 2.05}, {"bmg", "Arc B580", 160, 2.67},
                            {"ptl", "Arc B390", 96, 2.5},    {"cri", "Crescent Island", 256, 2.3}};
 

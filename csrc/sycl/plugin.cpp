@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "plugin.h"
 
+#include <cstdio>
+#include <string>
 #include <utility>
 
 #include "backend.h"
 #include "kernels/alignment.hpp"
+#include "spirv.h"
 
 #define XPU_FP4_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -14,6 +17,8 @@ namespace {
 class SyclPlugin final : public Plugin {
  public:
   std::vector<DeviceInfo> devices() const override { return sycl_devices(); }
+
+  int64_t embedded_programs() const override { return static_cast<int64_t>(embedded_count()); }
 
   const Backend& cpu() const override {
     // It is never destroyed: at exit the SYCL runtime may be gone before a static of ours.
@@ -55,6 +60,30 @@ XPU_FP4_EXPORT void xpu_fp4_sycl_levels(const uint8_t* scales, int64_t quads, in
 XPU_FP4_EXPORT const char* xpu_fp4_sycl_variants() {
   static const std::string json = variants_json();
   return json.c_str();
+}
+
+// For csrc/sycl/spirv.py: the keys of the programs to compile ahead of time, a hexadecimal number each and a space after it.
+XPU_FP4_EXPORT const char* xpu_fp4_sycl_keys(const char* whom) {
+  thread_local std::string keys;
+  keys.clear();
+  for (const Variant& variant : programs_to_embed(whom)) {
+    char key[32];
+    std::snprintf(key, sizeof key, "%016llx ", static_cast<unsigned long long>(program_key(variant)));
+    keys += key;
+  }
+  return keys.c_str();
+}
+
+// Compiles the one with that index (compile_to_spirv). Null, or why it cannot be compiled.
+XPU_FP4_EXPORT const char* xpu_fp4_sycl_compile(const char* whom, int index) {
+  thread_local std::string failure;
+  try {
+    compile_to_spirv(programs_to_embed(whom).at(static_cast<size_t>(index)));
+    return nullptr;
+  } catch (const std::exception& error) {
+    failure = error.what();
+    return failure.c_str();
+  }
 }
 
 }  // namespace xpu_fp4::syclrt

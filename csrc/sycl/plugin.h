@@ -28,6 +28,8 @@ class Plugin {
   virtual ~Plugin() = default;
   /// CPU and GPU devices that SYCL sees. Throws std::runtime_error if SYCL cannot tell.
   virtual std::vector<DeviceInfo> devices() const = 0;
+  /// How many programs were compiled when the library was built.
+  virtual int64_t embedded_programs() const = 0;
   /// The kernels on Intel's OpenCL CPU device; calls return when the result is there. Throws if there is no such device.
   virtual const Backend& cpu() const = 0;
   /// The kernels on an in-order `sycl::queue*`; calls return at once, the queue orders them, and the caller keeps their

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <new>
 #include <stdexcept>
+#include <string>
 #include <sycl/sycl.hpp>
 #include <utility>
 
@@ -25,6 +25,11 @@ void set_argument(sycl::handler& handler, int index, const Argument& argument) {
   }
 }
 
+template <size_t... i>
+sycl::nd_range<sizeof...(i)> nd_range_of(const Range& range, std::index_sequence<i...>) {
+  return {{static_cast<size_t>(range.global[i])...}, {static_cast<size_t>(range.group[i])...}};
+}
+
 class SyclQueue final : public Queue {
  public:
   SyclQueue(sycl::queue queue, Allocate allocate, bool wait)
@@ -42,26 +47,25 @@ class SyclQueue final : public Queue {
  private:
   void submit(const Variant& variant, const char* kernel, const Range& range,
               const std::vector<Argument>& arguments) const override {
-    if (range.global[0] == 0 || range.global[1] == 0) return;
-    const auto pair = [](const std::array<int64_t, 2>& of) {
-      return sycl::range<2>(static_cast<size_t>(of[0]), static_cast<size_t>(of[1]));
-    };
+    const auto end = range.global.begin() + range.dimensions;
+    if (std::find(range.global.begin(), end, 0) != end) return;
     // The CPU device's worker threads take over the float environment of the thread that submits.
     const DefaultFloatEnvironment environment;
     try {
       const sycl::kernel compiled = get_kernel(queue_, variant, kernel);
       const sycl::event event = sycl::queue(queue_).submit([&](sycl::handler& handler) {
         for (size_t i = 0; i < arguments.size(); ++i) set_argument(handler, static_cast<int>(i), arguments[i]);
-        if (range.dimensions == 1) {
-          handler.parallel_for(sycl::nd_range<1>(pair(range.global)[1], pair(range.group)[1]), compiled);
-        } else {
-          handler.parallel_for(sycl::nd_range<2>(pair(range.global), pair(range.group)), compiled);
+        switch (range.dimensions) {
+          case 1: return handler.parallel_for(nd_range_of(range, std::make_index_sequence<1>()), compiled);
+          case 2: return handler.parallel_for(nd_range_of(range, std::make_index_sequence<2>()), compiled);
+          default: return handler.parallel_for(nd_range_of(range, std::make_index_sequence<3>()), compiled);
         }
       });
       if (wait_) sycl::event(event).wait_and_throw();
     } catch (const sycl::exception& error) {
+      const auto memory = out_of_memory(error, device_);
       throw std::runtime_error("xpu_fp4: the SYCL kernel " + std::string(kernel) + " failed on " + device_name() + ": " +
-                               error.what());
+                               (memory ? *memory : error.what()));
     }
   }
 
@@ -73,7 +77,9 @@ class SyclQueue final : public Queue {
 
 std::shared_ptr<void> allocate_on_host(int64_t bytes) {
   void* memory = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(bytes, 1), 64)));
-  if (memory == nullptr) throw std::bad_alloc();
+  if (memory == nullptr) {
+    throw std::runtime_error("xpu_fp4: memory ran out: a kernel needs " + std::to_string(bytes) + " bytes beside its operands");
+  }
   return {memory, std::free};
 }
 

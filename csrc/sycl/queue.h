@@ -22,10 +22,11 @@ struct Argument {
   bool is_pointer;  // to device memory
 };
 
-/// Work-items of a kernel, in one dimension or in two (rows, lanes), and those of a work-group.
+/// Work-items of a kernel, and of a work-group, in up to three dimensions; lanes are in the last, whose work-groups follow one
+/// another.
 struct Range {
   int dimensions;
-  std::array<int64_t, 2> global, group;
+  std::array<int64_t, 3> global, group;
 };
 
 /// A device's compiler does not take a variant, or makes something else of it.

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "variants.h"
 
+#include <algorithm>
+#include <stdexcept>
+
 namespace xpu_fp4::syclrt {
 namespace {
 
@@ -290,6 +293,83 @@ void add_portable(const Architecture& architecture, std::vector<Counted>& all) {
   }
 }
 
+// ---- those that are compiled when the library is built ----
+
+constexpr DType kHalves[] = {DType::bf16, DType::f16};
+
+// What a list has already is left out: architectures share programs.
+void add(std::vector<Variant>& all, Variant variant) {
+  const auto same = [&](const Variant& known) { return known.file == variant.file && known.macros == variant.macros; };
+  if (std::none_of(all.begin(), all.end(), same)) all.push_back(std::move(variant));
+}
+
+// Of a linear whose x has that type.
+void add_linear(Gpu gpu, DType of, std::vector<Variant>& all) {
+  const Architecture& architecture = *gpu.architecture;
+  for (const Format format : kFormats) {
+    for (const ElementOrder order : {ElementOrder::apart, ElementOrder::packed}) {
+      add(all, expand_activations_variant(gpu, format, Floats{of, false}, order, 16));
+    }
+    for (const Tile tile : {architecture.large, architecture.medium}) add(all, gemm_large_variant(gpu, format, tile, of));
+    for (const int rows : kSmallTiles) {
+      add(all, gemm_small_variant(gpu, format, rows, Weights::scales_together, of, 16));
+    }
+  }
+  add(all, gemm_w4a16_matrix_variant(gpu, architecture.w4a16, 1, of, of, true, 16));
+  for (const int row_units : {1, 2, 4}) {
+    add(all, gemm_w4a16_matrix_variant(gpu, {row_units, 1}, kSmallSplit, of, of, true, 16));
+  }
+}
+
+// What `xpu-fp4 doctor` takes beside that: float32, a Hadamard, K within a quad, the portable kernels.
+void add_doctor(Gpu gpu, std::vector<Variant>& all) {
+  const Target target = {gpu.architecture->sub_group, true};
+  for (const Format format : kFormats) {
+    for (const ElementOrder order : {ElementOrder::apart, ElementOrder::packed}) {
+      add(all, expand_activations_variant(gpu, format, Floats{DType::bf16, true}, order, 16));
+    }
+    add(all, expand_activations_variant(gpu, format, Floats{DType::f32, false}, ElementOrder::packed, 16));
+    add(all, gemm_small_variant(gpu, format, 32, Weights::scales_together, DType::f32, 16));
+    for (const int rows : {8, 32}) add(all, gemm_small_variant(gpu, format, rows, Weights::any, DType::bf16, 16));
+    add(all, gemm_variant({target.sub_group, false}, format, 16));
+  }
+  for (const DType of : kHalves) add(all, gemm_w4a16_variant(target, of, of, 16));
+  for (const DType of : {DType::bf16, DType::f32}) add(all, quantize_variant(target, of, 16));
+  add(all, transform_variant(target, DType::bf16, 16));
+}
+
+std::vector<Variant> ahead_for_gpus() {
+  std::vector<Variant> all;
+  for (const Architecture& architecture : architectures()) {
+    const Gpu gpu = {&architecture, true};
+    add(all, expand_weight_variant(gpu, 16));
+    for (const DType of : kHalves) add_linear(gpu, of, all);
+    add_doctor(gpu, all);
+  }
+  return all;
+}
+
+// A few of each source but those that take the CPU device's compiler long.
+std::vector<Variant> ahead_for_tests() {
+  const Target target = {16, false};
+  std::vector<Variant> all;
+  for (const DType of : kDTypes) {
+    add(all, dequantize_variant(target, of));
+    for (const int alignment : {16, 1}) add(all, quantize_variant(target, of, alignment));
+  }
+  add(all, transform_variant(target, DType::bf16, 16));
+  for (const ScaleMode rule : {ScaleMode::abs_max, ScaleMode::quest}) {
+    add(all, with_scale_mode(quantize_variant(target, DType::bf16, 16), rule));
+  }
+  for (const Architecture& architecture : architectures()) {
+    const Gpu gpu = {&architecture, false};
+    for (const int alignment : {16, 1}) add(all, expand_weight_variant(gpu, alignment));
+    if (!stands_for_others(architecture)) continue;
+    for (const DType of : kHalves) add(all, gemm_w4a16_matrix_variant(gpu, {1, 1}, kSmallSplit, of, of, true, 16));
+  }
+  return all;
+}
+
 std::string quoted(const std::string& text) { return '"' + text + '"'; }
 
 template <class Items, class Render>
@@ -317,12 +397,21 @@ std::string json(const Architecture& architecture) {
   add_portable(architecture, all);
   const Costs& costs = architecture.costs;
   return "{\"name\": " + quoted(architecture.name) + ", \"block_2d\": " + (architecture.block_2d ? "true" : "false") +
-         ", \"costs\": {\"matrix\": " + std::to_string(costs.matrix) + ", \"bytes\": " + std::to_string(costs.bytes) +
-         ", \"small\": " + std::to_string(costs.small) + ", \"small_row\": " + std::to_string(costs.small_row) +
-         "}, \"programs\": [" + joined(all, [](const Counted& counted) { return json(counted); }) + "]}";
+         ", \"group\": [" + std::to_string(architecture.group_rows) + ", " + std::to_string(kGroupColumns) +
+         "], \"panel\": " + std::to_string(kPanelRows) + ", \"costs\": {\"matrix\": " + std::to_string(costs.matrix) +
+         ", \"bytes\": " + std::to_string(costs.bytes) + ", \"small\": " + std::to_string(costs.small) +
+         ", \"small_row\": " + std::to_string(costs.small_row) + "}, \"programs\": [" +
+         joined(all, [](const Counted& counted) { return json(counted); }) + "]}";
 }
 
 }  // namespace
+
+std::vector<Variant> ahead_of_time(const std::string& whom) {
+  if (whom == "gpus") return ahead_for_gpus();
+  if (whom == "tests") return ahead_for_tests();
+  throw std::runtime_error("xpu_fp4: programs are compiled ahead of time for \"gpus\" or for \"tests\", not for \"" + whom +
+                           "\"");
+}
 
 std::string variants_json() {
   return "[" + joined(architectures(), [](const Architecture& architecture) { return json(architecture); }) + "]";

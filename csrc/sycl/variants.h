@@ -72,6 +72,11 @@ Variant gemm_bdpas_variant(Gpu gpu, Tile tile, DType out);
 Variant gemm_w4a16_matrix_variant(Gpu gpu, Tile tile, int split, DType of, DType out, bool aligned_rows, int alignment,
                                   RowTiles tiles = RowTiles::dense);
 
+/// The programs that are compiled when the library is built. `whom`: "gpus" for those of every GPU that `xpu-fp4 doctor` and
+/// dense products of 16-bit floats take, with aligned operands, K in whole quads and scales that lie together; "tests" for some
+/// of SYCL's CPU device that take little time to compile. Throws std::runtime_error for others.
+std::vector<Variant> ahead_of_time(const std::string& whom);
+
 /// The architectures and, of each, the programs of aligned operands that `make isa` counts, as JSON.
 std::string variants_json();
 

@@ -135,9 +135,10 @@ std::string explain_linear(std::string_view device, int64_t m, int64_t n, int64_
 
 std::string explain_experts(std::string_view device, int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden,
                             int64_t intermediate, at::ScalarType dtype, std::string_view mode, std::string_view scale_mode,
-                            int64_t group, int64_t hadamard, int64_t engines) {
+                            int64_t group, int64_t hadamard, bool input_offset, int64_t engines) {
   const DType of = ops::check_out_dtype(kOp, "dtype", dtype);
-  const Quantizer to = quantizer(mode, scale_mode, group, hadamard, false);
+  const Quantizer to = quantizer(mode, scale_mode, group, hadamard, false);  // offsets are the products' own
+  const float* offset = input_offset ? somewhere<float>() : nullptr;
   TORCH_CHECK(tokens > 0 && experts > 0 && top_k > 0 && top_k <= experts, kOp, ": ", tokens, " tokens of ", top_k, " of ",
               experts, " experts, expected more than 0, and no more of them than there are");
   const Weight w13 = weight_of(2 * intermediate, hidden, WeightForm::stored),
@@ -159,6 +160,8 @@ std::string explain_experts(std::string_view device, int64_t tokens, int64_t top
                          nullptr,
                          {GateKind::silu_mul},
                          false,
+                         offset,
+                         offset,
                          somewhere<void>()};
   return on_gpu(device, engines, [&](const Backend& backend) { backend.experts(layer); },
                 [&](const Backend&) { return experts * (stored_bytes(w13) + stored_bytes(w2)); });
@@ -181,7 +184,7 @@ TORCH_LIBRARY_FRAGMENT(xpu_fp4, library) {
       explain_linear);
   library.def(
       "_explain_experts(str device, int tokens, int top_k, int experts, int hidden, int intermediate, ScalarType dtype, str "
-      "mode, str scale_mode=\"even\", int group=128, int hadamard=0, int engines=0) -> str",
+      "mode, str scale_mode=\"even\", int group=128, int hadamard=0, bool input_offset=False, int engines=0) -> str",
       explain_experts);
 }
 

@@ -4,6 +4,7 @@
 Fakes leave the checks to C++, but for devices: a meta tensor among real ones brings the real ones here.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_xpu_C.abi3.so")
 BLOCK = 32
+
+# Loading the library of an XPU build sets SYCL_CACHE_PERSISTENT, which SYCL reads when a process's first kernel is built.
+XPU_CAME_FIRST = torch.xpu.is_initialized() and "SYCL_CACHE_PERSISTENT" not in os.environ
 
 if not LIBRARY.exists():
     raise ImportError(f"xpu_fp4 is not built: {LIBRARY} does not exist. Build it: pip install --no-build-isolation -e .")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from . import _library
 from ._library import ops
 
 
@@ -69,6 +70,16 @@ def backend(name: str) -> Backend:
 def backends() -> dict[str, Backend]:
     """The state of every backend, by name. Loads the SYCL runtime if it is there."""
     return {name: backend(name) for name in _PROBES}
+
+
+def kernel_cache_doubt() -> str | None:
+    """Why compiled kernels may not be kept on disk in this process: None if nothing speaks against it."""
+    if not _library.XPU_CAME_FIRST:
+        return None
+    return (
+        "torch.xpu was in use before xpu_fp4 was imported: if a kernel had run by then, SYCL keeps no compiled kernels on disk "
+        "in this process. Import xpu_fp4 first, or set SYCL_CACHE_PERSISTENT=1 and SYCL_CACHE_DIR"
+    )
 
 
 def cpu_backend_name() -> str:

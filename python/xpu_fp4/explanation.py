@@ -149,7 +149,7 @@ def _explain_experts(layer: Experts, rows: int, device: str, dtype: torch.dtype,
     if gpu_or_none(device) is not None:
         answer = ops._explain_experts(
             device, rows, layer.top_k, layer.experts, layer.hidden, layer.intermediate, dtype, how.mode, how.scale_mode,
-            how.group, how.hadamard, engines,
+            how.group, how.hadamard, how.input_offset, engines,
         )  # fmt: skip
         return _plan(layer, rows, json.loads(answer))
     # The native kernels multiply each expert's rows by themselves.

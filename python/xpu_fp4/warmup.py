@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiling kernels before they are needed."""
 
+import warnings
 from collections.abc import Iterable
 
 import torch
 
 from ._library import BLOCK
+from .backends import kernel_cache_doubt
 from .functional import Mode, check_mode
 from .weight import PackedWeight
 
@@ -20,7 +22,8 @@ def warmup(
 ) -> None:
     """Runs the linear layer of each shape once, on zeros, so that its kernels are compiled and loaded.
 
-    Before a graph is captured, or a request is timed: afterwards a layer of these shapes neither compiles nor waits.
+    Before a graph is captured, or a request is timed: afterwards a layer of these shapes neither compiles nor waits. Warns
+    where the next process may have to compile them again, because torch used the XPU before xpu_fp4 was imported.
 
     Args:
         shapes: (M, N, K) of the layers: rows of x, out features, in features (a multiple of 32).
@@ -34,6 +37,8 @@ def warmup(
         RuntimeError: a shape that the layer does not take.
     """
     check_mode(mode)
+    if torch.device(device).type == "xpu" and (doubt := kernel_cache_doubt()):
+        warnings.warn(f"xpu_fp4: {doubt}", stacklevel=2)
     for m, n, k in shapes:
         codes = torch.zeros(n, k // 2, dtype=torch.uint8, device=device)
         scale = torch.full((n, k // BLOCK), 127, dtype=torch.uint8, device=device)

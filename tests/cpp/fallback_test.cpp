@@ -21,14 +21,15 @@ namespace {
 
 class FakeQueue final : public Queue {
  public:
-  FakeQueue(std::set<std::string> refused, std::vector<std::string>& launched)
-      : refused_(std::move(refused)), launched_(launched) {}
+  FakeQueue(std::set<std::string> refused, std::vector<std::string>& launched, std::vector<Variant>* variants = nullptr,
+            const Architecture* architecture = architecture_of(uint64_t{20} << 30, 0))
+      : refused_(std::move(refused)), launched_(launched), variants_(variants), architecture_(architecture) {}
 
   std::string device_name() const override { return "a GPU"; }
   bool is_gpu() const override { return true; }
   int64_t compute_units() const override { return 160; }
-  const Architecture* architecture() const override { return architecture_of(uint64_t{20} << 30, 0); }
-  Target target() const override { return {16, true}; }
+  const Architecture* architecture() const override { return architecture_; }
+  Target target() const override { return {architecture_->sub_group, true}; }
   std::shared_ptr<void> allocate(int64_t bytes) const override {
     return {std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64), std::free};
   }
@@ -40,10 +41,13 @@ class FakeQueue final : public Queue {
     }
     if (refused_.count(kernel) != 0) throw CannotBuild(std::string("no ") + kernel);
     launched_.emplace_back(kernel);
+    if (variants_ != nullptr) variants_->push_back(variant);
   }
 
   std::set<std::string> refused_;
   std::vector<std::string>& launched_;
+  std::vector<Variant>* variants_;
+  const Architecture* architecture_;
 };
 
 // The last kernel that was launched: the product.
@@ -115,6 +119,71 @@ TEST(Fallback, ThePortableProductNeedsNoMatrixUnit) {
                      {WeightForm::stored, 64, 256, memory.data(), memory.data(), 8, 1},
                      {memory.data(), DType::bf16, {nullptr, 0, 0}}});
   EXPECT_EQ(launched, std::vector<std::string>{"gemm"});
+}
+
+void expect_ahead_of_time(const Architecture& architecture, const std::vector<Variant>& needed) {
+  static const std::vector<Variant> ahead = ahead_of_time("gpus");
+  for (const Variant& variant : needed) {
+    const auto same = [&](const Variant& other) { return other.file == variant.file && other.macros == variant.macros; };
+    EXPECT_TRUE(std::any_of(ahead.begin(), ahead.end(), same))
+        << architecture.name << " " << variant.file << " " << variant.label;
+  }
+}
+
+constexpr int64_t kMost = 4096;
+
+/// A linear on memory that holds anything, in launches of a GPU of the architecture.
+std::vector<Variant> programs_of(const Architecture& architecture, const Quantizer& to, DType of, ProductShape shape) {
+  static const std::shared_ptr<uint8_t> memory(static_cast<uint8_t*>(std::aligned_alloc(64, kMost * kMost)), std::free);
+  std::vector<std::string> launched;
+  std::vector<Variant> needed;
+  const auto backend = make_backend(std::make_unique<FakeQueue>(std::set<std::string>{}, launched, &needed, &architecture));
+  backend->multiply({Activations::floats(memory.get(), of, to, shape.m, shape.k),
+                     {shape.expanded ? WeightForm::expanded : WeightForm::stored, shape.n, shape.k, memory.get(), memory.get(),
+                      shape.k / kBlock, 1, memory.get()},
+                     {memory.get(), of, {nullptr, 0, 0}}});
+  return needed;
+}
+
+// What a GPU runs without compiling: any dense linear of 16-bit floats whose K is in whole quads.
+TEST(Fallback, ProgramsOfLinearsAreCompiledAheadOfTime) {
+  for (const Architecture& architecture : architectures()) {
+    for (const Format to : {Format::mxfp4, Format::mxint8, Format::none}) {
+      for (const DType of : {DType::bf16, DType::f16}) {
+        for (const int64_t m : {1, 2, 8, 16, 32, 100, 256, 1024}) {
+          for (const int64_t n : {int64_t{1024}, kMost}) {  // few columns: medium tiles
+            expect_ahead_of_time(architecture, programs_of(architecture, {to}, of, {m, n, kMost, false}));
+          }
+        }
+      }
+    }
+  }
+  EXPECT_THROW(ahead_of_time("everybody"), std::runtime_error);
+}
+
+// The shapes of python/xpu_fp4/cli/bring_up.py, and doctor's own in float32.
+TEST(Fallback, ProgramsOfDoctorAreCompiledAheadOfTime) {
+  for (const Architecture& architecture : architectures()) {
+    for (const Format to : {Format::mxfp4, Format::mxint8}) {
+      expect_ahead_of_time(architecture, programs_of(architecture, {to}, DType::f32, {37, 21, 384, false}));
+    }
+    for (const auto& [kernel, m] : {std::pair{"small", 5}, {"medium", 200}, {"large", 200}, {"portable", 37}}) {
+      const bool portable = kernel == std::string("portable");
+      setenv("XPU_FP4_SYCL_VARIANT", (portable ? kernel : std::string(architecture.name) + ":" + kernel).c_str(), 1);
+      for (const Format to : {Format::mxfp4, Format::mxint8}) {
+        Quantizer transformed = {to};
+        transformed.transform.hadamard = 32;
+        for (const Quantizer& quantizer : {Quantizer{to}, transformed}) {
+          expect_ahead_of_time(architecture, programs_of(architecture, quantizer, DType::bf16, {m, 96, 416, false}));
+        }
+        if (!portable) expect_ahead_of_time(architecture, programs_of(architecture, {to}, DType::bf16, {m, 96, 416, true}));
+      }
+      for (const DType of : {DType::bf16, DType::f16}) {
+        expect_ahead_of_time(architecture, programs_of(architecture, {Format::none}, of, {m, 96, 416, false}));
+      }
+      unsetenv("XPU_FP4_SYCL_VARIANT");
+    }
+  }
 }
 
 TEST(Fallback, ExpertsFallBackToThePortableKernels) {

@@ -73,8 +73,8 @@ class Offsets : public testing::Test {
  protected:
   sycl::queue queue{sycl::cpu_selector_v, sycl::property::queue::in_order{}};
 
-  template <class Arguments>
-  void launch(const Variant& variant, const char* kernel, sycl::nd_range<2> range, const Arguments& arguments) {
+  template <int dimensions, class Arguments>
+  void launch(const Variant& variant, const char* kernel, sycl::nd_range<dimensions> range, const Arguments& arguments) {
     const sycl::kernel compiled = syclrt::get_kernel(queue, variant, kernel);
     queue.submit([&](sycl::handler& handler) {
       int index = 0;
@@ -100,6 +100,13 @@ class Offsets : public testing::Test {
   static sycl::nd_range<2> last_tile(Tile tile, int64_t lanes, int64_t m, int64_t n, int64_t split = 1) {
     const int64_t columns = tile.columns(static_cast<int>(lanes)), group = lanes * split;
     return range({1, group}, {1, group}, {last_of(m, tile.rows()), last_of(n, columns) * group});
+  }
+
+  /// The same as gemm_large counts tiles: each is a work-group, a panel has one row of them.
+  static sycl::nd_range<3> last_panel(Tile tile, int lanes, int64_t m, int64_t n) {
+    const sycl::range<3> work_group(1, 1, static_cast<size_t>(lanes));
+    return {work_group, work_group,
+            sycl::id<3>(static_cast<size_t>(last_of(m, tile.rows())), static_cast<size_t>(last_of(n, tile.columns(lanes))), 0)};
   }
 
   struct Expanded {
@@ -145,7 +152,7 @@ class Offsets : public testing::Test {
     expand(syclrt::expand_activations_variant(gpu, format, std::nullopt, ElementOrder::apart, 16), a,
            last_of(a.rows, tile.rows()) * tile.rows(), left);
     expand(syclrt::expand_weight_variant(gpu, 16), w, last_of(w.rows, tile.columns(lanes)) * tile.columns(lanes), right);
-    launch(syclrt::gemm_large_variant(gpu, format, tile, DType::f32), "gemm_large", last_tile(tile, lanes, a.rows, w.rows),
+    launch(syclrt::gemm_large_variant(gpu, format, tile, DType::f32), "gemm_large", last_panel(tile, lanes, a.rows, w.rows),
            GemmLargeArguments{left.arrays(), right.arrays(), output(y, a.rows, w.rows),
                               static_cast<uint32_t>(left.layout.quads), kStartBits});
   }
@@ -310,5 +317,20 @@ TEST_F(Offsets, ManyRowsWithoutAMatrixUnit) { check_portable(16, kMany + 5, 90);
 TEST_F(Offsets, ManyColumnsWithoutAMatrixUnit) { check_portable(8, 73, kMany + 5); }
 TEST_F(Offsets, ManyRowsInSixteenBitsWithoutAMatrixUnit) { check_portable_half(16, kMany + 5, 90); }
 TEST_F(Offsets, ManyColumnsInSixteenBitsWithoutAMatrixUnit) { check_portable_half(8, 73, kMany + 5); }
+
+// Beside the offsets because this, too, is of SYCL's own types.
+TEST(Memory, RunningOutOfItIsSaidInWords) {
+  const sycl::device device{sycl::cpu_selector_v};
+  const auto said = [&](sycl::errc code, const char* text) {
+    return syclrt::out_of_memory(sycl::exception(sycl::make_error_code(code), text), device).value_or("");
+  };
+  for (const std::string& text : {said(sycl::errc::memory_allocation, "no"),
+                                  said(sycl::errc::runtime, "failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+                                  said(sycl::errc::runtime, "failed with error: 38 (UR_RESULT_ERROR_OUT_OF_HOST_MEMORY)")}) {
+    EXPECT_EQ(text.rfind("memory ran out on ", 0), 0u) << text;
+    EXPECT_NE(text.find(" MiB: free tensors"), std::string::npos) << text;
+  }
+  EXPECT_EQ(said(sycl::errc::runtime, "failed with error: 4 (UR_RESULT_ERROR_INVALID_VALUE)"), "");
+}
 
 }  // namespace

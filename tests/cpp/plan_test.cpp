@@ -54,7 +54,7 @@ TEST(Plan, TheLargeKernelBeginsWhereTheDocumentationSays) {
     EXPECT_EQ(first_large(architecture, units, 28672, 4096, true), rows[3]) << name;
   };
   begins("dg2", 512, {129, 33, 129, 33});
-  begins("pvc", 1024, {161, 97, 97, 33});
+  begins("pvc", 512, {129, 33, 97, 33});
   begins("lnl-m", 64, {129, 33, 129, 33});
   begins("bmg", 160, {129, 33, 129, 33});
   begins("ptl", 96, {129, 33, 129, 33});
@@ -100,6 +100,7 @@ TEST(Plan, WorkGroupsAreNoLargerThanTheProduct) {
   const GemmPlan many = plan_gemm(bmg, 2, {4096, 4096, 128, false}, Kernel::large);
   EXPECT_EQ(many.group_rows, 4);
   EXPECT_EQ(many.group_columns, 8);
+  EXPECT_EQ(plan_gemm(named("dg2"), 512, {4096, 4096, 128, false}, Kernel::large).group_rows, 8);
 }
 
 TEST(Plan, WhatIsForcedIsTaken) {

@@ -58,6 +58,7 @@ def build_stand_in(libraries: Path) -> None:
 def main(folder: Path) -> None:
     say_xpu()
     build_stand_in(folder / "torch")
+    os.environ["XPU_FP4_SPIRV"] = "tests"  # the default, all programs of all GPUs, takes minutes
     sys.argv = ["setup.py", "--quiet", "build", "--build-lib", str(folder / "package")]
     runpy.run_path(str(ROOT / "setup.py"), run_name="__main__")
 

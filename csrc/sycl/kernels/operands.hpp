@@ -126,15 +126,14 @@ struct ManyRowCodes : RowCodes {
 #if XPU_FP4_MATRIX_UNIT && XPU_FP4_BLOCK_2D
   XPU_FP4_INLINE explicit ManyRowCodes(const RowCodes& rows) : RowCodes(rows), one_block(payload(1)), two_blocks(payload(2)) {}
 
+  XPU_FP4_INLINE void load_half(uint32_t unit, uint32_t quad, int half, RowFragment* out) const {
+    set_row(two_blocks, unit);
+    read_half(quad, half, out);
+  }
   XPU_FP4_INLINE void load(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad]) const {
     set_row(two_blocks, unit);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      set_block(two_blocks, quad, 2 * half);
-      const auto rows = __builtin_IB_subgroup_block_read_ap_u8_m8k32v2(two_blocks, 0, 0, 0);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) out[2 * half + i / 8][i % 8] = static_cast<short>(rows[i]);
-    }
+    for (int half = 0; half < 2; ++half) read_half(quad, half, out + 2 * half);
   }
   XPU_FP4_INLINE void load(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad], const NearOrder& order) const {
     set_row(one_block, unit);
@@ -148,6 +147,12 @@ struct ManyRowCodes : RowCodes {
  private:
   int *one_block, *two_blocks;  // payloads of loads of 8 rows
 
+  XPU_FP4_INLINE void read_half(uint32_t quad, int half, RowFragment* out) const {
+    set_block(two_blocks, quad, 2 * half);
+    const auto rows = __builtin_IB_subgroup_block_read_ap_u8_m8k32v2(two_blocks, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) out[i / 8][i % 8] = static_cast<short>(rows[i]);
+  }
   XPU_FP4_INLINE int* payload(int blocks) const {
     return __builtin_IB_subgroup_createBlock2DAddressPayload((long)codes, width(), height - 1, width(), 0, 0, kBlock, kRowUnit,
                                                              blocks);
@@ -161,6 +166,10 @@ struct ManyRowCodes : RowCodes {
 #else
   XPU_FP4_INLINE explicit ManyRowCodes(const RowCodes& rows) : RowCodes(rows) {}
 
+  XPU_FP4_INLINE void load_half(uint32_t unit, uint32_t quad, int half, RowFragment* out) const {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) out[b] = load_block(unit, quad, 2 * half + b);
+  }
   XPU_FP4_INLINE void load(uint32_t unit, uint32_t quad, RowFragment (&out)[kQuad]) const {
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) out[b] = load_block(unit, quad, b);

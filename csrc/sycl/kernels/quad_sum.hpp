@@ -60,6 +60,7 @@ struct ChainSums {
   static_assert(level != kNearLevel, "near_terms() has chains of its own");
   int8 sum[kChains<level>];
 
+  ChainSums() = default;
   XPU_FP4_INLINE ChainSums(const RowFragment (&a)[kQuad], const int8 (&b)[kQuad], const int8& start) {
     constexpr int blocks = kQuad / kChains<level>;
 #pragma unroll(kUnroll)
@@ -76,6 +77,7 @@ template <int level>
 struct RowScales {
   float scale[kChains<level>], offset[kChains<level>], rest[kChains<level>];
 
+  RowScales() = default;
   XPU_FP4_INLINE explicit RowScales(uint32_t exponents) {
 #pragma unroll
     for (int c = 0; c < kChains<level>; ++c) {
@@ -109,6 +111,7 @@ template <int level>
 struct ColumnScales {
   float scale[kChains<level>];
 
+  ColumnScales() = default;
   XPU_FP4_INLINE explicit ColumnScales(uint32_t exponents) {
     uint32_t e[kQuad];
 #pragma unroll

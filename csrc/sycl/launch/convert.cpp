@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kGroupLanes = 64;
 
-Range line(int64_t lanes) { return {1, {1, round_up(lanes, kGroupLanes)}, {1, kGroupLanes}}; }
+Range line(int64_t lanes) { return {1, {round_up(lanes, kGroupLanes)}, {kGroupLanes}}; }
 
 }  // namespace
 

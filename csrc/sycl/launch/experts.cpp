@@ -82,7 +82,7 @@ class Layer {
   void sort() {
     int32_t* counts = rows_.row_of_slot + slots_;
     int32_t* first_tiles = counts + std::min<int64_t>(slots_, kSortLanes) * args_.experts;
-    launch(experts_variant(queue_.target(), args_.dtype), "sort_slots", {1, {1, kSortLanes}, {1, kSortLanes}},
+    launch(experts_variant(queue_.target(), args_.dtype), "sort_slots", {1, {kSortLanes}, {kSortLanes}},
            SortArguments{routing(), rows_, slots_, counts, first_tiles});
   }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products: from stored operands, or from expanded ones.
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <utility>
@@ -155,9 +156,13 @@ std::string gemm_large(const Queue& queue, Gpu gpu, const GemmPlan& plan, const 
   if (grouped.kind() != RowTiles::dense) all.n *= grouped.experts;
   const Expanded b = expanded_weight(queue, gpu, all);
   const Variant variant = for_output(gemm_large_variant(gpu, activations.to.format, plan.tile, out.dtype, grouped.kind()), out);
-  Range range = tiles(product, plan.tile, lanes, plan.group_columns);
-  range.global[0] = round_up(range.global[0], plan.group_rows);
-  range.group[0] = plan.group_rows;
+  // Work-groups of a panel's rows follow one another, then those of the next columns (docs/GPU.md).
+  const int64_t rows = ceil_div(ceil_div(activations.m, plan.tile.rows()), plan.group_rows);
+  const int64_t columns = ceil_div(ceil_div(w.n, plan.tile.columns(lanes)), plan.group_columns);
+  const int64_t panels = ceil_div(rows, kPanelRows), group_lanes = plan.group_columns * lanes;
+  const Range range = {3,
+                       {panels, columns * plan.group_rows, ceil_div(rows, std::max<int64_t>(panels, 1)) * group_lanes},
+                       {1, plan.group_rows, group_lanes}};
   queue.launch(
       variant, "gemm_large", range,
       GemmLargeArguments{a.arrays, b.arrays, output_of(product, grouped), static_cast<uint32_t>(a.layout.quads), kStartBits});

@@ -51,6 +51,8 @@ def _experts(layer: Layer, dtype: torch.dtype) -> Callable[[Problem], Run]:
     def setup(problem: Problem) -> Run:
         assert isinstance(problem, experts_bench.Layer)
         (w13, w2), batch, how = problem.weights.prepacked, problem.in_turn(), layer.scheme.arguments_of_experts()
+        if layer.scheme.input_offset:
+            how |= {"w13_offset": torch.zeros(problem.case.k), "w2_offset": torch.zeros(problem.case.n)}
 
         def call() -> Tensor:
             x, ids, weights = batch()

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import reference
 from .._library import ops
 from .._version import __version__
-from ..backends import Backend, backends, cpu_backend
+from ..backends import Backend, backends, cpu_backend, kernel_cache_doubt
 from ..functional import Mode, linear, mxint8_quantize, quantize
 from .bring_up import bring_up
 
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
         "dpcpp-cpp-rt (pip)": _installed("dpcpp-cpp-rt"),
         "intel-opencl-rt (pip)": _installed("intel-opencl-rt"),
         "oneAPI toolkit": os.environ.get("CMPLR_ROOT") or os.environ.get("ONEAPI_ROOT") or "not in the environment",
-        "kernel cache": ops._sycl_cache_dir(),
+        "kernel cache": "; but ".join(filter(None, (ops._sycl_cache_dir() or "none", kernel_cache_doubt()))),
         "backend for CPU tensors": ops._cpu_backend(),
     }
 
@@ -149,6 +149,8 @@ def command(required: tuple[str, ...], architecture: str | None) -> None:
     except RuntimeError as error:  # a setting that names nothing
         sys.exit(str(error).split("\nException raised from")[0])
     verdicts = {name: _verdict(backend) for name, backend in found.items()}
+    if found["sycl"].devices:
+        console.print(f"{ops._sycl_embedded_programs()} programs were compiled when xpu_fp4 was built")
     console.print(_table("Backends", {name: text for name, (text, _) in verdicts.items()}))
     devices = [device for backend in found.values() for device in backend.devices]
     console.print(_table("Devices", {str(i): device for i, device in enumerate(devices)} or {"-": "SYCL shows none"}))
