@@ -112,17 +112,17 @@ soak: build $(VENV)/.test  ## threads, processes, cold caches, killed writers, f
 # The native backend, built with GCC's sanitizers, for the instruction sets that run here. Threads are ctest's own: it has no OpenMP, whose runtime ThreadSanitizer misreads.
 # The op tests run with the sanitizers' library before all else, since Python has none. Leaks are not looked for: Python has some.
 SANITIZED = build/sanitize
-AVX2_AT_MOST = $(if $(shell grep -m1 avx512_vnni /proc/cpuinfo),0,1)
+WITHOUT_AVX512 = $(if $(shell grep -m1 avx512_vnni /proc/cpuinfo),0,1)
 SANITIZED_TESTS = tests/test_ops.py tests/test_quantize.py tests/test_mxint8.py tests/test_transform.py tests/test_memory.py
 sanitize: $(VENV)/.build $(VENV)/.test  ## ctest and the ops' tests under ASan and UBSan, ctest under TSan
 	$(call debian,/usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h,libgtest-dev)
 	for sanitizers in address,undefined thread; do \
-	  cmake -S . -B $(SANITIZED)/$$sanitizers -G Ninja -DXPU_FP4_SANITIZE=$$sanitizers -DXPU_FP4_AVX2_AT_MOST=$(AVX2_AT_MOST) -DXPU_FP4_SYCL_ROOT= -DPython3_ROOT_DIR=$(VENV) > $(SANITIZED).log || \
+	  cmake -S . -B $(SANITIZED)/$$sanitizers -G Ninja -DXPU_FP4_SANITIZE=$$sanitizers -DXPU_FP4_WITHOUT_AVX512=$(WITHOUT_AVX512) -DXPU_FP4_SYCL_ROOT= -DPython3_ROOT_DIR=$(VENV) > $(SANITIZED).log || \
 	    { cat $(SANITIZED).log; exit 1; }; \
 	  cmake --build $(SANITIZED)/$$sanitizers; \
 	  ctest --test-dir $(SANITIZED)/$$sanitizers --output-on-failure; \
 	done
-	XPU_FP4_SANITIZE=address,undefined XPU_FP4_AVX2_AT_MOST=$(AVX2_AT_MOST) XPU_FP4_WITH_SYCL=0 python setup.py --quiet build --build-lib $(SANITIZED)/package build_ext --build-temp $(SANITIZED)/objects
+	XPU_FP4_SANITIZE=address,undefined XPU_FP4_WITHOUT_AVX512=$(WITHOUT_AVX512) XPU_FP4_WITH_SYCL=0 python setup.py --quiet build --build-lib $(SANITIZED)/package build_ext --build-temp $(SANITIZED)/objects
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/package python -m pytest -m "not large" -k "not sycl and not inductor" $(SANITIZED_TESTS)
 

@@ -35,10 +35,10 @@ FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", 
 if SANITIZERS := os.environ.get("XPU_FP4_SANITIZE", ""):
     SANITIZE = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
     FLAGS += ["-O1", "-fno-omit-frame-pointer", *SANITIZE]
-# There with XPU_FP4_AVX2_AT_MOST=1 too, where the processor runs no more: sanitized, AVX-512 and AMX take minutes to compile.
-AVX2_AT_MOST = os.environ.get("XPU_FP4_AVX2_AT_MOST", "") == "1"
-if AVX2_AT_MOST:
-    FLAGS += ["-DXPU_FP4_AVX2_AT_MOST"]
+# There with XPU_FP4_WITHOUT_AVX512=1 too, where the processor runs no more: sanitized, AVX-512 and AMX take minutes to compile.
+WITHOUT_AVX512 = os.environ.get("XPU_FP4_WITHOUT_AVX512", "") == "1"
+if WITHOUT_AVX512:
+    FLAGS += ["-DXPU_FP4_WITHOUT_AVX512"]
 # What a change of makes everything compile again.
 HEADERS = sorted(str(path) for path in (ROOT / CSRC).rglob("*") if path.suffix in {".h", ".hpp", ".py"})
 TORCH_IS_XPU = torch.version.xpu is not None
@@ -128,7 +128,7 @@ def sycl_link(sycl: Path) -> dict[str, list[str]]:
 
 def op_library(sycl: Path | None) -> Extension:
     files = [*sources("cpu", "torch"), str(CSRC / "sycl/loader.cpp")]
-    if AVX2_AT_MOST:
+    if WITHOUT_AVX512:
         files = [file for file in files if not Path(file).name.startswith(("isa_amx", "isa_avx512"))]
     # at::parallel_for is inline and serial without OpenMP. Not a link option: torch brings the OpenMP runtime that it uses
     # itself, and its functions are found there; a second runtime would have a pool and a thread count of its own.

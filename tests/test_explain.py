@@ -59,7 +59,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- the native kernels ----
 
 
-@pytest.mark.parametrize("isa", ["amx", "avx512_vbmi", "avx512_vnni", "avx2"])
+@pytest.mark.parametrize("isa", ["amx", "avx512_vbmi", "avx512_vnni", "avx_vnni", "avx2"])
 @pytest.mark.parametrize("mode", ["w4a4", "w4a8", "w4a16"])
 def test_few_rows_decode_a_weight_in_registers_and_many_unpack_it(isa: str, mode: Mode) -> None:
     if isa not in ops._native_isas():
@@ -75,6 +75,13 @@ def test_amx_hands_on_what_it_has_no_kernel_for() -> None:
     assert (few.kernel, many.kernel) == ("avx512_gemm.h", "amx_gemm.h")
     assert "avx512_vbmi" in few.variant
     assert few.passed_over.startswith("amx:")
+
+
+def test_avx_vnni_hands_unquantized_activations_to_avx2() -> None:
+    if "avx_vnni" not in ops._native_isas():
+        pytest.skip("this build has no AVX-VNNI kernels")
+    assert explain(linear(), 512, "avx_vnni").variant.startswith("avx_vnni,")
+    assert explain(linear("w4a16"), 512, "avx_vnni").variant.startswith("avx2,")
 
 
 def test_cpu_is_the_instruction_set_in_use() -> None:

@@ -220,7 +220,7 @@ print(self_test("native"), end="")
 """
 
 
-@pytest.mark.parametrize("isa", ["amx", "avx512_vbmi", "avx512_vnni", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["amx", "avx512_vbmi", "avx512_vnni", "avx_vnni", "avx2", "portable"])
 def test_every_instruction_set_of_this_machine_computes_the_reference(isa: str, tmp_path: Path) -> None:
     env = {**os.environ, "XPU_FP4_CPU_ISA": isa, "XPU_FP4_CPU_BACKEND": "native"}
     done = subprocess.run([sys.executable, "-c", SELF_TEST], env=env, cwd=tmp_path, capture_output=True, text=True)

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A4 and W4A8 on AVX2. vpmaddubsw multiplies unsigned by signed bytes and adds pairs to int16, so W's integers are stored 12
-// too large. A block's eight pairs are added in int16, modulo 2^16, from -12 times the sum of A's integers on: what they end at
-// is the sum without the bias, at most 16 * 128 * 12 = 24576, and is widened once a block. Shifts would overflow, so blocks are
-// scaled one by one. A tile is four rows by sixteen columns. As few rows as one tile has take the direct way: W is decoded in
-// registers, half of a strip's columns at a time.
+// W4A4 and W4A8 on vectors of 256 bits. Their instructions multiply unsigned by signed bytes, so W's integers are stored 12 too
+// large, and a block's sum starts from -12 times the sum of A's integers. Sums says which instruction adds the products up:
+// AVX2's to int16, where shifted integers would overflow, so blocks are scaled one by one; AVX-VNNI's to int32. A tile is four
+// rows by sixteen columns. As few rows as one tile has take the direct way: W is decoded in registers, half of a strip's
+// columns at a time.
 #pragma once
 #include "avx2_quantize.h"
 #include "generic_output.h"
@@ -20,15 +20,43 @@ constexpr std::array<int8_t, 16> integers_of_codes(int bias) {
   return table;
 }
 
+constexpr int kWeightBias = 12;
+
+// How a block's products are added up. A policy has
+//   start(pairs)     the dword that a row's sums start from; the first dword of pairs has the sums of the block's integers of A
+//                    in the first two and in the last two of every four K
+//   add(sum, w, a)   adds the products of four K: unsigned W, signed A
+//   magic_of(sum)    kMagicBits plus the block's sum, without W's bias
+
+// vpmaddubsw adds pairs of products to int16, and a block's eight pairs are added modulo 2^16: what they end at is the sum
+// without the bias, at most 16 * 128 * 12 = 24576. It is widened once a block.
+struct Int16Sums {
+  static int32_t start(__m128i pairs) { return _mm_cvtsi128_si32(_mm_mullo_epi16(pairs, _mm_set1_epi16(-kWeightBias))); }
+  static __m256i add(__m256i sum, __m256i w, __m256i a) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, a)); }
+  static __m256i magic_of(__m256i sum) {
+    return _mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), _mm256_set1_epi32(kMagicBits));
+  }
+};
+
+// vpdpbusd adds all four products to int32, so that a sum starts from kMagicBits and is done when the products are.
+template <class Instruction>
+struct Int32Sums {
+  static int32_t start(__m128i pairs) {
+    return kMagicBits + _mm_cvtsi128_si32(_mm_madd_epi16(pairs, _mm_set1_epi16(-kWeightBias)));
+  }
+  static __m256i add(__m256i sum, __m256i w, __m256i a) { return Instruction::vpdpbusd(sum, w, a); }
+  static __m256i magic_of(__m256i sum) { return sum; }
+};
+
+template <class Sums>
 struct Avx2 {
   static constexpr char kSource[] = "avx2_gemm.h";
-  static constexpr int kGroupRows = 4, kPanelStrips = 1, kPanelQuads = 8, kDirectRows = 4, kBlockRows = 512, kWeightBias = 12;
+  static constexpr int kGroupRows = 4, kPanelStrips = 1, kPanelQuads = 8, kDirectRows = 4, kBlockRows = 512;
   static constexpr int kHalves = 2, kHalf = strips::kColumns / kHalves;
   using GroupQuad = ActivationQuad<kGroupRows>;
   using StripQuad = WeightQuad;
   struct Session {};
 
-  // A block's start is a dword of two int16, one for each pair of every four K.
   static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
     with_codes<quantize>(source, block, blocks, [&](const uint8_t* codes, const uint8_t* scale) {
       const Format format = source.to.format;
@@ -140,21 +168,22 @@ struct Avx2 {
                                _mm256_broadcastsi128_si256(even_then_odd));
   }
 
-  // -kWeightBias times the sum of the block's integers in the first two and in the last two of every four K.
   static int32_t start_of(__m256i integers) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), integers);
     __m128i sums = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
     sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0x4E));
     sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0xB1));
-    return _mm_cvtsi128_si32(_mm_mullo_epi16(sums, _mm_set1_epi16(-kWeightBias)));
+    return Sums::start(sums);
+  }
+
+  // Four K of a row of A in every dword.
+  static __m256i four_of(const GroupQuad& a, int row, int position) {
+    int32_t dword;
+    std::memcpy(&dword, a.at(row, position), sizeof(dword));
+    return _mm256_set1_epi32(dword);
   }
 
   using Tile = void (*)(const GroupQuad&, const StripQuad&, float*, int64_t);
-
-  // kMagicBits and what pairs of int16 add up to.
-  static __m256i magic_of(__m256i sums) {
-    return _mm256_add_epi32(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)), _mm256_set1_epi32(kMagicBits));
-  }
 
   // p: the block's product or, in the safe window, where products are exact, its sum with the pair's first.
   template <bool kGeneral>
@@ -175,16 +204,16 @@ struct Avx2 {
     for (int b = 0; b < kQuad; ++b) {
       __m256i sum[R][2];
       for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm256_set1_epi32(a.block[r][b].start);
-      for (int step = b * kBlock / 4; step < (b + 1) * kBlock / 4; ++step) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kBlock / 4; ++i) {
+        const int step = b * kBlock / 4 + i;
         const __m256i left = _mm256_load_si256(reinterpret_cast<const __m256i*>(w.codes[step][0]));
         const __m256i right = _mm256_load_si256(reinterpret_cast<const __m256i*>(w.codes[step][8]));
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          int32_t dword;
-          std::memcpy(&dword, a.at(r, 4 * step), sizeof(dword));
-          const __m256i row = _mm256_set1_epi32(dword);
-          sum[r][0] = _mm256_add_epi16(sum[r][0], _mm256_maddubs_epi16(left, row));
-          sum[r][1] = _mm256_add_epi16(sum[r][1], _mm256_maddubs_epi16(right, row));
+          const __m256i row = four_of(a, r, 4 * step);
+          sum[r][0] = Sums::add(sum[r][0], left, row);
+          sum[r][1] = Sums::add(sum[r][1], right, row);
         }
       }
 #pragma GCC unroll 4
@@ -193,7 +222,7 @@ struct Avx2 {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           __m256& out = pair[b / 2][r][half];
-          out = product<kGeneral>(magic_of(sum[r][half]), f, _mm256_load_ps(w.factor[b] + 8 * half), b % 2 != 0, out);
+          out = product<kGeneral>(Sums::magic_of(sum[r][half]), f, _mm256_load_ps(w.factor[b] + 8 * half), b % 2 != 0, out);
         }
       }
     }
@@ -222,17 +251,15 @@ struct Avx2 {
           const Integers w = decode(record, d, half);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
-            int32_t dwords[2];
-            std::memcpy(dwords, a.at(r, 8 * d), sizeof(dwords));
-            sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(w.low, _mm256_set1_epi32(dwords[0])));
-            sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(w.high, _mm256_set1_epi32(dwords[1])));
+            sum[r] = Sums::add(sum[r], w.low, four_of(a, r, 8 * d));
+            sum[r] = Sums::add(sum[r], w.high, four_of(a, r, 8 * d + 4));
           }
         }
         const __m256 factor = factor_of(record, b, half);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           __m256& out = pair[b / 2][r];
-          out = product<kGeneral>(magic_of(sum[r]), a.block[r][b], factor, b % 2 != 0, out);
+          out = product<kGeneral>(Sums::magic_of(sum[r]), a.block[r][b], factor, b % 2 != 0, out);
         }
       }
 #pragma GCC unroll 4

@@ -143,10 +143,10 @@ Explanation explain(const KernelTable& kernels, const Product& product) {
 }
 
 const std::vector<const KernelTable*>& all_kernels() {
-#if defined(XPU_FP4_AVX2_AT_MOST)
-  static const std::vector<const KernelTable*> tables = {&kAvx2, &kPortable};
+#if defined(XPU_FP4_WITHOUT_AVX512)
+  static const std::vector<const KernelTable*> tables = {&kAvxVnni, &kAvx2, &kPortable};
 #elif defined(__x86_64__)
-  static const std::vector<const KernelTable*> tables = {&kAmx, &kAvx512Vbmi, &kAvx512Vnni, &kAvx2, &kPortable};
+  static const std::vector<const KernelTable*> tables = {&kAmx, &kAvx512Vbmi, &kAvx512Vnni, &kAvxVnni, &kAvx2, &kPortable};
 #else
   static const std::vector<const KernelTable*> tables = {&kPortable};
 #endif

@@ -41,7 +41,7 @@ void quantize_scalars(const Quantize& args, Range blocks) {
   });
 }
 
-void dequantize_scalars(const Dequantize& args, Range blocks) {
+inline void dequantize_scalars(const Dequantize& args, Range blocks) {
   with_dtype(args.dtype, [&](auto dtype) {
     if (args.format == Format::mxint8) {
       for (int64_t block = blocks.begin; block < blocks.end; ++block) {

@@ -41,14 +41,7 @@ const ProductKernels& product(const Activations& a) {
 
 }  // namespace
 
-// All other entries are that table's: compiled a second time they would be the same code.
-const KernelTable kAmx = {"amx", supported, [](const Quantize& args, Range blocks) {
-  kAvx512Vbmi.quantize(args, blocks);
-}, [](const GroupQuantize& args, Range blocks) {
-  kAvx512Vbmi.group_quantize(args, blocks);
-}, [](const Dequantize& args, Range blocks) { kAvx512Vbmi.dequantize(args, blocks); }, [](const Combine& args, Range tokens) {
-  kAvx512Vbmi.combine(args, tokens);
-}, product};
+const KernelTable kAmx = table_above<kAvx512Vbmi>("amx", supported, product);
 
 }  // namespace xpu_fp4::cpu
 #endif

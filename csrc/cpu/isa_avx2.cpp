@@ -15,7 +15,7 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 const ProductKernels& product(const Activations& a) {
   return a.to.format == Format::none ? product_kernels<Avx2Float, finish_row_scalars>
-                                     : product_kernels<Avx2, finish_row_scalars>;
+                                     : product_kernels<Avx2<Int16Sums>, finish_row_scalars>;
 }
 }  // namespace
 

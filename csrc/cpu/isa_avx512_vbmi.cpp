@@ -20,14 +20,7 @@ const ProductKernels& product(const Activations& a) {
 }
 }  // namespace
 
-// All other entries are that table's: compiled a second time they would be the same code.
-const KernelTable kAvx512Vbmi = {"avx512_vbmi", supported, [](const Quantize& args, Range blocks) {
-  kAvx512Vnni.quantize(args, blocks);
-}, [](const GroupQuantize& args, Range blocks) {
-  kAvx512Vnni.group_quantize(args, blocks);
-}, [](const Dequantize& args, Range blocks) { kAvx512Vnni.dequantize(args, blocks); }, [](const Combine& args, Range tokens) {
-  kAvx512Vnni.combine(args, tokens);
-}, product};
+const KernelTable kAvx512Vbmi = table_above<kAvx512Vnni>("avx512_vbmi", supported, product);
 
 }  // namespace xpu_fp4::cpu
 #endif

@@ -92,8 +92,20 @@ struct KernelTable {
 /// Any processor.
 extern const KernelTable kPortable;
 #if defined(__x86_64__)
-extern const KernelTable kAvx2, kAvx512Vnni, kAvx512Vbmi, kAmx;
+extern const KernelTable kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Vbmi, kAmx;
 #endif
+
+/// A table with products of its own. All other entries are those of the table below it: compiled a second time they would be
+/// the same code.
+template <const KernelTable& below>
+constexpr KernelTable table_above(const char* isa, bool (*supported)(), const ProductKernels& (*product)(const Activations&)) {
+  KernelTable table{isa, supported, nullptr, nullptr, nullptr, nullptr, product};
+  table.quantize = [](const Quantize& args, Range blocks) { below.quantize(args, blocks); };
+  table.group_quantize = [](const GroupQuantize& args, Range blocks) { below.group_quantize(args, blocks); };
+  table.dequantize = [](const Dequantize& args, Range blocks) { below.dequantize(args, blocks); };
+  table.combine = [](const Combine& args, Range tokens) { below.combine(args, tokens); };
+  return table;
+}
 
 /// Every table of this build, best first; the last runs anywhere.
 const std::vector<const KernelTable*>& all_kernels();

@@ -5,6 +5,8 @@
 #include <array>
 #include <cstring>
 
+#include "kernels.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -35,8 +37,6 @@ bool has_avx512_vnni() { return __builtin_cpu_supports("avx512bw") && __builtin_
 }
 
 // ---- AVX-VNNI ----
-
-bool has_avx_vnni() { return __builtin_cpu_supports("avxvnni"); }
 
 [[gnu::target("avx2")]] int64_t run_avx_vnni(int64_t iterations) {
   constexpr int kSums = 12;
@@ -168,7 +168,7 @@ const std::vector<ComputeLimit>& compute_limits() {
       {"tdpbusd", has_amx<kInt8>, run_amx_int8},
       {"tdpbf16ps", has_amx<kBf16>, run_amx_bf16},
       {"vpdpbusd", has_avx512_vnni, run_avx512_vnni},
-      {"vpdpbusd-256", has_avx_vnni, run_avx_vnni},
+      {"vpdpbusd-256", kAvxVnni.supported, run_avx_vnni},
       {"vpmaddubsw", has_avx2, run_avx2},
 #endif
   };

@@ -23,6 +23,20 @@ class NativeKernels : public testing::TestWithParam<const cpu::KernelTable*> {
 
 inline std::string name_of(const testing::TestParamInfo<const cpu::KernelTable*>& info) { return info.param->isa; }
 
+#if defined(__x86_64__)
+/// AVX-VNNI's kernels, its instruction emulated: native_avx_vnni_test.cpp.
+extern const cpu::KernelTable kEmulatedAvxVnni;
+#endif
+
+/// The kernels that have products of their own in this build, and the emulated ones.
+inline std::vector<const cpu::KernelTable*> kernels_of_products() {
+  std::vector<const cpu::KernelTable*> tables = cpu::all_kernels();
+#if defined(__x86_64__)
+  tables.push_back(&kEmulatedAvxVnni);
+#endif
+  return tables;
+}
+
 /// Element i of x, whose elements are of a dtype.
 inline void store(DType dtype, std::vector<uint8_t>& x, size_t i, double value) {
   store(dtype, x.data(), static_cast<int64_t>(i), static_cast<float>(value));

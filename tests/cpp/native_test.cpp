@@ -475,7 +475,7 @@ std::string name_of_product(const testing::TestParamInfo<std::tuple<const cpu::K
   return std::string(kernels->isa) + (format == Format::mxfp4 ? "_w4a4" : "_w4a8");
 }
 INSTANTIATE_TEST_SUITE_P(, NativeProduct,
-                         testing::Combine(testing::ValuesIn(cpu::all_kernels()),
+                         testing::Combine(testing::ValuesIn(kernels_of_products()),
                                           testing::Values(Format::mxfp4, Format::mxint8)),
                          name_of_product);
 

@@ -53,8 +53,8 @@ def _shapes(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
     default="cpu",
     show_default=True,
     metavar="NAME",
-    help="cpu; an instruction set of the native kernels (amx, avx512_vbmi, avx512_vnni, avx2, portable); or a GPU's "
-    "architecture (dg2, pvc, lnl-m, bmg, ptl, cri). Neither need be here.",
+    help="cpu; an instruction set of the native kernels (amx, avx512_vbmi, avx512_vnni, avx_vnni, avx2, portable); or a "
+    "GPU's architecture (dg2, pvc, lnl-m, bmg, ptl, cri). Neither need be here.",
 )
 @click.option("--scheme", "mode", type=SCHEME, help="How layers compute. [default: as DIR has it for each; of a shape, all]")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Of activations. [default: DIR's, or bfloat16]")
