@@ -18,7 +18,7 @@ help:  ## this list
 
 # DEMO=docs/demo.json, then `make demo-page`, renews README's table and picture.
 DEMO ?= build/demo.json
-demo: build $(VENV)/.demo  ## a real language model in MXFP4: W4A16, W4A8, W4A4
+demo: build $(VENV)/.demo  ## a real language model in W4A16, W4A8 and W4A4, calibrated, beside the original
 	python examples/smollm2.py --json $(DEMO)
 
 demo-page: $(VENV)/.test  ## README's table and picture, from docs/demo.json
@@ -27,7 +27,7 @@ demo-page: $(VENV)/.test  ## README's table and picture, from docs/demo.json
 models: build $(VENV)/.demo  ## two small model directories and texts, for docs/CHECKPOINTS.md
 	python examples/export_models.py build/models
 
-test: pytest-variants ctest pytest  ## all tests but those of vLLM; `make -j2 -O test` takes half of the time
+test: pytest-variants ctest pytest  ## the tests, but those of vLLM, llm-compressor and other versions; `make -j2 -O test` takes half of the time
 
 test-vllm: build $(VLLM_VENV)/.vllm  ## the vLLM plug-in in the real vLLM, in a virtual environment of its own
 	$(call debian,$(PYTHON_H),python3-dev)
@@ -47,7 +47,7 @@ test-llmcompressor: build build/llmcompressor/.installed  ## files of llm-compre
 
 # All suites, tables and plots; BENCH=docs/performance/NAME and PAGE=docs/PERFORMANCE.md publish them.
 BENCH ?= build/bench
-bench: build $(VENV)/.bench  ## our ops, their peers and the machine's limits
+bench: build $(VENV)/.bench  ## times our ops, their peers and the machine's limits
 	xpu-fp4 bench --suite all --json $(BENCH).json
 	xpu-fp4 bench plot $(BENCH).json $(addprefix --page ,$(PAGE))
 
@@ -58,7 +58,7 @@ format: $(VENV)/.lint  ## ruff and clang-format, in place
 	ruff format --quiet .
 	clang-format -i $(CPP_FILES)
 
-lint: build $(VENV)/.lint $(VENV)/.test  ## what the gate checks first: ruff, clang-format, mypy
+lint: build $(VENV)/.lint $(VENV)/.test  ## what CI checks first: ruff, clang-format, mypy
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run -Werror $(CPP_FILES)

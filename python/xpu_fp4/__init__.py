@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MXFP4 (OCP Microscaling Formats v1.0) for PyTorch on Intel XPUs and CPUs: quantize, linear layers in W4A4, W4A8 and W4A16.
+"""MXFP4 (OCP Microscaling Formats v1.0) for PyTorch on CPUs and Intel GPUs: quantize, linear layers in W4A4, W4A8 and W4A16.
 
 The ops are `torch.ops.xpu_fp4.*`; importing this package registers them, and the names that vLLM calls (see `compat`).
 """

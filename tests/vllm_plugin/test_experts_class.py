@@ -129,7 +129,7 @@ def test_a_request_keeps_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_experts_that_ours_cannot_compute_are_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match=f"{NAME} has input offsets, which xpu_fp4 has for linear layers"):
+    with pytest.raises(CheckpointError, match=f"{NAME} has input offsets, which checkpoints of xpu_fp4 have for linear layers"):
         config_of(Scheme("w4a16", input_offset=True)).get_quant_method(routed_experts(), NAME)
     mixed = config_of(Scheme("w4a16", hadamard=32), {f"{NAME}.0.down_proj": Scheme("w4a16", hadamard=64)})
     with pytest.raises(ValueError, match=r"All MoE projections need to have same|projections have different transforms"):

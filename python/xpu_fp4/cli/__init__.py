@@ -10,7 +10,7 @@ from . import bench, convert, doctor, evaluate, explain, generate, inspect, quan
 @click.group()
 @click.version_option(__version__)
 def main() -> None:
-    """MXFP4 for PyTorch on Intel XPUs and CPUs."""
+    """Models in MXFP4 on x86-64 CPUs and Intel GPUs."""
 
 
 for module in (doctor, explain, bench, quantize, convert, inspect, evaluate, generate):
