@@ -170,7 +170,9 @@ class ActivationsAwareConfig(CompressedTensorsConfig):
             return None
         scheme = self._scheme(args, name)
         if scheme.input_offset:
-            raise CheckpointError(f"{name} has input offsets, which checkpoints of xpu_fp4 have for linear layers and not for experts")
+            raise CheckpointError(
+                f"{name} has input offsets, which checkpoints of xpu_fp4 have for linear layers and not for experts"
+            )
         sizes = {self._hadamard(_PROJECTION, projection) for projection in names}
         if len(sizes) > 1:
             raise ValueError(f"{name}: its projections have different transforms, expected one for all of the experts")
