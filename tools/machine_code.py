@@ -144,9 +144,9 @@ class Listing:
         cuts = sorted({first, last, *(at for at in self.code[1].values() if first < at < last)})
         found = [run for run in pairwise(cuts) if self.segment(*run).matrix >= least]
 
-        def cost(run: tuple[int, int]) -> tuple[int, int]:
+        def cost(run: tuple[int, int]) -> tuple[int, int, float]:
             segment = self.segment(*run)
-            return round(segment.per_matrix("float")), segment.counts["send"]
+            return round(segment.per_matrix("float")), segment.counts["send"], segment.per_matrix("float")
 
         return sorted(found, key=cost)
 
