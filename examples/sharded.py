@@ -40,7 +40,8 @@ def run() -> None:
     shard = up.chunk(mesh.size(), dim=-1)[mesh.get_local_rank()]
     same, error = torch.equal(mlp.up(x), shard), (mlp(x) - y).abs().max()
     bits = "the same bits" if same else "OTHER BITS"
-    print(f"rank {dist.get_rank()}: columns have {bits}; rows differ by at most {error:.1e}")
+    # One write per line: print's own newline is a second one where Python does not buffer, and another rank may come between.
+    print(f"rank {dist.get_rank()}: columns have {bits}; rows differ by at most {error:.1e}\n", end="")
     dist.destroy_process_group()
     if not same:
         raise SystemExit(1)

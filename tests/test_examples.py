@@ -92,7 +92,9 @@ def test_calibrate_loses_less_than_rounding_to_nearest(capsys: pytest.CaptureFix
 
 
 def test_sharded_columns_have_the_bits_of_one_process() -> None:
-    run = subprocess.run([sys.executable, str(EXAMPLES / "sharded.py")], check=True, capture_output=True, text=True)
+    # Without buffers, a line written in two pieces is torn apart by the other rank's, in most runs.
+    unbuffered = [sys.executable, "-u", str(EXAMPLES / "sharded.py")]
+    run = subprocess.run(unbuffered, check=True, capture_output=True, text=True)
     assert sorted(line.split(";")[0] for line in run.stdout.splitlines()) == [
         "rank 0: columns have the same bits",
         "rank 1: columns have the same bits",
