@@ -140,8 +140,7 @@ class Model:
         rows = next((rows for rows in (1, 4, 8, 16, 32) if rows >= m), 32)
         path = self.find("gemm_small", f"{rows} rows")["paths"]["block"]
         clocks = ceil(m / rows) * n * k / 2 / 256 * path["per 256 bytes"] / self.device["engines"]
-        groups = ceil(m / self.lanes) * ceil(k / 128)
-        prepare = self.stream("quantize_expand", "A for few rows, bf16", groups, m * k * (2 + EXPANDED))
+        prepare = self.stream("quantize_expand", "A for few rows, bf16", m * ceil(k / 128), m * k * (2 + EXPANDED))
         moved = ceil(m / rows) * n * k * PACKED + 2 * m * (n + k)
         return prepare + self.launch + max(self.seconds(clocks), self.memory(moved))
 

@@ -164,9 +164,14 @@ def check_stream(result: Result, budgets: Mapping[str, Any]) -> None:
         "transform_quantize_expand": 128 * size + 132,
     }
     whole = result.listing.whole
-    moved = clocks_per_bytes(budgets["device"][result.device], per_lane[result.kernel] * result.program.macro("SUB_GROUP"))
+    one_row = result.program.source.name == FEW_ROWS  # for a sub-group, else for each of its lanes
+    rows = 1 if one_row else result.program.macro("SUB_GROUP")
+    moved = clocks_per_bytes(budgets["device"][result.device], per_lane[result.kernel] * rows)
     result.paths["all"] = {"int clocks": whole.clocks["int"], "float clocks": whole.clocks["float"], "memory clocks": moved}
-    if result.kernel in budgets["streams"]["kernels"] and result.device in budgets["streams"]["devices"]:
+    if one_row:
+        most = of_device(budgets["few_rows"], result.device)[result.kernel]
+        result.exceed("ALU clocks of a row's quad", max(whole.clocks["int"], whole.clocks["float"]), most)
+    elif result.kernel in budgets["streams"]["kernels"] and result.device in budgets["streams"]["devices"]:
         result.exceed("ALU clocks per sub-group", max(whole.clocks["int"], whole.clocks["float"]), moved)
 
 
@@ -180,6 +185,7 @@ MATRIX_CHECKS: dict[str, Check] = {
     "gemm_bdpas": check_bdpas,
 }
 TRANSFORMS = ("transform", "transform_quantize", "transform_quantize_mxint8", "transform_quantize_expand")
+FEW_ROWS = "expand_row.cpp"
 OF_EXPERTS = ("gather_quantize_expand", "gate_quantize_expand")
 STREAM_CHECKS: dict[str, Check] = dict.fromkeys(
     ("quantize", "quantize_mxint8", "dequantize", "dequantize_mxint8", "expand", "quantize_expand", *OF_EXPERTS, *TRANSFORMS),

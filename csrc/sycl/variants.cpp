@@ -114,19 +114,18 @@ Variant experts_variant(Target target, DType of) {
 
 Variant expand_weight_variant(Gpu gpu, int alignment) {
   return {"expand.cpp",
-          gpu_macros(gpu, alignment,
-                     {{"ARRANGEMENT", static_cast<int>(Arrangement::column_fragments)},
-                      {"ORDER", static_cast<int>(ElementOrder::apart)},
-                      {"FORMAT", static_cast<int>(Format::mxfp4)}}),
+          gpu_macros(
+              gpu, alignment,
+              {{"ARRANGEMENT", static_cast<int>(Arrangement::column_fragments)}, {"FORMAT", static_cast<int>(Format::mxfp4)}}),
           "W",
           {"expand"}};
 }
 
 Variant expand_activations_variant(Gpu gpu, Format of, std::optional<Floats> floats, ElementOrder order, int alignment) {
   const Arrangement arrangement = gpu.architecture->block_2d ? Arrangement::rows : Arrangement::row_fragments;
-  Macros own = {
-      {"ARRANGEMENT", static_cast<int>(arrangement)}, {"ORDER", static_cast<int>(order)}, {"FORMAT", static_cast<int>(of)}};
-  std::string label = order == ElementOrder::packed ? "A for few rows" : "A";
+  const bool few_rows = order == ElementOrder::packed;
+  Macros own = {{"ARRANGEMENT", static_cast<int>(arrangement)}, {"FORMAT", static_cast<int>(of)}};
+  std::string label = few_rows ? "A for few rows" : "A";
   std::vector<std::string> kernels = {"expand"};
   if (floats) {
     own.emplace_back("DTYPE", static_cast<int>(floats->dtype));
@@ -134,16 +133,17 @@ Variant expand_activations_variant(Gpu gpu, Format of, std::optional<Floats> flo
     kernels.emplace_back("quantize_expand");
   }
   if (floats && floats->transformed) {
-    own.insert(own.end(), {{"TRANSFORM", 1}, {"REGISTERS", kLargeRegisters}});
+    own.emplace_back("TRANSFORM", 1);
+    if (!few_rows) own.emplace_back("REGISTERS", kLargeRegisters);
     kernels = {"transform_quantize_expand"};
   }
-  return {"expand.cpp", gpu_macros(gpu, alignment, own), label + suffix(of), kernels};
+  return {few_rows ? "expand_row.cpp" : "expand.cpp", gpu_macros(gpu, alignment, own), label + suffix(of), kernels};
 }
 
 Variant expand_experts_variant(Gpu gpu, Format of, DType dtype, ElementOrder order, int alignment) {
   Variant variant = expand_activations_variant(gpu, of, Floats{dtype, false}, order, alignment);
   variant.macros.emplace_back("EXPERTS", 1);
-  if (of == Format::mxint8) variant.macros.emplace_back("REGISTERS", kLargeRegisters);
+  if (of == Format::mxint8 && order == ElementOrder::apart) variant.macros.emplace_back("REGISTERS", kLargeRegisters);
   variant.label += ", experts";
   variant.kernels = {"gather_quantize_expand", "gate_quantize_expand"};
   return variant;

@@ -121,7 +121,7 @@ class Offsets : public testing::Test {
     ExpandedOperand arrays() const { return {codes.as<uint8_t>(), exponents.as<uint32_t>(), levels.as<uint32_t>()}; }
   };
 
-  /// Expands the rows from `first` on.
+  /// Expands the rows from `first` on, for many rows.
   void expand(const Variant& variant, const Tall& in, int64_t first, const Expanded& out) {
     const ExpandedLayout& layout = out.layout;
     launch(variant, "expand", range({layout.quads, layout.padded_rows - first}, {1, layout.lanes}, {0, first}),
@@ -191,7 +191,11 @@ class Offsets : public testing::Test {
     }
     StoredOperand stored = w.stored();
     if (weights != Weights::scales_together) stored = {stored.codes, columns_of_scales.as<uint8_t>(), 1, n};
-    expand(syclrt::expand_activations_variant(gpu, Format::mxfp4, std::nullopt, ElementOrder::packed, 16), a, 0, left);
+    launch(syclrt::expand_activations_variant(gpu, Format::mxfp4, std::nullopt, ElementOrder::packed, 16), "expand",
+           range({m, left.layout.quads * lanes}, {1, lanes}, {0, 0}),
+           ExpandArguments{a.stored(), left.arrays(), m, left.layout.padded_rows, k});
+    EXPECT_EQ(left.exponents.as<uint32_t>()[lanes - 1], lanes == m ? left.exponents.as<uint32_t>()[m - 1] : 0x7F7F7F7F)
+        << "a row of the padding has exponents for which the cheap sum applies";
     launch(syclrt::gemm_small_variant(gpu, Format::mxfp4, m, weights, DType::f32, 16), "gemm_small",
            last_tile(tile, lanes, m, n, kSmallSplit),
            GemmSmallArguments{left.arrays(), stored, output(y, m, n), k, kStartBits});

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writes the expanded form (layout.hpp) of an operand: `expand` from codes and scales, `quantize_expand` from floats in one go,
-// `transform_quantize_expand` from floats that are transformed before. A lane does one row of one quad; a sub-group, the kLanes
-// rows of a group. Memory traffic per quad and row: 68 bytes of MXFP4 or 132 of MXINT8 in (quantize_expand: the floats, of
-// MXINT8 twice), 132 out.
-// Macros: XPU_FP4_FORMAT; XPU_FP4_ARRANGEMENT; XPU_FP4_ORDER, of elements; XPU_FP4_DTYPE for floats; XPU_FP4_TRANSFORM for
-// transform_quantize_expand alone; XPU_FP4_EXPERTS for gather_quantize_expand and gate_quantize_expand alone, which read the
-// rows of a layer of experts.
+// Writes the expanded form (layout.hpp) of an operand of many rows: `expand` from codes and scales, `quantize_expand` from
+// floats in one go, `transform_quantize_expand` from floats that are transformed before. A lane does one row of one quad; a
+// sub-group, the kLanes rows of a group. Memory traffic per quad and row: 68 bytes of MXFP4 or 132 of MXINT8 in
+// (quantize_expand: the floats, of MXINT8 twice), 132 out. Few rows: expand_row.cpp.
+// Macros: XPU_FP4_FORMAT; XPU_FP4_ARRANGEMENT; XPU_FP4_DTYPE for floats; XPU_FP4_TRANSFORM for transform_quantize_expand alone;
+// XPU_FP4_EXPERTS for gather_quantize_expand and gate_quantize_expand alone, which read the rows of a layer of experts.
 #include "alignment.hpp"
 #ifdef XPU_FP4_EXPERTS
 #include "experts.hpp"
@@ -15,6 +14,7 @@
 #else
 #include "common.hpp"
 #endif
+#include "twice.hpp"
 
 using namespace xpu_fp4;
 
@@ -22,7 +22,6 @@ typedef uint32_t Dwords4 __attribute__((ext_vector_type(4)));
 typedef uint32_t Dwords8 __attribute__((ext_vector_type(8)));
 
 constexpr auto kArrangement = static_cast<Arrangement>(XPU_FP4_ARRANGEMENT);
-constexpr auto kOrder = static_cast<ElementOrder>(XPU_FP4_ORDER);
 constexpr int kLanes = kSubGroup;
 constexpr AlignmentRule kRule = alignment_rule(kArrangement, kFormat);
 constexpr int kBlockDwords = code_bytes(kFormat, kBlock) / 4;
@@ -47,29 +46,12 @@ inline Alignment alignment_of(const RowQuad& quad) {
   return align(kRule, quad.scale, zero);
 }
 
-/// Codes 4 i .. 4 i + 3 of a block in kOrder, one in each byte.
-inline uint32_t codes4(const uint32_t (&packed)[4], int i) {
-  const uint32_t x = packed[i / 2];
-  if (kOrder == ElementOrder::apart) return x >> 4 * (i % 2) & 0x0F0F0F0Fu;
-  const uint32_t bytes = x >> 16 * (i % 2) & 0xFFFFu, spread = (bytes | bytes << 8) & 0x00FF00FFu;
-  return (spread | spread << 4) & 0x0F0F0F0Fu;
+/// Dword i of a block, its elements apart: of MXFP4,
+inline uint32_t expanded4(const uint32_t (&codes)[4], int i, uint32_t shift) {
+  return twice4(codes[i / 2] >> 4 * (i % 2) & 0x0F0F0F0Fu, shift);
 }
-
-/// Four codes, one in each byte, to four int8: twice the value, shifted left.
-inline uint32_t expand4(uint32_t codes, uint32_t shift) {
-  const uint32_t high = (codes >> 2) & 0x01010101u;  // 4 and above: the low bits count twice
-  const uint32_t twice = codes & (high | high << 1);
-  const uint32_t seven = twice & twice >> 1 & 0x01010101u;                             // 12 = 7 + 3 + 2
-  const uint32_t magnitude = ((codes & 0x07070707u) + twice + (seven << 1)) << shift;  // at most 96: no carry leaves a byte
-  const uint32_t negative = (codes >> 3) & 0x01010101u, low_bits = (negative << 7) - negative;
-  return ((magnitude ^ low_bits) + negative) ^ negative << 7;
-}
-
-/// Dword i of a block in kOrder: of MXFP4,
-inline uint32_t expanded4(const uint32_t (&codes)[4], int i, uint32_t shift) { return expand4(codes4(codes, i), shift); }
 /// and of MXINT8, which is not shifted.
 inline uint32_t expanded4(const uint32_t (&codes)[8], int i, uint32_t) {
-  if (kOrder == ElementOrder::packed) return codes[i];
   // Every other byte of two dwords.
   const auto half = [&](uint32_t x) { return x >> 8 * (i % 2) & 0x00FF00FFu; };
   const auto close = [](uint32_t x) { return (x | x >> 8) & 0xFFFFu; };
@@ -85,11 +67,9 @@ struct Expanded : ExpandedOperand {
     const int64_t group = row / kLanes;
     const uint32_t* e = alignment.exponent;
     exponents[(group * quads + quad) * kLanes + row % kLanes] = e[0] | e[1] << 8 | e[2] << 16 | e[3] << 24;
-    if constexpr (kOrder == ElementOrder::apart) {  // products for few rows read no levels
-      const uint32_t ruled_out = sycl::reduce_over_group(this_sub_group(), alignment.levels, sycl::bit_or<uint32_t>());
-      const uint32_t pitch = round_up(quads, uint32_t{kLanes});
-      if (row % kLanes == 0) levels[group * pitch + quad] = ruled_out;
-    }
+    const uint32_t ruled_out = sycl::reduce_over_group(this_sub_group(), alignment.levels, sycl::bit_or<uint32_t>());
+    const uint32_t pitch = round_up(quads, uint32_t{kLanes});
+    if (row % kLanes == 0) levels[group * pitch + quad] = ruled_out;
     if (kArrangement == Arrangement::rows && !real) return;
 #pragma unroll
     for (int b = 0; b < kQuad; ++b) {
@@ -157,11 +137,6 @@ expand(XPU_FP4_STORED_PARAMETERS(in), XPU_FP4_EXPANDED_PARAMETERS(out), int64_t 
 #ifdef XPU_FP4_DTYPE
 using BlockValues = Values<kBlock>;
 
-/// Says how a quad is quantized.
-struct QuadQuantizer {
-  int mode, group;  // of MXFP4; of MXINT8
-};
-
 /// A row's quad of which `blocks` exist; block(b) gives the values of one.
 template <class Block, class Quad>
 inline void quantize_quad(const Block& block, int64_t blocks, QuadQuantizer to, Quad& in) {
@@ -211,26 +186,19 @@ inline void expand_quantized(const QuantizeExpandArguments& args, Place at, cons
 }
 
 #if defined XPU_FP4_EXPERTS
-/// Rows of tokens at their sorted places. Without slot_of_row slots stay as they come, each with a tile of its own, which the
-/// lane of its first quad writes: of few slots most go to different experts.
+/// Rows of tokens at their sorted places.
 XPU_FP4_KERNEL(2)
 gather_quantize_expand(XPU_FP4_TOKENS_PARAMETERS, XPU_FP4_ROUTING_PARAMETERS, XPU_FP4_GROUPED_ROWS_PARAMETERS,
                        XPU_FP4_EXPANDED_PARAMETERS(out), int64_t k, int mode, int group) {
   const Place at = this_place();
   const GroupedRows rows = XPU_FP4_GROUPED_ROWS;
   if (at.row >= rows.tiles * rows.stride) return;  // whole sub-groups
-  int32_t slot = -1;
-  if (slot_of_row != nullptr) {
-    slot = slot_of_row[at.row];
-  } else if (at.row % rows.stride == 0) {
-    const auto own = static_cast<int32_t>(at.row / rows.stride), expert = Routing(XPU_FP4_ROUTING).expert_of(own);
-    if (expert >= 0) slot = own;
-    if (at.quad == 0) rows.tile[own] = {expert, static_cast<int32_t>(at.row) + 1};
-  }
+  const int32_t slot = slot_of_row[at.row];
   const int64_t blocks = k / kBlock, first = int64_t{at.quad} * kQuad;
   const Tokens tokens = Tokens(XPU_FP4_TOKENS);
   expand_quantized(XPU_FP4_EXPANDED(out), at, blocks, slot >= 0, [&](RowQuad& in) {
-    quantize_quad([&](int b) { return tokens.block<kDType>(slot, first + b, blocks); }, blocks - first, {mode, group}, in);
+    quantize_quad([&](int b) { return tokens.elements<kDType, kBlock>(slot, (first + b) * kBlock, k); }, blocks - first,
+                  {mode, group}, in);
   });
 }
 
@@ -244,7 +212,7 @@ gate_quantize_expand(const void* u, XPU_FP4_GATE_PARAMETERS, XPU_FP4_GROUPED_ROW
   const ExpertTile own = rows.tile[at.row / rows.stride];
   const int64_t blocks = k / kBlock, first = int64_t{at.quad} * kQuad;
   const Gate gate = XPU_FP4_GATE;
-  const auto block = [&](int b) { return gated_block<kDType>(gate, u, at.row, first + b, blocks); };
+  const auto block = [&](int b) { return gated<kDType, kBlock>(gate, u, at.row, (first + b) * kBlock, k); };
   expand_quantized(XPU_FP4_EXPANDED(out), at, blocks, own.expert >= 0 && at.row < own.end, [&](RowQuad& in) {
     if constexpr (kFormat == Format::mxfp4) {
       quantize_quad(block, blocks - first, {mode, group}, in);

@@ -23,35 +23,35 @@ struct Tokens : TokensArguments {
     return weights == nullptr ? value : rounded<T>(weights[slot] * value);
   }
 
-  /// Returns one block of a row of so many blocks.
-  template <DType T>
-  inline Values<kBlock> block(int64_t slot, int64_t block, int64_t blocks) const {
-    const Values<kBlock> in(static_cast<const uint8_t*>(x) + (slot / top_k * blocks + block) * kBlock * size_of(T));
+  /// Returns `count` neighbouring elements of a row of k, from `first` on.
+  template <DType T, int count>
+  inline Values<count> elements(int64_t slot, int64_t first, int64_t k) const {
+    const Values<count> in(static_cast<const uint8_t*>(x) + (slot / top_k * k + first) * size_of(T));
     if (weights == nullptr) return in;
     const float weight = weights[slot];
-    float scaled[kBlock];
+    float scaled[count];
 #pragma unroll(kUnroll)
-    for (int i = 0; i < kBlock; ++i) scaled[i] = rounded<T>(weight * in.x[i]);
-    return Values<kBlock>(scaled);
+    for (int i = 0; i < count; ++i) scaled[i] = rounded<T>(weight * in.x[i]);
+    return Values<count>(scaled);
   }
 };
 
-/// Block `block` of h from u [rows, 2 * blocks]: where gate and up alternate, two neighbouring blocks of u, else one of each
-/// half.
-template <DType T>
-inline Values<kBlock> gated_block(const Gate& gate, const void* u, int64_t row, int64_t block, int64_t blocks) {
-  const auto block_of_u = [&](int64_t b) {
-    return Values<kBlock>(static_cast<const uint8_t*>(u) + (row * 2 * blocks + b) * kBlock * size_of(T));
+/// `count` elements of h, from `first` on, of u [rows, 2 k]: where gate and up alternate, twice as many neighbours of u, else
+/// as many of each half.
+template <DType T, int count>
+inline Values<count> gated(const Gate& gate, const void* u, int64_t row, int64_t first, int64_t k) {
+  const auto elements_of_u = [&](int64_t from) {
+    return Values<count>(static_cast<const uint8_t*>(u) + (row * 2 * k + from) * size_of(T));
   };
-  const Values<kBlock> first = block_of_u(gate.interleaved ? 2 * block : block);
-  const Values<kBlock> second = block_of_u(gate.interleaved ? 2 * block + 1 : blocks + block);
-  float h[kBlock];
+  const Values<count> one = elements_of_u(gate.interleaved ? 2 * first : first);
+  const Values<count> other = elements_of_u(gate.interleaved ? 2 * first + count : k + first);
+  float h[count];
 #pragma unroll(kUnroll)
-  for (int i = 0; i < kBlock; ++i) {
-    const float* pair = i < kBlock / 2 ? first.x + 2 * i : second.x + 2 * i - kBlock;  // of those that alternate
-    h[i] = rounded<T>(gate::apply(gate, gate.interleaved ? pair[0] : first.x[i], gate.interleaved ? pair[1] : second.x[i]));
+  for (int i = 0; i < count; ++i) {
+    const float* pair = i < count / 2 ? one.x + 2 * i : other.x + 2 * i - count;  // of those that alternate
+    h[i] = rounded<T>(gate::apply(gate, gate.interleaved ? pair[0] : one.x[i], gate.interleaved ? pair[1] : other.x[i]));
   }
-  return Values<kBlock>(h);
+  return Values<count>(h);
 }
 
 }  // namespace xpu_fp4

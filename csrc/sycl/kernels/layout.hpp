@@ -9,6 +9,8 @@
 //              are, which leaves no room for a shift
 //   exponents  uint32 [group][quad][lane]: the scale bytes of the quad's four blocks, reduced by the shift
 //   levels     uint32 [group][quad, rounded up to lanes]: bit l is set if Level l does not apply to all of the group's rows
+// For products of few rows (ElementOrder::packed, expand_row.cpp) no code is shifted, levels mean nothing, nor do padding rows'
+// codes.
 #pragma once
 #include <cstdint>
 

@@ -41,13 +41,15 @@ struct Values {
     }
   }
 
-  /// (x - offset) x H. Blocks of H that are larger than `count` go on in the next lanes. `real` blocks of 32 exist, which
-  /// whole blocks of H fill: what stands for the others means nothing.
-  inline Values(const uint8_t* from, const TransformArguments& transform, int64_t real = count / kBlock) {
+  static constexpr int kPart = count < kBlock ? count : kBlock;  // of it, or a block, is loaded at a time
+
+  /// (x - offset) x H. Blocks of H that are larger than `count` go on in the next lanes. `real` parts exist, which whole
+  /// blocks of H fill: what stands for the others means nothing.
+  inline Values(const uint8_t* from, const TransformArguments& transform, int64_t real = count / kPart) {
 #pragma unroll(kUnroll)
-    for (int b = 0; b < count / kBlock; ++b) {
-      const int64_t first = sycl::min(int64_t{b}, real - 1) * kBlock;
-      load_block(x + b * kBlock, from + first * size_of(kDType), transform.offset, first);
+    for (int part = 0; part < count / kPart; ++part) {
+      const int64_t first = sycl::min(int64_t{part}, real - 1) * kPart;
+      load_part(x + part * kPart, from + first * size_of(kDType), transform.offset, first);
     }
 #pragma unroll(kUnroll)
     for (int distance = 1; distance < hadamard::kLargestSize; distance *= 2) {
@@ -67,13 +69,13 @@ struct Values {
   }
 
  private:
-  static inline void load_block(float* to, const uint8_t* from, const float* offset, int64_t first) {
-    const Values<kBlock> in(from);
+  static inline void load_part(float* to, const uint8_t* from, const float* offset, int64_t first) {
+    const Values<kPart> in(from);
 #pragma unroll(kUnroll)
-    for (int i = 0; i < kBlock; ++i) to[i] = in.x[i];
+    for (int i = 0; i < kPart; ++i) to[i] = in.x[i];
     if (offset == nullptr) return;
 #pragma unroll(kUnroll)
-    for (int v = 0; v < kBlock / 4; ++v) {
+    for (int v = 0; v < kPart / 4; ++v) {
       const auto four = __builtin_bit_cast(Floats4, load16(offset + first + 4 * v));
 #pragma unroll(kUnroll)
       for (int i = 0; i < 4; ++i) to[4 * v + i] -= four.x[i];
@@ -121,6 +123,11 @@ inline float sum_of_lanes(float sum, int lanes) {
   return sum;
 }
 
+/// Says how a quad is quantized.
+struct QuadQuantizer {
+  int mode, group;  // of MXFP4; of MXINT8
+};
+
 #ifdef XPU_FP4_SCALE_MODE
 constexpr auto kScaleMode = static_cast<ScaleMode>(XPU_FP4_SCALE_MODE);
 constexpr float kGlobalScale = fp_quant::global_scale(kScaleMode);
@@ -149,6 +156,12 @@ struct Mxfp4Encoder {
 
   inline explicit Mxfp4Encoder(uint8_t scale) : reciprocal(e8m0::reciprocal(scale) * kGlobalScale) {}
   inline uint32_t operator()(float x) const { return quantize_element(x, reciprocal); }
+};
+
+/// The same, a code in each byte.
+struct Mxfp4ByteEncoder : Mxfp4Encoder {
+  static constexpr int kBits = 8;
+  using Mxfp4Encoder::Mxfp4Encoder;
 };
 
 /// MXINT8 (format/mxint8.h).

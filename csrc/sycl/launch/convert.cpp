@@ -28,6 +28,11 @@ bool starts_cache_line(const void* address) { return reinterpret_cast<uintptr_t>
 
 Range grid(int64_t rows, int64_t lanes) { return {2, {rows, round_up(lanes, kGroupLanes)}, {1, kGroupLanes}}; }
 
+// expand.cpp: a lane has a row of a quad; expand_row.cpp: a sub-group.
+Range expand_range(ElementOrder order, int lanes, int64_t rows, int64_t quads) {
+  return order == ElementOrder::apart ? grid(quads, rows) : grid(rows, quads * lanes);
+}
+
 Variant for_rule(Variant variant, const Quantizer& to) {
   const bool own = to.format == Format::mxfp4 && fp_quant::is_rule(to.mode);
   return own ? with_scale_mode(std::move(variant), to.mode) : variant;

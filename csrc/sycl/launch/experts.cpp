@@ -94,7 +94,7 @@ class Layer {
     const Quantizer to = args_.quantizer_of_x();
     if (is_fused(to)) {
       const Expanded a = expanded(w.k);
-      launch(quantizer(alignment_of({args_.x})), "gather_quantize_expand", grid(a.layout.quads, rows()),
+      launch(quantizer(alignment_of({args_.x})), "gather_quantize_expand", range_of(a),
              GatherQuantizeExpandArguments{tokens(), routing(), rows_, a.arrays, w.k, mode(), args_.to.group});
       return multiply(a, w, {u, args_.dtype, {args_.w13_bias, 0, 1}}, nullptr);
     }
@@ -110,7 +110,7 @@ class Layer {
     const Output out = {v, dtype, {args_.w2_bias, 0, 1}};
     if (is_fused(to)) {
       const Expanded a = expanded(w.k);
-      launch(quantizer(16), "gate_quantize_expand", grid(a.layout.quads, rows()),
+      launch(quantizer(16), "gate_quantize_expand", range_of(a),
              GateQuantizeExpandArguments{u, gate(), rows_, a.arrays, w.k, mode(), args_.to.group});
       const SlotWeights weights = slot_weights();
       return multiply(a, w, out, plan_.sorted ? nullptr : &weights);
@@ -127,6 +127,7 @@ class Layer {
   Variant quantizer(int alignment) const {
     return expand_experts_variant(*plan_.gpu, args_.to.format, args_.dtype, order(), alignment);
   }
+  Range range_of(const Expanded& a) const { return expand_range(order(), a.layout.lanes, rows(), a.layout.quads); }
   Expanded expanded(int64_t k) const {
     return allocate_expanded(queue_, {rows(), rows(), ceil_div(k, kQuadElements), plan_.gpu->architecture->sub_group});
   }

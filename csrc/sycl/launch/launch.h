@@ -19,6 +19,9 @@ bool starts_cache_line(const void* address);
 /// Rows x lanes in work-groups of one row; enough lanes to fill a core, few enough that small outputs spread over all of them.
 Range grid(int64_t rows, int64_t lanes);
 
+/// That of the kernels that write the expanded form of `rows` rows, padded ones among them where the kernel has to see those.
+Range expand_range(ElementOrder order, int lanes, int64_t rows, int64_t quads);
+
 /// The program of a quantizer that follows its rule for scales.
 Variant for_rule(Variant variant, const Quantizer& to);
 

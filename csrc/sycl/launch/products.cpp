@@ -57,7 +57,8 @@ Expanded expand_activations(const Queue& queue, Gpu gpu, const Activations& a, E
   const Expanded out =
       allocate_expanded(queue, {a.m, round_up(a.m, tile_rows), ceil_div(a.k, kQuadElements), gpu.architecture->sub_group});
   const ExpandedLayout& layout = out.layout;
-  const Range range = grid(layout.quads, layout.padded_rows);
+  const int64_t rows = order == ElementOrder::apart ? layout.padded_rows : layout.rows;
+  const Range range = expand_range(order, layout.lanes, rows, layout.quads);
   const Transform& transform = a.to.transform;
   const std::optional<Floats> floats = a.are_codes ? std::nullopt : std::optional(Floats{a.dtype, !transform.is_none()});
   const Variant of_codes = expand_activations_variant(gpu, a.to.format, floats, order,
