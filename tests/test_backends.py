@@ -12,7 +12,7 @@ import torch
 import xpu_fp4
 from click.testing import CliRunner
 from xpu_fp4 import _library, reference
-from xpu_fp4.cli import doctor, main
+from xpu_fp4.cli import bring_up, doctor, main
 
 ROOT = Path(__file__).resolve().parent.parent
 ops = torch.ops.xpu_fp4
@@ -203,6 +203,28 @@ def test_doctor_tests_an_architectures_kernels() -> None:
     result = CliRunner().invoke(main, ["doctor", "--kernels", "portable"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert result.output.count(" right ") == 8, result.output
+
+
+def test_doctor_runs_both_ways_of_few_rows_and_says_which_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner's GPU whose int4 operand is another than we think, in every task that has it."""
+
+    def task(device: torch.device, rows: int) -> str | None:
+        wrong = os.environ["XPU_FP4_SYCL_VARIANT"] == "bmg:small" and os.environ["XPU_FP4_WEIGHT_OPERAND"] == "int4"
+        return "8 of 8 values differ" if wrong else None
+
+    for tasks in (bring_up._TASKS, bring_up._EXPANDED, bring_up._QUANTIZERS):
+        for name in tasks:
+            monkeypatch.setitem(tasks, name, lambda device, rows: None)
+    monkeypatch.setitem(bring_up._TASKS, "W4A8", task)
+    monkeypatch.delenv("XPU_FP4_WEIGHT_OPERAND", raising=False)
+    results = list(bring_up.bring_up(torch.device("cpu"), "bmg"))
+    assert [result[:2] for result in results if result.wrong] == [("small", "W4A8")]
+    assert {result.task for result in results if result.kernel == "small, int8"} == {"W4A4", "W4A8"}
+    assert "XPU_FP4_WEIGHT_OPERAND" not in os.environ
+    assert "set XPU_FP4_WEIGHT_OPERAND=int8" in (bring_up.advice(results) or "")
+    assert bring_up.advice([bring_up.Result(kernel, task, None) for kernel, task, _ in results]) is None
+    both = [bring_up.Result(kernel, task, "wrong") for kernel, task, _ in results]
+    assert bring_up.advice(both) is None
 
 
 @pytest.mark.usefixtures("requires_sycl")

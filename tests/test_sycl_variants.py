@@ -280,6 +280,31 @@ def test_small_products_multiply_all_codes(force: pytest.MonkeyPatch, variant: s
         assert_native_bits((int8, torch.full((256, 4), 127, dtype=torch.uint8), codes, one))
 
 
+@pytest.mark.parametrize(("format", "variant"), [("mxfp4", "bmg:small"), ("mxint8", "dg2:small")])
+def test_weights_as_int8_give_the_native_bits(
+    force: pytest.MonkeyPatch, generator: torch.Generator, format: Format, variant: str
+) -> None:
+    """One program each: all codes at all places of a dword, then every spread of scales."""
+    force.setenv("XPU_FP4_SYCL_VARIANT", variant)
+    force.setenv("XPU_FP4_WEIGHT_OPERAND", "int8")
+    k = 160
+    w = torch.zeros(128, k // 2, dtype=torch.uint8)
+    for place in range(8):
+        w[16 * place :][:16, 20 + place // 2] = torch.arange(16, dtype=torch.uint8) << 4 * (place % 2)
+    a = torch.full((1, k // 2), 0x12, dtype=torch.uint8) if format == "mxfp4" else random_int8(1, k, generator)
+    one = torch.full((128, k // 32), 127, dtype=torch.uint8)
+    assert_native_bits((a, one[:1], w, one))
+    assert_every_spread(1, 35, 352, generator, format)
+
+
+def test_an_unknown_operand_is_refused(force: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    force.setenv("XPU_FP4_SYCL_VARIANT", "bmg:small")
+    force.setenv("XPU_FP4_WEIGHT_OPERAND", "int2")
+    operands = spread_operands("equal", "ordinary", 2, 2, 32, generator)
+    with xpu_fp4.cpu_backend("sycl"), pytest.raises(RuntimeError, match='XPU_FP4_WEIGHT_OPERAND is "int2", expected "int4" or'):
+        gemm(*operands)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("variant", SMALL)
 @pytest.mark.parametrize("k", [128, 160])

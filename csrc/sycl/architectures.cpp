@@ -129,6 +129,15 @@ Override variant_override() {
                            names + ", or cri:bdpas");
 }
 
+WeightOperand weight_operand(const Architecture& architecture) {
+  const char* variable = std::getenv("XPU_FP4_WEIGHT_OPERAND");
+  if (variable == nullptr || *variable == '\0') return architecture.weight_operand;
+  const std::string value = variable;
+  if (value == "int4") return WeightOperand::int4;
+  if (value == "int8") return WeightOperand::int8;
+  throw std::runtime_error("xpu_fp4: XPU_FP4_WEIGHT_OPERAND is \"" + value + "\", expected \"int4\" or \"int8\"");
+}
+
 GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, const ProductShape& shape,
                    std::optional<Kernel> forced) {
   const auto small = [&]() -> GemmPlan { return {Kernel::small, {}, 1, 1, small_rows(shape.m)}; };

@@ -46,6 +46,7 @@ struct Architecture {
   Tile w4a16;        // of gemm_w4a16_matrix: the more rows, the fewer times a weight is decoded
   Tile bdpas;        // of gemm_bdpas, where the device has the instruction; else of no rows
   Costs costs;
+  WeightOperand weight_operand = WeightOperand::int4;  // of gemm_small, until an owner has reported otherwise
 };
 
 /// Every architecture with a matrix unit that we compile for.
@@ -91,6 +92,10 @@ struct Override {
 };
 /// Throws std::runtime_error naming the variable, its value and what is expected.
 Override variant_override();
+
+/// What gemm_small decodes weights to: what XPU_FP4_WEIGHT_OPERAND asks for, `int4` or `int8`, else what the table says. Read
+/// at each call. Throws as variant_override() does.
+WeightOperand weight_operand(const Architecture& architecture);
 
 /// The kernel that is modelled to take the fewest clocks on `compute_units` vector engines. Only `forced` gives Kernel::bdpas.
 GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, const ProductShape& shape,

@@ -64,6 +64,14 @@ Variant with_factor(Variant variant) {
   return variant;
 }
 
+Variant with_weight_operand(Variant variant, WeightOperand operand) {
+  for (auto& [name, value] : variant.macros) {
+    if (name == "WEIGHT_OPERAND") value = static_cast<int>(operand);
+  }
+  if (operand == WeightOperand::int8) variant.label += ", W as int8";
+  return variant;
+}
+
 Variant with_scale_mode(Variant variant, ScaleMode rule) {
   variant.macros.emplace_back("SCALE_MODE", static_cast<int>(rule));
   variant.label += rule == ScaleMode::abs_max ? ", abs_max" : ", quest";
@@ -156,6 +164,7 @@ Variant gemm_small_variant(Gpu gpu, Format of, int rows, Weights weights, DType 
                                      {{"DTYPE", static_cast<int>(out)},
                                       {"ROWS", rows},
                                       {"WEIGHTS", static_cast<int>(weights)},
+                                      {"WEIGHT_OPERAND", static_cast<int>(WeightOperand::int4)},
                                       {"FORMAT", static_cast<int>(of)}}),
                           std::to_string(rows) + " rows" + known + suffix(of),
                           {"gemm_small"}});
@@ -209,6 +218,10 @@ void add_products(const Architecture& architecture, std::vector<Counted>& all) {
       }
     }
     for (const int rows : {8, 32}) all.push_back({gemm_small_variant(gpu, of, rows, Weights::any, DType::bf16, 16)});
+    for (const int rows : {1, 32}) {
+      const Variant small = gemm_small_variant(gpu, of, rows, Weights::scales_together, DType::bf16, 16);
+      all.push_back({with_weight_operand(small, WeightOperand::int8)});
+    }
   }
   for (const DType of : {DType::bf16, DType::f16}) {
     all.push_back({gemm_w4a16_matrix_variant(gpu, architecture.w4a16, 1, of, of, true, 16)});
@@ -321,7 +334,7 @@ void add_linear(Gpu gpu, DType of, std::vector<Variant>& all) {
   }
 }
 
-// What `xpu-fp4 doctor` takes beside that: float32, a Hadamard, K within a quad, the portable kernels.
+// What `xpu-fp4 doctor` takes beside that: float32, a Hadamard, K within a quad, weights as int8, the portable kernels.
 void add_doctor(Gpu gpu, std::vector<Variant>& all) {
   const Target target = {gpu.architecture->sub_group, true};
   for (const Format format : kFormats) {
@@ -331,6 +344,7 @@ void add_doctor(Gpu gpu, std::vector<Variant>& all) {
     add(all, expand_activations_variant(gpu, format, Floats{DType::f32, false}, ElementOrder::packed, 16));
     add(all, gemm_small_variant(gpu, format, 32, Weights::scales_together, DType::f32, 16));
     for (const int rows : {8, 32}) add(all, gemm_small_variant(gpu, format, rows, Weights::any, DType::bf16, 16));
+    add(all, with_weight_operand(gemm_small_variant(gpu, format, 8, Weights::any, DType::bf16, 16), WeightOperand::int8));
     add(all, gemm_variant({target.sub_group, false}, format, 16));
   }
   for (const DType of : kHalves) add(all, gemm_w4a16_variant(target, of, of, 16));

@@ -39,6 +39,8 @@ struct Gpu {
 
 /// Of a product whose sums are multiplied by a factor.
 Variant with_factor(Variant variant);
+/// Of gemm_small whose weights become such operands.
+Variant with_weight_operand(Variant variant, WeightOperand operand);
 /// Of a quantizer whose MXFP4 scales follow that one of FP-Quant's rules.
 Variant with_scale_mode(Variant variant, ScaleMode rule);
 /// Whose a product's tiles of rows are: they share a weight; each has an expert's; or that, and a token's tiles are added up.

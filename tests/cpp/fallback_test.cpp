@@ -91,6 +91,24 @@ TEST(Explanation, NamesWhatTheBackendLaunches) {
   }
 }
 
+TEST(Explanation, SaysWhatFewRowsDecodeWeightsTo) {
+  const auto variant = [](int64_t m) {
+    return explain(planned_device("bmg", 0), [m](const Backend& backend) {
+      uint8_t* at = nullptr;
+      backend.multiply({Activations::floats(at, DType::bf16, {Format::mxfp4}, m, 4096),
+                        {WeightForm::stored, 4096, 4096, at, at, 128, 1},
+                        {at, DType::bf16, {nullptr, 0, 0}}});
+    }).variant;
+  };
+  EXPECT_EQ(variant(1), "bmg 1 rows");
+  setenv("XPU_FP4_WEIGHT_OPERAND", "int8", 1);
+  EXPECT_EQ(variant(1), "bmg 1 rows, W as int8");
+  EXPECT_EQ(variant(1024).find("int8"), std::string::npos);
+  setenv("XPU_FP4_WEIGHT_OPERAND", "int4", 1);
+  EXPECT_EQ(variant(1), "bmg 1 rows");
+  unsetenv("XPU_FP4_WEIGHT_OPERAND");
+}
+
 TEST(Explanation, CountsTheMemoryThatIsHeldAtATime) {
   const Explanation found = explain(planned_device("bmg", 0), [](const Backend& backend) {
     uint8_t* at = nullptr;
@@ -178,6 +196,9 @@ TEST(Fallback, ProgramsOfDoctorAreCompiledAheadOfTime) {
           expect_ahead_of_time(architecture, programs_of(architecture, quantizer, DType::bf16, {m, 96, 416, false}));
         }
         if (!portable) expect_ahead_of_time(architecture, programs_of(architecture, {to}, DType::bf16, {m, 96, 416, true}));
+        setenv("XPU_FP4_WEIGHT_OPERAND", "int8", 1);
+        expect_ahead_of_time(architecture, programs_of(architecture, {to}, DType::bf16, {m, 96, 416, false}));
+        unsetenv("XPU_FP4_WEIGHT_OPERAND");
       }
       for (const DType of : {DType::bf16, DType::f16}) {
         expect_ahead_of_time(architecture, programs_of(architecture, {Format::none}, of, {m, 96, 416, false}));

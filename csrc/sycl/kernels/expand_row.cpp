@@ -107,9 +107,7 @@ inline LaneDwords load_codes(const uint8_t* at) {
     LaneDwords values;
 #pragma unroll
     for (int i = 0; i < kLaneDwords; ++i) {
-      const uint32_t two = codes.byte[2 * i] | uint32_t{codes.byte[2 * i + 1]} << 8;
-      const uint32_t spread = (two | two << 8) & 0x00FF00FFu;
-      values[i] = twice4((spread | spread << 4) & 0x0F0F0F0Fu);
+      values[i] = twice4(spread4(codes.byte[2 * i] | uint32_t{codes.byte[2 * i + 1]} << 8));
     }
     return values;
   }

@@ -5,8 +5,8 @@
 // A work-group computes XPU_FP4_ROWS rows x kLanes columns. Its kSplit sub-groups share K: in a round each decodes its own quad
 // of weights in registers and leaves the quad's sums in local memory; then each adds up, for its share of the rows, the round's
 // quads in ascending order. So the order is that of the definition. Macros: XPU_FP4_FORMAT (of A), XPU_FP4_ROWS, XPU_FP4_DTYPE
-// (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_WEIGHTS (Weights of layout.hpp). XPU_FP4_COMBINED, of experts: a work-group does the slots
-// of a token, each a tile of one row, and adds them up.
+// (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_WEIGHTS (Weights of layout.hpp), XPU_FP4_WEIGHT_OPERAND. XPU_FP4_COMBINED, of experts: a
+// work-group does the slots of a token, each a tile of one row, and adds them up.
 #include <sycl/ext/oneapi/work_group_static.hpp>
 
 #include "decode.hpp"
@@ -21,7 +21,9 @@ constexpr int kGroups = ceil_div(kRows, kLanes);  // of rows, that share a word 
 constexpr int kSplit = kSmallSplit;
 constexpr int kOwnRows = ceil_div(kRows, kSplit);
 constexpr int kUnitRows = kRows < kRowUnit ? kRows : kRowUnit;
-using Decoded = DecodedBlock<(kRows > 16 ? 2 : 1)>;  // so that the matrix unit keeps up with memory
+// For many rows with fewer products, so that the matrix unit keeps up with memory.
+using Decoded = std::conditional_t<static_cast<WeightOperand>(XPU_FP4_WEIGHT_OPERAND) == WeightOperand::int8, Int8Block,
+                                   DecodedBlock<(kRows > 16 ? 2 : 1)>>;
 
 // Exponents come in groups of lanes: a tile that is not the first begins one.
 #ifdef XPU_FP4_GROUPED

@@ -89,6 +89,9 @@ enum class Weights : int {
   scales_together  // and a quad's four scale bytes are an aligned dword
 };
 
+/// What gemm_small.cpp decodes W to, for the matrix unit: int4 takes fewer instructions, and its layout is less documented.
+enum class WeightOperand : int { int4, int8 };
+
 struct ExpandedLayout {
   int64_t rows, padded_rows, quads;
   int lanes;

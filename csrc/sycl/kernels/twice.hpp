@@ -15,4 +15,10 @@ inline uint32_t twice4(uint32_t codes, uint32_t shift = 0) {
   return ((magnitude ^ low_bits) + negative) ^ negative << 7;
 }
 
+/// Two bytes of packed codes, in K order, to a code in each of four bytes.
+inline uint32_t spread4(uint32_t packed) {
+  const uint32_t bytes = packed & 0xFFFFu, spread = (bytes | bytes << 8) & 0x00FF00FFu;
+  return (spread | spread << 4) & 0x0F0F0F0Fu;
+}
+
 }  // namespace xpu_fp4

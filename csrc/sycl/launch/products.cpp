@@ -130,9 +130,9 @@ std::string gemm_small(const Queue& queue, Gpu gpu, const GemmPlan& plan, const 
                        const Grouped& grouped) {
   const auto& [activations, w, out] = product;
   const int64_t lanes = gpu.architecture->sub_group;
-  const Variant variant = for_output(gemm_small_variant(gpu, activations.to.format, plan.rows, weights_of(w), out.dtype,
-                                                        alignment_of({w.codes}), grouped.kind()),
-                                     out);
+  const Variant int4 = gemm_small_variant(gpu, activations.to.format, plan.rows, weights_of(w), out.dtype,
+                                          alignment_of({w.codes}), grouped.kind());
+  const Variant variant = for_output(with_weight_operand(int4, weight_operand(*gpu.architecture)), out);
   const int64_t group_lanes = lanes * kSmallSplit;
   const int64_t rows = grouped.kind() == RowTiles::dense     ? ceil_div(activations.m, plan.rows)
                        : grouped.kind() == RowTiles::grouped ? grouped.count

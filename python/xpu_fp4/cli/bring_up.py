@@ -2,7 +2,7 @@
 """The kernels of a GPU's architecture, one by one, against the reference: which of them work on a new device."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,8 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..functional import Hadamard, Mode, expand, linear, mxint8_quantize, quantize
 
-VARIABLE = "XPU_FP4_SYCL_VARIANT"
-M, N, K = {"small": 5, "medium": 200, "large": 200, "portable": 37}, 96, 416  # K ends within a quad
+M, N, K = {"small": 5, "small, int8": 5, "medium": 200, "large": 200, "portable": 37}, 96, 416  # K ends within a quad
 
 
 class Result(NamedTuple):
@@ -93,29 +92,47 @@ _QUANTIZERS: dict[str, Task] = {
 }
 
 
+# Two ways of the small kernel: what it decodes weights to is an operand of the matrix unit that may be another than we think.
+_OF_OPERANDS = ("W4A4", "W4A8")
+
+
 @contextmanager
-def _forced(variant: str) -> Iterator[None]:
-    """Makes the launcher, which reads the environment at each call, take this variant."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = variant
+def _forced(variable: str, value: str) -> Iterator[None]:
+    """Makes the launcher, which reads the environment at each call, take this value."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
     try:
         yield
     finally:
-        os.environ.pop(VARIABLE)
+        os.environ.pop(variable)
         if before is not None:
-            os.environ[VARIABLE] = before
+            os.environ[variable] = before
+
+
+def _tasks(kernel: str) -> dict[str, Task]:
+    if kernel == "small, int8":
+        return {task: _TASKS[task] for task in _OF_OPERANDS}
+    return _TASKS if kernel in ("small", "portable") else _TASKS | _EXPANDED
 
 
 def bring_up(device: torch.device, architecture: str) -> Iterator[Result]:
     """Every kernel of that architecture in every task, on tensors of the device. Empty architecture: the portable kernels."""
     for task, run in _QUANTIZERS.items():
         yield Result("quantize", task, _outcome(run, device, 37))
-    kernels = ("small", "medium", "large") if architecture else ()
+    kernels = ("small", "small, int8", "medium", "large") if architecture else ()
     for kernel in (*kernels, "portable"):
-        tasks = _TASKS if kernel in ("small", "portable") else _TASKS | _EXPANDED
-        with _forced(kernel if kernel == "portable" else f"{architecture}:{kernel}"):
-            for task, run in tasks.items():
+        name, _, operand = kernel.partition(", ")
+        variant = name if name == "portable" else f"{architecture}:{name}"
+        with _forced("XPU_FP4_SYCL_VARIANT", variant), _forced("XPU_FP4_WEIGHT_OPERAND", operand or "int4"):
+            for task, run in _tasks(kernel).items():
                 yield Result(kernel, task, _outcome(run, device, M[kernel]))
+
+
+def advice(results: Iterable[Result]) -> str | None:
+    """What to set where one way of the small kernel is wrong and the other right."""
+    wrong = {(kernel, task) for kernel, task, what in results if what is not None}
+    int4, int8 = ({(kernel, task) for task in _OF_OPERANDS} & wrong for kernel in ("small", "small, int8"))
+    return "set XPU_FP4_WEIGHT_OPERAND=int8, with which few rows are right" if int4 and not int8 else None
 
 
 def _outcome(run: Task, device: torch.device, rows: int) -> str | None:

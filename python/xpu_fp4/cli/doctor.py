@@ -20,7 +20,7 @@ from .._library import ops
 from .._version import __version__
 from ..backends import Backend, backends, cpu_backend, kernel_cache_doubt
 from ..functional import Mode, linear, mxint8_quantize, quantize
-from .bring_up import bring_up
+from .bring_up import advice, bring_up
 
 
 def _installed(distribution: str) -> str:
@@ -113,11 +113,11 @@ def _bring_up_table(device: torch.device, architecture: str) -> tuple[Table, boo
     """What each kernel computes, and whether all of it is right."""
     table = Table("kernel", "task", "result", title=f"Kernels of {architecture or 'no architecture'} on {device}")
     table.title_justify = "left"
-    good = True
-    for kernel, task, wrong in bring_up(device, architecture):
-        good = good and wrong is None
+    results = list(bring_up(device, architecture))
+    for kernel, task, wrong in results:
         table.add_row(kernel, task, "[green]right[/green]" if wrong is None else f"[red]wrong[/red]: {escape(wrong)}")
-    return table, good
+    table.caption = advice(results)
+    return table, all(result.wrong is None for result in results)
 
 
 @click.command("doctor")
