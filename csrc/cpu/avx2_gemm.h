@@ -6,8 +6,8 @@
 // columns at a time.
 #pragma once
 #include "avx2_quantize.h"
+#include "avx2_strips.h"
 #include "generic_output.h"
-#include "loop_nest.h"
 #include "operand_source.h"
 
 namespace xpu_fp4::cpu {
@@ -52,7 +52,6 @@ template <class Sums>
 struct Avx2 {
   static constexpr char kSource[] = "avx2_gemm.h";
   static constexpr int kGroupRows = 4, kPanelStrips = 1, kPanelQuads = 8, kDirectRows = 4, kBlockRows = 512;
-  static constexpr int kHalves = 2, kHalf = strips::kColumns / kHalves;
   using GroupQuad = ActivationQuad<kGroupRows>;
   using StripQuad = WeightQuad;
   struct Session {};
@@ -79,7 +78,7 @@ struct Avx2 {
 
   static Level fill(const Weight& w, int64_t strip, int64_t quad, StripQuad& out) {
     alignas(64) uint8_t buffer[strips::kRecordBytes];
-    const uint8_t* record = record_of(w, strip, quad, buffer);
+    const uint8_t* record = fetched_record(w, strip, quad, buffer);
     for (int d = 0; d < kQuadBytes / 4; ++d) {
       for (int half = 0; half < kHalves; ++half) {
         const Integers integers = decode(record, d, half);
@@ -88,7 +87,7 @@ struct Avx2 {
       }
     }
     for (int half = 0; half < kHalves; ++half) {
-      for (int b = 0; b < kQuad; ++b) _mm256_store_ps(out.factor[b] + kHalf * half, factor_of(record, b, half));
+      for (int b = 0; b < kQuad; ++b) _mm256_store_ps(out.factor[b] + kHalf * half, factor_of<true>(record, b, half));
     }
     return level_of(record);
   }
@@ -103,16 +102,8 @@ struct Avx2 {
 
   // All quads of one strip for up to kDirectRows rows; acc has a row of a strip for each.
   static void add_strip(const GroupQuad* a, int rows, const Weight& w, int64_t strip, float* acc) {
-    static constexpr Direct kDirect[kDirectRows][2] = {{add_directly<1, false>, add_directly<1, true>},
-                                                       {add_directly<2, false>, add_directly<2, true>},
-                                                       {add_directly<3, false>, add_directly<3, true>},
-                                                       {add_directly<4, false>, add_directly<4, true>}};
-    alignas(64) uint8_t buffer[strips::kRecordBytes];
-    for (int64_t quad = 0; quad < strips::quads(w.k); ++quad) {
-      const uint8_t* record = record_of(w, strip, quad, buffer);
-      const bool general = std::max(level_of(record), a[quad].level) == Level::general;
-      kDirect[rows - 1][general ? 1 : 0](a[quad], record, acc);
-    }
+    static constexpr Direct kDirect[kDirectRows] = {add_rows<1>, add_rows<2>, add_rows<3>, add_rows<4>};
+    kDirect[rows - 1](a, w, strip, acc);
   }
 
  private:
@@ -124,24 +115,11 @@ struct Avx2 {
     __m256i low, high;
   };
   [[gnu::always_inline]] static Integers decode(const uint8_t* record, int d, int half) {
-    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(record + 64 * d + 32 * half));
+    const __m256i codes = codes_of(record, d, half);
     const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kBiased.data())));
     const __m256i nibble = _mm256_set1_epi8(15);
     return {_mm256_shuffle_epi8(table, _mm256_and_si256(codes, nibble)),
             _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble))};
-  }
-
-  static __m256i scales_of(const uint8_t* record, int half) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(record + strips::kCodeBytes + 32 * half));
-  }
-
-  // e8m0::value of a half's scales of block b.
-  static __m256 factor_of(const uint8_t* record, int b, int half) {
-    const __m256i byte = _mm256_and_si256(_mm256_srli_epi32(scales_of(record, half), 8 * b), _mm256_set1_epi32(255));
-    const __m256i least = _mm256_cmpeq_epi32(byte, _mm256_setzero_si256());  // 2^-127 is subnormal
-    const __m256i nan = _mm256_cmpeq_epi32(byte, _mm256_set1_epi32(e8m0::kNan));
-    const __m256i bits = _mm256_blendv_epi8(_mm256_slli_epi32(byte, 23), _mm256_set1_epi32(1 << 22), least);
-    return _mm256_castsi256_ps(_mm256_blendv_epi8(bits, _mm256_set1_epi32(static_cast<int>(kNanBits)), nan));
   }
 
   static Level level_of(const uint8_t* record) {
@@ -234,38 +212,65 @@ struct Avx2 {
     }
   }
 
-  using Direct = void (*)(const GroupQuad&, const uint8_t*, float*);
+  using Direct = void (*)(const GroupQuad*, const Weight&, int64_t, float*);
+
+  template <int R>
+  static void add_rows(const GroupQuad* a, const Weight& w, int64_t strip, float* acc) {
+    alignas(64) uint8_t buffer[strips::kRecordBytes];
+    for (int64_t quad = 0; quad < strips::quads(w.k); ++quad) {
+      const uint8_t* record = fetched_record(w, strip, quad, buffer);
+      if (std::max(level_of(record), a[quad].level) == Level::general) {
+        add_general<R>(a[quad], record, acc);
+      } else {
+        add_quad<R, false>(a[quad], record, acc);
+      }
+    }
+  }
+
+  template <int R>
+  [[gnu::noinline]] static void add_general(const GroupQuad& a, const uint8_t* record, float* acc) {
+    add_quad<R, true>(a, record, acc);
+  }
 
   // acc += one quad of a strip.
   template <int R, bool kGeneral>
-  static void add_directly(const GroupQuad& a, const uint8_t* record, float* acc) {
-    for (int half = 0; half < kHalves; ++half) {
-      __m256 pair[2][R];
+  [[gnu::always_inline]] static void add_quad(const GroupQuad& a, const uint8_t* record, float* acc) {
+    __m256 pair[2][R][kHalves];
 #pragma GCC unroll 4
-      for (int b = 0; b < kQuad; ++b) {
-        __m256i sum[R];
+    for (int b = 0; b < kQuad; ++b) add_block<R, kGeneral>(a, record, b, pair[b / 2]);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[r] = _mm256_set1_epi32(a.block[r][b].start);
-#pragma GCC unroll 4
-        for (int d = 4 * b; d < 4 * b + 4; ++d) {
-          const Integers w = decode(record, d, half);
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) {
-            sum[r] = Sums::add(sum[r], w.low, four_of(a, r, 8 * d));
-            sum[r] = Sums::add(sum[r], w.high, four_of(a, r, 8 * d + 4));
-          }
-        }
-        const __m256 factor = factor_of(record, b, half);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          __m256& out = pair[b / 2][r];
-          out = product<kGeneral>(Sums::magic_of(sum[r]), a.block[r][b], factor, b % 2 != 0, out);
-        }
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int half = 0; half < kHalves; ++half) {
+        float* at = acc + r * strips::kColumns + kHalf * half;
+        _mm256_store_ps(at, _mm256_add_ps(_mm256_load_ps(at), _mm256_add_ps(pair[0][r][half], pair[1][r][half])));
       }
+    }
+  }
+
+  template <int R, bool kGeneral>
+  [[gnu::always_inline]] static void add_block(const GroupQuad& a, const uint8_t* record, int b, __m256 (&pair)[R][kHalves]) {
+    __m256i sum[R][kHalves];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm256_set1_epi32(a.block[r][b].start);
+#pragma GCC unroll 4
+    for (int d = 4 * b; d < 4 * b + 4; ++d) {
+      const Integers left = decode(record, d, 0), right = decode(record, d, 1);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        float* at = acc + r * strips::kColumns + kHalf * half;
-        _mm256_store_ps(at, _mm256_add_ps(_mm256_load_ps(at), _mm256_add_ps(pair[0][r], pair[1][r])));
+        const __m256i low = four_of(a, r, 8 * d), high = four_of(a, r, 8 * d + 4);
+        sum[r][0] = Sums::add(Sums::add(sum[r][0], left.low, low), left.high, high);
+        sum[r][1] = Sums::add(Sums::add(sum[r][1], right.low, low), right.high, high);
+        asm("" : "+x"(sum[r][0]), "+x"(sum[r][1]));
+      }
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < kHalves; ++half) {
+      const __m256 factor = factor_of<kGeneral>(record, b, half);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        __m256& out = pair[r][half];
+        out = product<kGeneral>(Sums::magic_of(sum[r][half]), a.block[r][b], factor, b % 2 != 0, out);
       }
     }
   }

@@ -1,43 +1,60 @@
 // SPDX-License-Identifier: Apache-2.0
-// W4A16 on AVX2: float32 products. Lanes are eight columns, half of a strip; a nibble becomes its value by a permutation of the
-// eight magnitudes and a sign. Many rows: a quad of a strip is unpacked to the first-level cache, and tiles of up to four rows
-// go over it. Few rows: nibbles are looked up where they are used.
+// W4A16 on AVX2: float32 products. A code's value is a bfloat16, and so the upper half of a float32: two byte permutations look
+// up both of its bytes for 32 codes at a time, and joining them gives pairs of values, of which one has to be shifted up and
+// the other only to be masked. So a vector holds two elements of four columns, and the sums of its two elements are added at a
+// block's end. Many rows: a quad of a strip is unpacked to the first-level cache, and tiles of up to four rows go over it. Few
+// rows: the same vectors are made where they are used.
 //
 // Order of an output's sum, the same for every shape: a block in two runs of sixteen products, each by fma; blocks by scale,
 // pairwise; quads one after the other. So the error is below (16 + 4 + K / 128) 2^-24 sum |x w|.
 #pragma once
+#include "avx2_strips.h"
 #include "generic_w4a16.h"
 
 namespace xpu_fp4::cpu {
 namespace {
 
+// One byte of each code's value as bfloat16.
+constexpr std::array<uint8_t, 16> bytes_of_values(int byte) {
+  std::array<uint8_t, 16> table{};
+  for (unsigned code = 0; code < 16; ++code) table[code] = static_cast<uint8_t>(bits_of(e2m1::value(code)) >> (16 + 8 * byte));
+  return table;
+}
+
 struct Avx2Float {
   static constexpr char kSource[] = "avx2_w4a16.h";
-  static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 1, kDirectRows = 4, kBlockRows = 512, kRunLength = 16;
-  static constexpr int kHalves = 2, kHalf = strips::kColumns / kHalves;
+  static constexpr int kGroupRows = 4, kPanelStrips = 2, kPanelQuads = 1, kDirectRows = 4, kBlockRows = 512;
+  // X in the order in which two elements share a vector.
   using GroupQuad = FloatQuad<kGroupRows>;
   struct Session {};
 
-  // codes[k][column]; factor is 2^ew.
+  // Steps of two elements, kStepsOfDword for each dword of codes: two vectors for each half of the columns. factor is 2^ew.
+  static constexpr int kStepsOfDword = 4, kSteps = kQuadElements / 2;
   struct alignas(64) StripQuad {
-    float codes[kQuadElements][strips::kColumns];
+    float values[kHalves][kSteps][2][8];
     float factor[kQuad][strips::kColumns];
   };
 
   static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
     expand_floats(source, block, blocks, out, row);
+    const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
+    for (int i = 0; i < kQuadElements; i += 8) {
+      _mm256_storeu_ps(out.x[row] + i, _mm256_permutevar8x32_ps(_mm256_loadu_ps(out.x[row] + i), order));
+    }
   }
   static void pad(GroupQuad&, int) {}
 
   static Level fill(const Weight& w, int64_t strip, int64_t quad, StripQuad& out) {
     alignas(64) uint8_t buffer[strips::kRecordBytes];
-    const uint8_t* record = record_of(w, strip, quad, buffer);
-    set_factors(record, out.factor);
-    for (int d = 0; d < kQuadBytes / 4; ++d) {
-      for (int half = 0; half < kHalves; ++half) {
-        const __m256i codes = codes_of(record, d, half);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) _mm256_store_ps(out.codes[8 * d + i] + kHalf * half, value(codes, i));
+    const uint8_t* record = fetched_record(w, strip, quad, buffer);
+    for (int half = 0; half < kHalves; ++half) {
+      for (int b = 0; b < kQuad; ++b) _mm256_store_ps(out.factor[b] + kHalf * half, factor_of<true>(record, b, half));
+      for (int d = 0; d < kQuadBytes / 4; ++d) {
+        auto& steps = out.values[half];
+        decode(record, d, half, [&](int step, __m256 first, __m256 second) __attribute__((always_inline)) {
+          _mm256_store_ps(steps[step][0], first);
+          _mm256_store_ps(steps[step][1], second);
+        });
       }
     }
     return Level::quad;
@@ -60,30 +77,52 @@ struct Avx2Float {
  private:
   using Tile = void (*)(const GroupQuad&, const StripQuad&, float*);
   using Direct = void (*)(const GroupQuad*, const Weight&, int64_t, float*);
+  static constexpr auto kLow = bytes_of_values(0), kHigh = bytes_of_values(1);
 
-  // Loads dword d of the quad's codes, eight elements, of each of a half's columns.
-  static __m256i codes_of(const uint8_t* record, int d, int half) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(record + 64 * d + 32 * half));
+  // The sums of R rows over the two vectors of a step.
+  template <int R>
+  using Sums = __m256[R][2];
+
+  static __m256i table(const std::array<uint8_t, 16>& bytes) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes.data())));
   }
 
-  // Nibble i of each dword as its value; a permutation looks at the low three bits of its index.
-  [[gnu::always_inline]] static __m256 value(__m256i codes, int i) {
-    const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
-    const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28 - 4 * i), _mm256_set1_epi32(INT32_MIN));
-    const __m256 magnitude = _mm256_permutevar8x32_ps(magnitudes, _mm256_srli_epi32(codes, 4 * i));
-    return _mm256_xor_ps(magnitude, _mm256_castsi256_ps(sign));
+  // Calls function(step, first, second) for the steps of dword d of a half's columns: of the low nibbles, then of the high
+  // ones. Columns c, c + 1, c + 4, c + 5 of the half have two lanes each, in this order, for c = 0 in the first vector and c =
+  // 2 in the second.
+  template <class Function>
+  [[gnu::always_inline]] static void decode(const uint8_t* record, int d, int half, const Function& function) {
+    const __m256i codes = codes_of(record, d, half), nibble = _mm256_set1_epi8(15);
+    decode_nibbles(_mm256_and_si256(codes, nibble), kStepsOfDword * d, function);
+    decode_nibbles(_mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble), kStepsOfDword * d + 2, function);
+  }
+  template <class Function>
+  [[gnu::always_inline]] static void decode_nibbles(__m256i nibbles, int step, const Function& function) {
+    const __m256i low = _mm256_shuffle_epi8(table(kLow), nibbles), high = _mm256_shuffle_epi8(table(kHigh), nibbles);
+    const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
+    function(step, _mm256_castsi256_ps(_mm256_slli_epi32(first, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(second, 16)));
+    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+    function(step + 1, _mm256_castsi256_ps(_mm256_and_si256(first, upper)),
+             _mm256_castsi256_ps(_mm256_and_si256(second, upper)));
   }
 
-  static void set_factors(const uint8_t* record, float (*factor)[strips::kColumns]) {
-    for (int c = 0; c < strips::kColumns; ++c) {
-      for (int b = 0; b < kQuad; ++b) factor[b][c] = e8m0::value(record[strips::scale_offset(c, b)]);
+  // Adds a step's products.
+  template <int R>
+  [[gnu::always_inline]] static void add_step(const GroupQuad& a, int step, __m256 first, __m256 second, Sums<R>& sum) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      double two;
+      std::memcpy(&two, &a.x[r][2 * step], sizeof(two));
+      const __m256 x = _mm256_castpd_ps(_mm256_set1_pd(two));
+      sum[r][0] = _mm256_fmadd_ps(x, first, sum[r][0]);
+      sum[r][1] = _mm256_fmadd_ps(x, second, sum[r][1]);
     }
   }
 
-  // Adds a block's two runs to a pair of blocks.
-  static __m256 add_block(int b, __m256 first_run, __m256 second_run, __m256 factor, __m256 pair) {
-    const __m256 sum = _mm256_add_ps(first_run, second_run);
-    return b % 2 == 0 ? _mm256_mul_ps(sum, factor) : _mm256_fmadd_ps(sum, factor, pair);
+  // Adds a block's sums, two of each column, to a pair of blocks.
+  static __m256 add_block(int b, const __m256 (&sum)[2], __m256 factor, __m256 pair) {
+    const __m256 of_columns = _mm256_add_ps(_mm256_shuffle_ps(sum[0], sum[1], 0x88), _mm256_shuffle_ps(sum[0], sum[1], 0xDD));
+    return b % 2 == 0 ? _mm256_mul_ps(of_columns, factor) : _mm256_fmadd_ps(of_columns, factor, pair);
   }
 
   static void add_pairs(float* acc, __m256 left, __m256 right) {
@@ -91,42 +130,23 @@ struct Avx2Float {
   }
 
   template <int R>
-  [[gnu::always_inline]] static void add_run(const GroupQuad& a, const StripQuad& w, int first, __m256 (&out)[R][kHalves]) {
-    __m256 sum[R][kHalves] = {};
-#pragma GCC unroll 2
-    for (int k = first; k < first + kRunLength; ++k) {
-      const __m256 left = _mm256_load_ps(w.codes[k]), right = _mm256_load_ps(w.codes[k] + kHalf);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const __m256 x = _mm256_broadcast_ss(&a.x[r][k]);
-        sum[r][0] = _mm256_fmadd_ps(x, left, sum[r][0]);
-        sum[r][1] = _mm256_fmadd_ps(x, right, sum[r][1]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      out[r][0] = sum[r][0];
-      out[r][1] = sum[r][1];
-    }
-  }
-
-  template <int R>
   static void add_tile(const GroupQuad& a, const StripQuad& w, float* acc) {
-    __m256 pair[2][R][kHalves];
-    for (int b = 0; b < kQuad; ++b) {
-      __m256 first[R][kHalves], second[R][kHalves];
-      add_run<R>(a, w, b * kBlock, first);
-      add_run<R>(a, w, b * kBlock + kRunLength, second);
-      for (int r = 0; r < R; ++r) {
-        for (int half = 0; half < kHalves; ++half) {
-          const __m256 factor = _mm256_load_ps(w.factor[b] + kHalf * half);
-          pair[b / 2][r][half] = add_block(b, first[r][half], second[r][half], factor, pair[b / 2][r][half]);
+    for (int half = 0; half < kHalves; ++half) {
+      __m256 pair[2][R];
+#pragma GCC unroll 4
+      for (int b = 0; b < kQuad; ++b) {
+        Sums<R> sum = {};
+#pragma GCC unroll 2
+        for (int step = b * kBlock / 2; step < (b + 1) * kBlock / 2; ++step) {
+          const auto& values = w.values[half][step];
+          add_step<R>(a, step, _mm256_load_ps(values[0]), _mm256_load_ps(values[1]), sum);
         }
+        const __m256 factor = _mm256_load_ps(w.factor[b] + kHalf * half);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) pair[b / 2][r] = add_block(b, sum[r], factor, pair[b / 2][r]);
       }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int half = 0; half < kHalves; ++half) {
-        add_pairs(acc + r * kPanelStrips * strips::kColumns + kHalf * half, pair[0][r][half], pair[1][r][half]);
+      for (int r = 0; r < R; ++r) {
+        add_pairs(acc + r * kPanelStrips * strips::kColumns + kHalf * half, pair[0][r], pair[1][r]);
       }
     }
   }
@@ -134,34 +154,27 @@ struct Avx2Float {
   template <int R>
   static void add_strip(const GroupQuad* a, const Weight& w, int64_t strip, float* acc) {
     alignas(64) uint8_t buffer[strips::kRecordBytes];
-    alignas(64) float factor[kQuad][strips::kColumns];
     for (int64_t quad = 0; quad < strips::quads(w.k); ++quad) {
-      const uint8_t* record = record_of(w, strip, quad, buffer);
-      set_factors(record, factor);
-      for (int half = 0; half < kHalves; ++half) add_half<R>(a[quad], record, half, factor, acc + kHalf * half);
+      const uint8_t* record = fetched_record(w, strip, quad, buffer);
+      for (int half = 0; half < kHalves; ++half) add_half<R>(a[quad], record, half, acc + kHalf * half);
     }
   }
 
   template <int R>
-  [[gnu::always_inline]] static void add_half(const GroupQuad& a, const uint8_t* record, int half,
-                                              const float (*factor)[strips::kColumns], float* acc) {
+  [[gnu::always_inline]] static void add_half(const GroupQuad& a, const uint8_t* record, int half, float* acc) {
     __m256 pair[2][R];
+#pragma GCC unroll 4
     for (int b = 0; b < kQuad; ++b) {
-      __m256 run[2][R] = {};
+      Sums<R> sum = {};
 #pragma GCC unroll 4
-      for (int d = 0; d < 4; ++d) {
-        const __m256i codes = codes_of(record, 4 * b + d, half);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-          const __m256 w = value(codes, i);
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) {
-            run[d / 2][r] = _mm256_fmadd_ps(_mm256_broadcast_ss(&a.x[r][b * kBlock + 8 * d + i]), w, run[d / 2][r]);
-          }
-        }
+      for (int d = 4 * b; d < 4 * b + 4; ++d) {
+        decode(record, d, half, [&](int step, __m256 first, __m256 second) __attribute__((always_inline)) {
+          add_step<R>(a, step, first, second, sum);
+        });
       }
-      const __m256 scale = _mm256_load_ps(factor[b] + kHalf * half);
-      for (int r = 0; r < R; ++r) pair[b / 2][r] = add_block(b, run[0][r], run[1][r], scale, pair[b / 2][r]);
+      const __m256 factor = factor_of<true>(record, b, half);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) pair[b / 2][r] = add_block(b, sum[r], factor, pair[b / 2][r]);
     }
     for (int r = 0; r < R; ++r) add_pairs(acc + r * kPanelStrips * strips::kColumns, pair[0][r], pair[1][r]);
   }

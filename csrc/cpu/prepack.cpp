@@ -8,14 +8,30 @@ namespace xpu_fp4::cpu {
 
 using strips::blocks_of;
 
+namespace {
+
+// Rows of a strip that exist.
+int columns_of(const Weight& w, int64_t strip) {
+  return static_cast<int>(std::min<int64_t>(strips::kColumns, w.n - strip * strips::kColumns));
+}
+
+}  // namespace
+
 void prepack_record(const Weight& w, int64_t strip, int64_t quad, int blocks, uint8_t* record) {
   std::memset(record, 0, static_cast<size_t>(strips::code_bytes(blocks)));
-  std::memset(record + strips::code_bytes(blocks), e8m0::kBias, strips::kRecordBytes - strips::kCodeBytes);
-  const int columns = static_cast<int>(std::min<int64_t>(strips::kColumns, w.n - strip * strips::kColumns));
-  const int present = blocks_of(w.k, quad);
-  for (int c = 0; c < columns; ++c) {
+  for (int c = 0; c < columns_of(w, strip); ++c) {
     const WeightRow row(w, strip * strips::kColumns + c, quad);
-    for (int byte = 0; byte < present * kBlockBytes; ++byte) record[strips::code_offset(c, byte)] = row.packed(byte);
+    for (int byte = 0; byte < blocks_of(w.k, quad) * kBlockBytes; ++byte)
+      record[strips::code_offset(c, byte)] = row.packed(byte);
+  }
+  prepack_scales(w, strip, quad, blocks, record);
+}
+
+void prepack_scales(const Weight& w, int64_t strip, int64_t quad, int blocks, uint8_t* record) {
+  std::memset(record + strips::code_bytes(blocks), e8m0::kBias, strips::kRecordBytes - strips::kCodeBytes);
+  const int present = blocks_of(w.k, quad);
+  for (int c = 0; c < columns_of(w, strip); ++c) {
+    const WeightRow row(w, strip * strips::kColumns + c, quad);
     for (int b = 0; b < kQuad; ++b) record[strips::scale_offset(c, b, blocks)] = row.scale(std::min(b, present - 1));
   }
 }

@@ -36,6 +36,9 @@ class WeightRow {
 /// kQuad.
 void prepack_record(const Weight& w, int64_t strip, int64_t quad, int blocks, uint8_t* record);
 
+/// The scales of that record alone.
+void prepack_scales(const Weight& w, int64_t strip, int64_t quad, int blocks, uint8_t* record);
+
 /// A whole record from one of fewer blocks; the other codes are zero.
 void complete_record(const uint8_t* record, int blocks, uint8_t* out);
 
