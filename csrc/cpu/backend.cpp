@@ -18,6 +18,7 @@
 #include "float_environment.h"
 #include "grouped.h"
 #include "prepack.h"
+#include "scratch.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -25,7 +26,7 @@ namespace {
 // Blocks per task: 64 KiB of float32 input, so that starting a task costs little beside it.
 constexpr int64_t kBlocksPerTask = 512;
 // Rows whose activations are expanded at a time, which bounds the memory of a call: for each 1024 of K, 1.7 KiB a row for W4A4
-// and W4A8, up to 4 KiB for W4A16.
+// and W4A8, up to 4 KiB for W4A16. The calling thread keeps it (scratch.h).
 constexpr int64_t kChunkRows = 1024;
 // Records and rows of a weight that are worth a thread where its form changes.
 constexpr int64_t kRecordsPerTask = 16, kRowsPerTask = 64;
@@ -68,7 +69,7 @@ class NativeBackend final : public Backend {
     const int64_t m = product.activations.m;
     if (m == 0 || product.weight.n == 0) return;
     const ProductKernels& kernels = kernels_.product(product.activations);
-    Scratch expanded;
+    Scratch& expanded = scratch_of_thread(ScratchFor::activations);
     for (int64_t first = 0; first < m; first += kChunkRows) {
       Grouped chunk;
       chunk.add(kernels, product, first, std::min(kChunkRows, m - first));

@@ -9,6 +9,7 @@
 #include "../format/strips.h"
 #include "float_environment.h"
 #include "grouped.h"
+#include "scratch.h"
 
 namespace xpu_fp4::cpu {
 namespace {
@@ -45,14 +46,13 @@ class Chunk {
     const int64_t rows = first_.back(), u_bytes = args_.w13.n * size_of(args_.dtype),
                   v_bytes = args_.w2.n * size_of(DType::f32);
     // v may lie where u does: it is written when all of u has been expanded.
-    Scratch memory, expanded_memory;
-    std::byte* results = memory.take(to_size(rows * std::max(u_bytes, v_bytes)));
+    std::byte* results = scratch_of_thread(ScratchFor::results).take(to_size(rows * std::max(u_bytes, v_bytes)));
     Grouped up, down;
     for (int64_t expert = 0; expert < args_.experts; ++expert) {
       add(up, expert, args_.w13, args_.w13_bias, x_of(expert), {results, args_.dtype, {}});
       add(down, expert, args_.w2, args_.w2_bias, u_of(expert, results), {results, DType::f32, {}});
     }
-    std::byte* expanded = expanded_memory.take(std::max(up.bytes(), down.bytes()));
+    std::byte* expanded = scratch_of_thread(ScratchFor::activations).take(std::max(up.bytes(), down.bytes()));
     up.run(expanded, parallel_for);
     down.run(expanded, parallel_for);
     combine(results, parallel_for);

@@ -4,8 +4,6 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <new>
-#include <utility>
 #include <vector>
 
 #include "../backend.h"
@@ -22,31 +20,7 @@ struct Range {
 constexpr int group_blocks(const Quantizer& to) { return to.format == Format::mxint8 ? to.group / kBlock : 1; }
 
 class Rectangles;
-
-/// Memory for one product after the other: it grows to what the largest of them needs.
-class Scratch {
- public:
-  Scratch() = default;
-  ~Scratch() { ::operator delete(data_, kAlignment); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  /// Returns so many bytes on a cache line's boundary, uninitialised; what was taken before is gone.
-  std::byte* take(size_t bytes) {
-    if (bytes > size_) {
-      ::operator delete(std::exchange(data_, nullptr), kAlignment);
-      size_ = 0;
-      data_ = static_cast<std::byte*>(::operator new(bytes, kAlignment));
-      size_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  std::byte* data_ = nullptr;
-  size_t size_ = 0;
-};
+class Scratch;
 
 /// A product in two steps: groups of rows of A are expanded, then multiplied with panels of columns.
 struct ProductKernels {

@@ -21,6 +21,7 @@
 //                                           group begins at a + quads
 //   kDirectRows, add_strip(a, rows, w, strip, acc)   all quads of a strip, for up to so many rows
 #pragma once
+#include "scratch.h"
 #include "transform.h"
 
 namespace xpu_fp4::cpu {
