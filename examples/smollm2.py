@@ -38,7 +38,8 @@ MODES: dict[str, xpu_fp4.Mode] = {"W4A16": "w4a16", "W4A8": "w4a8", "W4A4": "w4a
 DTYPE = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 DEFINED_TO_THE_BIT = ("W4A8", "W4A4")
 TOLERANCE = 0.02
-# The recipe for answers: a Hadamard of 32 before inputs are quantized, and weights rounded on what W4A8 gives them (GPTQ).
+# The recipe for answers: a Hadamard of 32 before inputs are quantized, weights rounded on what W4A8 gives them (GPTQ), and each
+# layer making up for a part of what those before it have lost.
 HADAMARD: xpu_fp4.Hadamard = 32
 CALIBRATED = "calibrated"
 EXAMPLES = Path(__file__).resolve().parent
@@ -94,6 +95,7 @@ def calibrated(model: Any, tokenizer: Any) -> Any:
             windows.split(4),
             mode="w4a8",
             hadamard=HADAMARD,
+            correct=True,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
 
