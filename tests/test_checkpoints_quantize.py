@@ -87,7 +87,12 @@ def test_config_says_what_was_done(source: Path, tmp_path: Path) -> None:
 
 def test_only_a_rule_that_others_do_not_know_is_recorded_for_us(source: Path, tmp_path: Path) -> None:
     for scale_mode, recorded in (("even", None), ("floor", {"scale_mode": "floor"})):
-        out = quantize_checkpoint(plan_quantization(source), tmp_path / scale_mode, scale_mode=scale_mode)  # type: ignore[arg-type]
+        out = quantize_checkpoint(
+            plan_quantization(source),
+            tmp_path / scale_mode,
+            mode="w4a4",
+            scale_mode=scale_mode,  # type: ignore[arg-type]
+        )
         assert json.loads((out / "config.json").read_text())["quantization_config"].get("xpu_fp4") == recorded
         assert {layer.scheme.scale_mode for layer in open_checkpoint(out).layers.values()} == {scale_mode}
 

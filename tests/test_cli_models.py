@@ -49,7 +49,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "llama"
     save_llama(folder)
     save_tokenizer(folder)
-    succeed("quantize", folder, folder.with_name("w4a4"))
+    succeed("quantize", folder, folder.with_name("w4a4"), "--scheme", "w4a4")
     return folder.with_name("w4a4")
 
 

@@ -28,7 +28,7 @@ def all_but_lm_head(module: nn.Module, name: str) -> bool:
 def quantize_(
     model: Model,
     *,
-    mode: Mode = "w4a4",
+    mode: Mode = "w4a8",
     scale_mode: ScaleMode = "even",
     group: Group = 128,
     hadamard: Hadamard = 0,

@@ -145,7 +145,7 @@ def quantize_checkpoint(
     plan: Plan,
     out: str | PathLike[str],
     *,
-    mode: Mode = "w4a4",
+    mode: Mode = "w4a8",
     scale_mode: ScaleMode = "even",
     hadamard: Hadamard = 0,
     offset: bool = False,

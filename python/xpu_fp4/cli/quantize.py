@@ -26,7 +26,7 @@ from .common import DIRECTORY, FILE, SCHEME, errors_as_messages, plain, progress
 @click.option(
     "--scheme",
     type=SCHEME,
-    default="w4a4",
+    default="w4a8",
     show_default=True,
     help="What layers make of their inputs: MXFP4, MXINT8 (w4a8), nothing. The weights are the same.",
 )
