@@ -173,9 +173,9 @@ def test_an_interrupted_run_calibrates_once(source: Path, tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(plan, tmp_path / "out", calibration=LlmCompressorCalibration(WINDOWS), progress=stop)
+        quantize_checkpoint(plan, tmp_path / "out", mode="w4a4", calibration=LlmCompressorCalibration(WINDOWS), progress=stop)
     monkeypatch.setattr("llmcompressor.oneshot", None)
-    quantize_checkpoint(plan, tmp_path / "out", calibration=LlmCompressorCalibration(WINDOWS))
+    quantize_checkpoint(plan, tmp_path / "out", mode="w4a4", calibration=LlmCompressorCalibration(WINDOWS))
     assert len(open_checkpoint(tmp_path / "out").layers) == len(LINEARS)
 
 
