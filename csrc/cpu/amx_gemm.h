@@ -56,6 +56,8 @@ struct Amx {
   using Session = TileSession;
 
   static void expand(const Activations& source, int64_t block, int blocks, GroupQuad& out, int row) {
+    // The next quad's lines are fetched meanwhile: another core read them last, in the call before.
+    for (auto& run : (&out)[1].codes) __builtin_prefetch(run[row], 1);
     expand_quad<0>(source, block, blocks, out, row);
   }
 
