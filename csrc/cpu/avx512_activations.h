@@ -13,12 +13,15 @@ template <class ZeroBlocks>
 Alignment align_row(const uint8_t* scale, int max_shift, const ZeroBlocks& zero_blocks) {
   const auto [low, high] = std::minmax({scale[0], scale[1], scale[2], scale[3]});
   if (low < kLeastSafeByte || high > kLargestSafeByte || high - low > max_shift) return align(scale, zero_blocks(), max_shift);
+  // Four bytes at once: what is stored byte by byte cannot be forwarded to a load of all of them, which waits for every store
+  // before it.
   Alignment out;
   out.level = Level::quad;
-  for (int b = 0; b < kQuad; ++b) {
-    out.shift[b] = static_cast<uint8_t>(scale[b] - low);
-    out.base[b] = low;
-  }
+  uint32_t scales;
+  std::memcpy(&scales, scale, sizeof(scales));
+  const uint32_t base = low * 0x01010101u, shift = scales - base;
+  std::memcpy(out.base, &base, sizeof(base));
+  std::memcpy(out.shift, &shift, sizeof(shift));
   return out;
 }
 

@@ -103,7 +103,12 @@ template <DType T>
       encode(x[0], _mm512_shuffle_i32x4(origin, origin, 0x00)), encode(x[1], _mm512_shuffle_i32x4(origin, origin, 0x55)),
       encode(x[2], _mm512_shuffle_i32x4(origin, origin, 0xAA)), encode(x[3], _mm512_shuffle_i32x4(origin, origin, 0xFF))};
   const __mmask16 present = static_cast<__mmask16>((1u << (4 * blocks)) - 1u);
-  _mm512_mask_storeu_epi32(args.codes + first * kBlockBytes, present, pack(codes, finite));
+  // A masked store is not forwarded to who reads it next.
+  if (blocks == 4) {
+    _mm512_storeu_si512(args.codes + first * kBlockBytes, pack(codes, finite));
+  } else {
+    _mm512_mask_storeu_epi32(args.codes + first * kBlockBytes, present, pack(codes, finite));
+  }
 
   const __m512i scale = _mm512_subs_epu16(exponent, _mm512_set1_epi16(e8m0::kMaxExponent));
   const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_mask_mov_epi32(_mm512_set1_epi32(e8m0::kNan), finite, scale));
@@ -160,7 +165,9 @@ template <DType T, int kBlocks>
     const __m512i cd = _mm512_packs_epi32(to_integers(x[i + 2], reciprocal), to_integers(x[i + 3], reciprocal));
     const __m512i bytes = _mm512_maskz_permutexvar_epi32(finite, packed_order(), _mm512_packs_epi16(ab, cd));
     const __mmask16 present = 2 * kBlocks - i >= 4 ? 0xFFFF : 0x00FF;
-    _mm512_mask_storeu_epi32(args.codes + first * kBlock + 16 * i, present, _mm512_max_epi8(bytes, _mm512_set1_epi8(-127)));
+    const __m512i codes = _mm512_max_epi8(bytes, _mm512_set1_epi8(-127));
+    uint8_t* const to = args.codes + first * kBlock + 16 * i;
+    present == 0xFFFF ? _mm512_storeu_si512(to, codes) : _mm512_mask_storeu_epi32(to, present, codes);
   }
   std::memset(args.scale + first, scale, kBlocks);
 }

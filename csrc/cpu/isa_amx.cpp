@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 #pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8,amx-bf16,fma,f16c,prefer-vector-width=512")
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8,amx-bf16,fma,f16c,prfchw,prefer-vector-width=512")
 #define XPU_FP4_FLOAT_LANES 16
 #include "amx_gemm.h"
 #include "amx_w4a16.h"

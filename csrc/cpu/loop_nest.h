@@ -16,9 +16,9 @@
 //   expand(source, block, blocks, a, row)   a row's quad, which begins at that block of A
 //   pad(a, rows)                            the group has so many rows
 //   fill(w, strip, quad, out)         unpacks, and returns the Level
-//   add_quads(a, quads, rows, w, strips, levels, depth, acc)   `depth` quads of a group and a panel, whose strips lie side by
-//                                           side; levels are W's; acc has a row of kPanelStrips strips for each row; the next
-//                                           group begins at a + quads
+//   add_quads(a, quads, rows, w, strips, levels, depth, acc)   `depth` quads of up to kCallRows rows and a panel, whose strips
+//                                           lie side by side; levels are W's; acc has a row of kPanelStrips strips for each
+//                                           row; the next group begins at a + quads
 //   kDirectRows, add_strip(a, rows, w, strip, acc)   all quads of a strip, for up to so many rows
 #pragma once
 #include "scratch.h"
@@ -26,6 +26,10 @@
 
 namespace xpu_fp4::cpu {
 namespace {
+
+// Rows that a call of add_quads takes, whole groups.
+template <class Isa>
+constexpr int kCallRows = Isa::kGroupRows;
 
 template <class Isa>
 void expand_group(const Activations& source, int64_t first_row, int rows, void* activations) {
@@ -127,11 +131,13 @@ class Multiplier {
   }
 
   void multiply_panel(Range rows, int panel_strips, Range depth, float* acc) const {
-    const auto* group = activations_ + rows.begin / kGroupRows * quads_;
-    for (int64_t row = rows.begin; row < rows.end; row += kGroupRows, group += quads_, acc += kGroupRows * kPanelColumns) {
-      const int group_rows = static_cast<int>(std::min<int64_t>(kGroupRows, rows.end - row));
-      Isa::add_quads(group + depth.begin, quads_, group_rows, panel_, panel_strips, levels_,
+    constexpr int kRows = kCallRows<Isa>;
+    const auto* a = activations_ + rows.begin / kGroupRows * quads_ + depth.begin;
+    for (int64_t row = rows.begin; row < rows.end; row += kRows) {
+      Isa::add_quads(a, quads_, static_cast<int>(std::min<int64_t>(kRows, rows.end - row)), panel_, panel_strips, levels_,
                      static_cast<int>(depth.end - depth.begin), acc);
+      a += kRows / kGroupRows * quads_;
+      acc += kRows * kPanelColumns;
     }
   }
 

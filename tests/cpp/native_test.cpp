@@ -168,6 +168,29 @@ TEST_P(NativeProduct, TilesHoldAtTheirEdgesInEveryLevelAndLayout) {
   }
 }
 
+// Nearly all quads are aligned, and a few of some rows and columns are not, so that each level comes after each other one.
+TEST_P(NativeProduct, AQuadMayBeUnlikeItsNeighbours) {
+  const auto portable = cpu::make_backend(cpu::kPortable, serial_for);
+  const auto own = backend();
+  std::mt19937 random(17);
+  for (const int exceptions : {1, 3, 12}) {
+    for (const int64_t k : {384, 1184, 2720}) {
+      for (const int64_t m : {20, 70, 150}) {
+        Operands in(m, 35, k, 127, 127, random(), format());
+        set_scales(in.a_scale, k / 32, kShared, random);
+        set_scales(in.w_scale, k / 32, kScales[0], random);
+        for (std::vector<uint8_t>* scale : {&in.a_scale, &in.w_scale}) {
+          for (int i = 0; i < exceptions; ++i) {
+            (*scale)[random() % scale->size()] = std::array<uint8_t, 6>{90, 115, 125, 135, 230, 255}[random() % 6];
+          }
+        }
+        const std::vector<uint8_t> strips = prepacked(in);
+        ASSERT_TRUE(same_bits(in.gemm(*own, as_strips(in, strips)), in.gemm(*portable))) << exceptions << " " << m << "x" << k;
+      }
+    }
+  }
+}
+
 // All integers are the largest, so all sums are, and the scales are about the edges of the safe window, on either side of A and
 // W, and at the ends of all scales.
 TEST_P(NativeProduct, WindowsHoldTheLargestSums) {

@@ -193,8 +193,8 @@ def _amx(results: _Results, form: str) -> Iterator[Verdict]:
 
     big = f"AMX, 16 threads: {name} 1024x4096x4096"
     yield _verdict(big, "times torch bf16", 2.0, partial(over, "torch-bf16", 1024))
-    yield _verdict(big, "times torch._int_mm", 1.3, partial(over, "torch-int8", 1024))
-    yield _verdict(big, "of tdpbusd", 0.33, lambda: rate_share(results.get(name, 1024), tiles(), _ops), possible=1)
+    yield _verdict(big, "times torch._int_mm", 1.5, partial(over, "torch-int8", 1024))
+    yield _verdict(big, "of tdpbusd", 0.40, lambda: rate_share(results.get(name, 1024), tiles(), _ops), possible=1)
     yield _verdict(f"AMX, 16 threads: {name} 1x4096x4096", "times torch bf16", 2.5, partial(over, "torch-bf16", 1))
 
 
