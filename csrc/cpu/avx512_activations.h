@@ -41,7 +41,8 @@ __m512i sum_lanes(__m512i x) {
 
 // The factors of a row whose blocks have one base, a safe one or NaN: set_factors() for what is common. Lane b of sums is
 // block b's.
-void set_shared_factors(uint8_t base, __m512i sums, const IntegerForm& form, QuadFactor& quad, BlockFactor (&block)[kQuad]) {
+inline void set_shared_factors(uint8_t base, __m512i sums, const IntegerForm& form, QuadFactor& quad,
+                               BlockFactor (&block)[kQuad]) {
   const BlockFactor shared = block_factor(base, 0, form);
   const __m512i start = _mm512_sub_epi32(_mm512_set1_epi32(kMagicBits), _mm512_mullo_epi32(_mm512_set1_epi32(form.bias), sums));
   constexpr __mmask16 kStart = 0x8888;  // the last member of four
