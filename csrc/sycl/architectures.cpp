@@ -129,9 +129,9 @@ Override variant_override() {
                            names + ", or cri:bdpas");
 }
 
-WeightOperand weight_operand(const Architecture& architecture) {
+std::optional<WeightOperand> weight_operand_override() {
   const char* variable = std::getenv("XPU_FP4_WEIGHT_OPERAND");
-  if (variable == nullptr || *variable == '\0') return architecture.weight_operand;
+  if (variable == nullptr || *variable == '\0') return std::nullopt;
   const std::string value = variable;
   if (value == "int4") return WeightOperand::int4;
   if (value == "int8") return WeightOperand::int8;
