@@ -186,3 +186,11 @@ def test_the_choice_of_a_kernel_is_held_to_what_was_counted() -> None:
     result.paths["block"]["per 256 bytes"] *= 1.2
     (failure,) = isa.stale_costs([result], [BMG])
     assert failure.startswith("bmg gemm_small (8 rows): csrc/sycl/architectures.cpp states")
+
+
+def test_the_choice_of_a_kernel_weighs_the_operand_that_the_device_takes() -> None:
+    cri = next(item for item in architectures() if item.name == "cri")
+    for label, taken in (("8 rows, W as int8", True), ("8 rows", False)):
+        result = Result("cri", cri.program("gemm_small", label), "gemm_small", listing())
+        result.paths["block"] = {"per 256 bytes": 1.0}
+        assert bool(isa.stale_costs([result], [cri])) == taken

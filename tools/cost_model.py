@@ -138,7 +138,7 @@ class Model:
     def small(self, m: int, n: int, k: int) -> float:
         """Quantize and expand A; packed weights, read once for every 32 rows."""
         rows = next((rows for rows in (1, 4, 8, 16, 32) if rows >= m), 32)
-        path = self.find("gemm_small", f"{rows} rows")["paths"]["block"]
+        path = self.find("gemm_small", self.architecture.small(rows))["paths"]["block"]
         clocks = ceil(m / rows) * n * k / 2 / 256 * path["per 256 bytes"] / self.device["engines"]
         prepare = self.stream("quantize_expand", "A for few rows, bf16", m * ceil(k / 128), m * k * (2 + EXPANDED))
         moved = ceil(m / rows) * n * k * PACKED + 2 * m * (n + k)

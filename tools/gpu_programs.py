@@ -58,7 +58,12 @@ class Architecture:
     costs: Costs
     group: tuple[int, int]  # rows and columns of sub-groups in a work-group of gemm_large
     panel: int  # rows of work-groups that are walked together
+    weights_as_int8: bool  # in gemm_small, unless someone asks for the other
     programs: tuple[Program, ...]
+
+    def small(self, rows: int, suffix: str = "") -> str:
+        """The label of gemm_small as it is chosen, for scales that lie together."""
+        return f"{rows} rows{suffix}{', W as int8' if self.weights_as_int8 else ''}"
 
     def program(self, kernel: str, label: str) -> Program:
         found = [item for item in self.programs if kernel in item.kernels and item.label == label]
@@ -108,5 +113,5 @@ def architectures() -> list[Architecture]:
         if row["block_2d"]:
             programs += peers(programs[0])
         walk = tuple(row["group"]), row["panel"]
-        found.append(Architecture(row["name"], Costs(**row["costs"]), *walk, tuple(programs)))
+        found.append(Architecture(row["name"], Costs(**row["costs"]), *walk, row["weights_as_int8"], tuple(programs)))
     return found

@@ -95,12 +95,13 @@ const char* name_of_device(uint32_t id) {
 
 const std::vector<Architecture>& architectures() {
   static const std::vector<Architecture> table = {
-      {"dg2", 8, false, {2, 4}, {2, 2}, 8, {8, 1}, {}, {16, 0.52, 160, 7.7}},     // Alchemist
-      {"pvc", 16, true, {6, 2}, {4, 2}, 4, {16, 1}, {}, {8, 2.0, 82, 3.0}},       // Ponte Vecchio
-      {"lnl-m", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {}, {16, 1.04, 74, 3.0}},    // Xe2: Lunar Lake
-      {"bmg", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {}, {16, 1.07, 74, 3.0}},      // Xe2: Battlemage
-      {"ptl", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {}, {16, 0.64, 74, 3.0}},      // Xe3: Panther Lake
-      {"cri", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {4, 4}, {16, 1.02, 74, 3.0}},  // Xe3P: Crescent Island
+      {"dg2", 8, false, {2, 4}, {2, 2}, 8, {8, 1}, {}, {16, 0.52, 160, 7.7}},   // Alchemist
+      {"pvc", 16, true, {6, 2}, {4, 2}, 4, {16, 1}, {}, {8, 2.0, 82, 3.0}},     // Ponte Vecchio
+      {"lnl-m", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {}, {16, 1.04, 74, 3.0}},  // Xe2: Lunar Lake
+      {"bmg", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {}, {16, 1.07, 74, 3.0}},    // Xe2: Battlemage
+      {"ptl", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {}, {16, 0.64, 74, 3.0}},    // Xe3: Panther Lake
+      // Xe3P: Crescent Island. Its compiler emits int8 x int4, which oneDNN says that the hardware lacks (docs/GPU.md).
+      {"cri", 16, true, {6, 2}, {4, 2}, 4, {8, 2}, {4, 4}, {16, 1.02, 195, 2.7}, WeightOperand::int8},
   };
   return table;
 }
