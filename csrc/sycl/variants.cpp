@@ -403,8 +403,8 @@ std::string joined(const Items& items, const Render& render) {
 
 std::string json(const Counted& counted) {
   const Variant& variant = counted.variant;
-  const std::string macros =
-      joined(variant.macros, [](const auto& macro) { return quoted(macro.first) + ": " + std::to_string(macro.second); });
+  const std::string macros = joined(
+      variant.macros, [](const auto& macro) { return quoted(std::string(macro.first)) + ": " + std::to_string(macro.second); });
   return "{\"file\": " + quoted(variant.file) + ", \"label\": " + quoted(variant.label) + ", \"macros\": {" + macros +
          "}, \"kernels\": [" + joined(variant.kernels, quoted) + "], \"budgeted\": " + (counted.budgeted ? "true" : "false") +
          "}";
