@@ -59,6 +59,8 @@ class Architecture:
     group: tuple[int, int]  # rows and columns of sub-groups in a work-group of gemm_large
     panel: int  # rows of work-groups that are walked together
     weights_as_int8: bool  # in gemm_small, unless someone asks for the other
+    small_split: dict[int, int]  # sub-groups that share K there, by the rows of their work-group
+    fetched_ahead: int  # most rows there for which a round asks for the next one's weights
     programs: tuple[Program, ...]
 
     def small(self, rows: int, suffix: str = "") -> str:
@@ -113,5 +115,6 @@ def architectures() -> list[Architecture]:
         if row["block_2d"]:
             programs += peers(programs[0])
         walk = tuple(row["group"]), row["panel"]
-        found.append(Architecture(row["name"], Costs(**row["costs"]), *walk, row["weights_as_int8"], tuple(programs)))
+        small = row["weights_as_int8"], dict(row["small_split"]), row["fetched_ahead"]
+        found.append(Architecture(row["name"], Costs(**row["costs"]), *(*walk, *small), tuple(programs)))
     return found

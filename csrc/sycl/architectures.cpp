@@ -35,6 +35,7 @@ double memory_clocks(const Architecture& architecture, int64_t units, const Prod
 double small_clocks(const Architecture& architecture, int64_t units, const ProductShape& shape) {
   const int rows = small_rows(shape.m);
   const int64_t passes = ceil_div(shape.m, rows), groups = passes * ceil_div(shape.n, architecture.sub_group);
+  // For any rows as with eight sub-groups that share K: where there are more, they have the same work, or none.
   const int64_t quads_each = ceil_div(ceil_div(shape.k, kQuadElements), kSmallSplit);
   const double per_256_bytes = architecture.costs.small + architecture.costs.small_row * rows;
   const double per_quad = per_256_bytes * architecture.sub_group * (kQuadElements / 2) / 256;

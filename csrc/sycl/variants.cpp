@@ -418,7 +418,10 @@ std::string json(const Architecture& architecture) {
   add_rules(architecture, all);
   add_portable(architecture, all);
   const Costs& costs = architecture.costs;
+  const std::string splits =
+      joined(kSmallTiles, [](int rows) { return "[" + std::to_string(rows) + ", " + std::to_string(small_split(rows)) + "]"; });
   return "{\"name\": " + quoted(architecture.name) + ", \"block_2d\": " + (architecture.block_2d ? "true" : "false") +
+         ", \"small_split\": [" + splits + "], \"fetched_ahead\": " + std::to_string(kMostRowsFetchedAhead) +
          ", \"weights_as_int8\": " + (architecture.weight_operand == WeightOperand::int8 ? "true" : "false") +
          ", \"group\": [" + std::to_string(architecture.group_rows) + ", " + std::to_string(kGroupColumns) +
          "], \"panel\": " + std::to_string(kPanelRows) + ", \"costs\": {\"matrix\": " + std::to_string(costs.matrix) +

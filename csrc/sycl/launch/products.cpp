@@ -167,7 +167,7 @@ std::string gemm_small(const Queue& queue, Gpu gpu, const GemmPlan& plan, const 
   const int64_t lanes = gpu.architecture->sub_group;
   const Variant int4 = gemm_small_variant(gpu, activations.to.format, plan.rows, weights_of(w), out.dtype,
                                           alignment_of({w.codes}), grouped.kind());
-  const int64_t group_lanes = lanes * kSmallSplit;
+  const int64_t group_lanes = lanes * small_split(plan.rows);
   const int64_t rows = grouped.kind() == RowTiles::dense     ? ceil_div(activations.m, plan.rows)
                        : grouped.kind() == RowTiles::grouped ? grouped.count
                                                              : grouped.count / grouped.combined->top_k;  // tokens
