@@ -151,9 +151,12 @@ def test_a_small_product_that_memory_outruns_is_refused() -> None:
 def test_few_rows_that_ask_for_no_weights_ahead_are_refused() -> None:
     program = BMG.program("gemm_small", "8 rows, any K")
     assert failures(small_listing(fetches=2), program) == []
+    xe3 = "send.ugm (16|M0)         null     r94  null:0  0x0            0x04080980           {$4}"
     xe3p = "sendg.ugm (16|M0)        null     r96:2  null:0  0x28A000 {I@3,$5}"
-    assert FETCHES.match(xe3p)
-    assert not FETCHES.match(xe3p.replace("null:0", "r98:1"))  # a store
+    for fetch in (xe3, xe3p):
+        assert FETCHES.match(fetch)
+        assert not FETCHES.match(fetch.replace("null:0", "r98:1"))  # a store
+        assert not FETCHES.match(fetch.replace("null  ", "r15  ", 1))  # a load
     assert failures(small_listing(fetches=1), program) == [
         "bmg gemm_small (8 rows, any K): fetches of the next quad is 1.0, at least 2"
     ]

@@ -10,8 +10,8 @@ from engine_model import LATENCIES, Engine, matrix_busy
 from gpu_programs import MXFP4, Program
 from machine_code import Listing, Segment
 
-# A load to nowhere; the second way is Xe3P's, where a store has something as its second source.
-FETCH = re.compile(r"load\S* .*\bnull:0 |sendg\S* \S+\s+null\s+\S+\s+null:0 ")
+# A load to nowhere. The second way is that of Xe3 and Xe3P, where a store has something as its second source.
+FETCH = re.compile(r"load\S* .*\bnull:0 |sendg?\.ugm \((8|16)\|M0\)\s+null\s+\S+\s+null:0 ")
 LEVELS = ("quad", "pair", "near", "block", "general")
 
 
