@@ -8,6 +8,7 @@ import isa
 import pytest
 import tomllib
 from gpu_programs import KERNELS, Architecture, Program, architectures
+from isa_checks import FETCH as FETCHES
 from isa_checks import Result, judge
 from machine_code import Listing
 
@@ -107,20 +108,23 @@ def test_a_missing_path_is_refused() -> None:
     assert any("4 paths" in failure for failure in failures(listing(GOOD[:4])))
 
 
-def small_listing(block: int = 100, general: int = 200, matrix: int = 16, skipped: int = 50, goto: bool = False) -> Listing:
+def small_listing(
+    block: int = 100, general: int = 200, matrix: int = 16, skipped: int = 50, goto: bool = False, fetches: int = 0
+) -> Listing:
     """gemm_small's loop: a way around the quad, an exponent that decides between two levels, an addition that some skip."""
     conditional = "(f0.0)  goto (16|M0)   {0}   {0}" if goto else "(W&f0.0) jmpi   {0}"
     always = "goto (16|M0)   _0_join   {0}" if goto else "(W) jmpi   {0}"
     lines = ["//.kernel __sycl_kernel_gemm_small", "//.thread_config numGRF=128", "_main:"]
     lines += ["_0_head:", INT, conditional.format("_0_quad"), *[INT] * 10, always.format("_0_barrier")]
     lines += ["_0_quad:", INT, conditional.format("_0_block")]
-    lines += [*[MATRIX] * matrix, *[WIDE_FLOAT] * general, always.format("_0_barrier")]
+    lines += [*[FETCH] * fetches, *[MATRIX] * matrix, *[WIDE_FLOAT] * general, always.format("_0_barrier")]
     lines += ["_0_block:", *[MATRIX] * matrix, *[WIDE_FLOAT] * block, "_0_join:"]
     lines += ["_0_barrier:", INT, conditional.format("_0_end"), *[INT] * skipped, "_0_end:", "(W&f1.0) jmpi   _0_head", INT]
     return Listing("\n".join(lines), native=16)
 
 
-SMALL = BMG.program("gemm_small", "1 rows")
+SMALL = BMG.program("gemm_small", "16 rows")
+FETCH = "load.ugm.d8u32.a64.ca.ca (16|M0)  null:0 [r98:2]           {I@3,$8}"
 
 
 @pytest.mark.parametrize("goto", [False, True])
@@ -134,13 +138,27 @@ def test_a_small_product_is_counted_along_its_longest_way_inside_of_the_window(g
 
 def test_a_small_product_that_memory_outruns_is_refused() -> None:
     assert failures(small_listing(block=950), SMALL) == [
-        "bmg gemm_small (1 rows): instructions per 256 bytes of weights is 255.75, at most 239.832"
+        "bmg gemm_small (16 rows): instructions per 256 bytes of weights is 255.75, at most 239.832"
     ]
     assert failures(small_listing(matrix=61), SMALL) == [
-        "bmg gemm_small (1 rows): matrix clocks per quad is 976.00, at most 959.326"
+        "bmg gemm_small (16 rows): matrix clocks per quad is 976.00, at most 959.326"
     ]
     assert failures(small_listing(matrix=3), SMALL) == [
-        "bmg gemm_small (1 rows): 0 runs with 4 matrix instructions in the loop, expected 2"
+        "bmg gemm_small (16 rows): 0 runs with 8 matrix instructions in the loop, expected 2"
+    ]
+
+
+def test_few_rows_that_ask_for_no_weights_ahead_are_refused() -> None:
+    program = BMG.program("gemm_small", "8 rows, any K")
+    assert failures(small_listing(fetches=2), program) == []
+    xe3 = "send.ugm (16|M0)         null     r94  null:0  0x0            0x04080980           {$4}"
+    xe3p = "sendg.ugm (16|M0)        null     r96:2  null:0  0x28A000 {I@3,$5}"
+    for fetch in (xe3, xe3p):
+        assert FETCHES.match(fetch)
+        assert not FETCHES.match(fetch.replace("null:0", "r98:1"))  # a store
+        assert not FETCHES.match(fetch.replace("null  ", "r15  ", 1))  # a load
+    assert failures(small_listing(fetches=1), program) == [
+        "bmg gemm_small (8 rows, any K): fetches of the next quad is 1.0, at least 2"
     ]
 
 
@@ -186,3 +204,11 @@ def test_the_choice_of_a_kernel_is_held_to_what_was_counted() -> None:
     result.paths["block"]["per 256 bytes"] *= 1.2
     (failure,) = isa.stale_costs([result], [BMG])
     assert failure.startswith("bmg gemm_small (8 rows): csrc/sycl/architectures.cpp states")
+
+
+def test_the_choice_of_a_kernel_weighs_the_operand_that_the_device_takes() -> None:
+    cri = next(item for item in architectures() if item.name == "cri")
+    for label, taken in (("8 rows, W as int8", True), ("8 rows", False)):
+        result = Result("cri", cri.program("gemm_small", label), "gemm_small", listing())
+        result.paths["block"] = {"per 256 bytes": 1.0}
+        assert bool(isa.stale_costs([result], [cri])) == taken

@@ -245,9 +245,9 @@ def test_medium_tiles_give_the_native_bits(
 def test_small_products_give_the_native_bits(
     force: pytest.MonkeyPatch, generator: torch.Generator, format: Format, variant: str, m: int
 ) -> None:
-    """K is split over eight sub-groups: rounds that are full, started and, at K = 32, mostly idle."""
+    """Eight sub-groups share K, or 16 for up to four rows: rounds that are full, started and, at K = 32, mostly idle."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    for k in (32, 352, 1088):
+    for k in (32, 352, 1088, 4256):
         assert_every_spread(m, 35, k, generator, format)
 
 
@@ -257,7 +257,7 @@ def test_small_products_of_whole_quads(
 ) -> None:
     """K a multiple of 128 has kernels of its own: with a row's scale bytes side by side, or a column of them."""
     force.setenv("XPU_FP4_SYCL_VARIANT", variant)
-    for k in (128, 1152):
+    for k in (128, 1152, 4224):
         for spread, centre in (("mixed", "ordinary"), ("unaligned", "subnormal"), ("mixed", "largest")):
             operands = spread_operands(spread, centre, m, 35, k, generator, format)
             assert_native_bits(operands)

@@ -22,6 +22,7 @@ from cache_model import Walk, traffic
 from engine_model import ASSUMED, LATENCIES, Engine, Latencies, matrix_busy
 from gpu_programs import Architecture, architectures
 from isa_checks import LEVELS
+from latency_model import QUAD_BYTES, Round
 from machine_code import Instruction, Listing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,12 +138,31 @@ class Model:
 
     def small(self, m: int, n: int, k: int) -> float:
         """Quantize and expand A; packed weights, read once for every 32 rows."""
-        rows = next((rows for rows in (1, 4, 8, 16, 32) if rows >= m), 32)
-        path = self.find("gemm_small", f"{rows} rows")["paths"]["block"]
+        rows = self.small_rows(m)
+        path = self.find("gemm_small", self.architecture.small(rows))["paths"]["block"]
         clocks = ceil(m / rows) * n * k / 2 / 256 * path["per 256 bytes"] / self.device["engines"]
         prepare = self.stream("quantize_expand", "A for few rows, bf16", m * ceil(k / 128), m * k * (2 + EXPANDED))
         moved = ceil(m / rows) * n * k * PACKED + 2 * m * (n + k)
-        return prepare + self.launch + max(self.seconds(clocks), self.memory(moved))
+        share = self.small_round(m, n).share
+        return prepare + self.launch + max(self.seconds(clocks), self.memory(moved) / share)
+
+    def small_rows(self, m: int) -> int:
+        return next((rows for rows in self.architecture.small_split if rows >= m), 32)
+
+    def small_round(self, m: int, n: int, split: int | None = None, ahead: bool | None = None) -> Round:
+        """Of gemm_small: as it is, or with another split, or with or without the fetch of the next quad."""
+        rows, known = self.small_rows(m), self.architecture
+        path = self.find("gemm_small", known.small(rows))["paths"]["block"]
+        sub_groups = ceil(m / rows) * ceil(n / self.lanes) * (split or known.small_split[rows]) / self.device["engines"]
+        us = ASSUMED["memory_us"]
+        return Round(
+            min(ASSUMED["few_rows_threads"], sub_groups),
+            QUAD_BYTES * self.lanes,
+            self.device["bandwidth"] / (self.device["engines"] * self.device["ghz"]),
+            path["per 256 bytes"] * self.lanes / 4,
+            us.get(known.name, us["default"]) * 1e3 * self.device["ghz"],
+            rows <= known.fetched_ahead if ahead is None else ahead,
+        )
 
     def ours(self, m: int, n: int, k: int, level: str, latencies: Latencies, kept: bool = False) -> float:
         return min(self.small(m, n, k), self.large(m, n, k, level, latencies, kept))
@@ -239,6 +259,20 @@ def print_published(models: dict[str, Model]) -> None:
     print_table("4096 x 4096 x 4096 by others, milliseconds", ["", "source", "measured by them", "modelled", "off by %"], rows)
 
 
+def print_in_flight(models: dict[str, Model]) -> None:
+    rows = []
+    for m in (1, 4, 8):
+        for name in ("pvc", "bmg"):
+            model = models[name]
+            engines = model.device["engines"]
+            before, now = model.small_round(m, 4096, 8, False), model.small_round(m, 4096)
+            cells = [f"{engines * bytes / 1e6:.2f}" for bytes in (now.needed, before.in_flight, now.in_flight)]
+            shares = [f"{100 * round.share:.0f}" for round in (before, now)]
+            rows.append([f"{name}, {m} x 4096", *cells, " / ".join(shares)])
+    head = ["device, rows x columns", "bandwidth x latency", "before", "now", "of the bandwidth, %: before / now"]
+    print_table("gemm_small, megabytes in flight (modelled)", head, rows)
+
+
 def draw(models: dict[str, Model], file: Path) -> None:
     figure, axes = plt.subplots(len(models), len(SHAPES), figsize=(14, 3.2 * len(models)), sharex=True, squeeze=False)
     for line, (name, model) in zip(axes, models.items(), strict=True):
@@ -274,6 +308,7 @@ def main(counts: Path, plot: Path) -> None:
     print_published(models)
     print_busy(models)
     print_products(models)
+    print_in_flight(models)
     draw({name: models[name] for name in ("bmg", "pvc", "dg2")}, plot)
 
 

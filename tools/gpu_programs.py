@@ -58,7 +58,14 @@ class Architecture:
     costs: Costs
     group: tuple[int, int]  # rows and columns of sub-groups in a work-group of gemm_large
     panel: int  # rows of work-groups that are walked together
+    weights_as_int8: bool  # in gemm_small, unless someone asks for the other
+    small_split: dict[int, int]  # sub-groups that share K there, by the rows of their work-group
+    fetched_ahead: int  # most rows there for which a round asks for the next one's weights
     programs: tuple[Program, ...]
+
+    def small(self, rows: int, suffix: str = "") -> str:
+        """The label of gemm_small as it is chosen, for scales that lie together."""
+        return f"{rows} rows{suffix}{', W as int8' if self.weights_as_int8 else ''}"
 
     def program(self, kernel: str, label: str) -> Program:
         found = [item for item in self.programs if kernel in item.kernels and item.label == label]
@@ -108,5 +115,6 @@ def architectures() -> list[Architecture]:
         if row["block_2d"]:
             programs += peers(programs[0])
         walk = tuple(row["group"]), row["panel"]
-        found.append(Architecture(row["name"], Costs(**row["costs"]), *walk, tuple(programs)))
+        small = row["weights_as_int8"], dict(row["small_split"]), row["fetched_ahead"]
+        found.append(Architecture(row["name"], Costs(**row["costs"]), *(*walk, *small), tuple(programs)))
     return found

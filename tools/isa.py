@@ -178,17 +178,17 @@ def require_refusals(compiler: Compiler, budgets: Mapping[str, Any]) -> int:
 TOLERANCE = 0.1  # of a cost in the table of csrc/sycl/architectures.cpp; a choice that depends on less is of no consequence
 
 
+def is_chosen(architecture: Architecture, small: Program) -> bool:
+    return small.label in {architecture.small(small.macro("ROWS"), suffix) for suffix in ("", ", W4A8")}
+
+
 def stale_costs(results: Iterable[Result], table: Iterable[Architecture]) -> list[str]:
     """Names the costs that choose a kernel and are not those that were counted."""
-    costs = {item.name: item.costs for item in table}
+    known = {item.name: item for item in table}
     failures = []
     for result in results:
-        if (
-            result.kernel == "gemm_small"
-            and "block" in result.paths
-            and re.fullmatch(r"\d+ rows(, W4A8)?", result.program.label)
-        ):
-            of = costs[result.device]
+        if result.kernel == "gemm_small" and "block" in result.paths and is_chosen(known[result.device], result.program):
+            of = known[result.device].costs
             rows, counted = result.program.macro("ROWS"), result.paths["block"]["per 256 bytes"]
             stated = of.small + of.small_row * rows
             if abs(stated - counted) > TOLERANCE * counted:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds counted machine code to tools/isa_budgets.toml. Clocks enter where a statement is "modelled"."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from engine_model import LATENCIES, Engine, matrix_busy
 from gpu_programs import MXFP4, Program
 from machine_code import Listing, Segment
 
+# A load to nowhere. The second way is that of Xe3 and Xe3P, where a store has something as its second source.
+FETCH = re.compile(r"load\S* .*\bnull:0 |sendg?\.ugm \((8|16)\|M0\)\s+null\s+\S+\s+null:0 ")
 LEVELS = ("quad", "pair", "near", "block", "general")
 
 
@@ -141,7 +144,12 @@ def check_small(result: Result, budgets: Mapping[str, Any]) -> None:
     result.check_decoding("block", result.listing.longest_pass(runs[0]), weights, budgets)
     device = budgets["device"][result.device]
     matrix = result.listing.segment(*runs[0]).matrix * device["matrix_clocks"]
-    return result.exceed("matrix clocks per quad", matrix, clocks_per_bytes(device, weights))
+    result.exceed("matrix clocks per quad", matrix, clocks_per_bytes(device, weights))
+    if result.program.macro("ROWS") > budgets["fetched_ahead"]["rows"]:
+        return None
+    loop = result.listing.code[0][slice(*(result.listing.loop or (0, 0)))]
+    fetches = sum(bool(FETCH.match(instruction.text)) for instruction in loop)
+    return result.fall_short("fetches of the next quad", fetches, 2)
 
 
 def check_stream(result: Result, budgets: Mapping[str, Any]) -> None:

@@ -93,9 +93,9 @@ struct Override {
 /// Throws std::runtime_error naming the variable, its value and what is expected.
 Override variant_override();
 
-/// What gemm_small decodes weights to: what XPU_FP4_WEIGHT_OPERAND asks for, `int4` or `int8`, else what the table says. Read
-/// at each call. Throws as variant_override() does.
-WeightOperand weight_operand(const Architecture& architecture);
+/// What XPU_FP4_WEIGHT_OPERAND asks gemm_small to decode weights to, `int4` or `int8`; without it, the table decides. Read at
+/// each call. Throws as variant_override() does.
+std::optional<WeightOperand> weight_operand_override();
 
 /// The kernel that is modelled to take the fewest clocks on `compute_units` vector engines. Only `forced` gives Kernel::bdpas.
 GemmPlan plan_gemm(const Architecture& architecture, int64_t compute_units, const ProductShape& shape,

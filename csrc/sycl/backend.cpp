@@ -4,10 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <mutex>
 #include <optional>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -141,14 +138,8 @@ class SyclBackend final : public Backend {
     return launch::experts(*queue_, kPortableExperts, args);
   }
 
-  // Once for each text, however many threads and calls meet its cause.
   static void say_of_fallback(const CannotBuild& error) {
-    static std::mutex& mutex = *new std::mutex;
-    static auto& said = *new std::set<std::string>;
-    const std::lock_guard lock(mutex);
-    if (said.insert(error.what()).second) {
-      std::fprintf(stderr, "%s\nxpu_fp4: other kernels, which are slower, compute what this one would\n", error.what());
-    }
+    launch::warn(std::string(error.what()) + "\nxpu_fp4: other kernels, which are slower, compute what this one would");
   }
 
   static Choice small(const Architecture& architecture, const Product& product) {

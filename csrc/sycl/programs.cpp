@@ -271,7 +271,8 @@ std::vector<std::string> build_options(const Variant& variant) {
       "-fno-sycl-device-lib=all",  // 2025.3's pip package lacks the device library; 2026.1 does not know the option
 #endif
   };
-  for (const auto& [name, value] : variant.macros) options.push_back("-DXPU_FP4_" + name + "=" + std::to_string(value));
+  for (const auto& [name, value] : variant.macros)
+    options.push_back("-DXPU_FP4_" + std::string(name) + "=" + std::to_string(value));
 #if __LIBSYCL_MAJOR_VERSION < 9
   if (needs_register_option(variant)) options.insert(options.end(), {"-Xs", "-ze-opt-large-register-file"});
 #endif
@@ -327,7 +328,8 @@ sycl::kernel get_kernel(const sycl::queue& queue, const Variant& variant, const 
 void compile_to_spirv(const Variant& variant) {
   // SYCL's headers alone come before the macros, so that the process parses them once for all of its programs.
   std::string text = "#include <sycl/sycl.hpp>\n#include <sycl/ext/oneapi/work_group_static.hpp>\nstruct EndOfHeaders;\n";
-  for (const auto& [name, value] : variant.macros) text += "#define XPU_FP4_" + name + " " + std::to_string(value) + "\n";
+  for (const auto& [name, value] : variant.macros)
+    text += "#define XPU_FP4_" + std::string(name) + " " + std::to_string(value) + "\n";
   text += "#include \"" + variant.file + "\"\n";
   std::vector<std::string> options = build_options({variant.file, {}});
 #if __LIBSYCL_MAJOR_VERSION >= 9

@@ -199,6 +199,11 @@ Variant gemm_w4a16_matrix_variant(Gpu gpu, Tile tile, int split, DType of, DType
 
 namespace {
 
+// In the form that the device takes unless someone asks for the other.
+Variant usual_small_variant(Gpu gpu, Format of, int rows, Weights weights, DType out) {
+  return with_weight_operand(gemm_small_variant(gpu, of, rows, weights, out, 16), gpu.architecture->weight_operand);
+}
+
 constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
 constexpr Format kFormats[] = {Format::mxfp4, Format::mxint8};
 
@@ -218,7 +223,8 @@ void add_products(const Architecture& architecture, std::vector<Counted>& all) {
       }
     }
     for (const int rows : {8, 32}) all.push_back({gemm_small_variant(gpu, of, rows, Weights::any, DType::bf16, 16)});
-    for (const int rows : {1, 32}) {
+    for (const int rows : kSmallTiles) {
+      if (rows != 1 && rows != 32 && architecture.weight_operand == WeightOperand::int4) continue;
       const Variant small = gemm_small_variant(gpu, of, rows, Weights::scales_together, DType::bf16, 16);
       all.push_back({with_weight_operand(small, WeightOperand::int8)});
     }
@@ -325,7 +331,7 @@ void add_linear(Gpu gpu, DType of, std::vector<Variant>& all) {
     }
     for (const Tile tile : {architecture.large, architecture.medium}) add(all, gemm_large_variant(gpu, format, tile, of));
     for (const int rows : kSmallTiles) {
-      add(all, gemm_small_variant(gpu, format, rows, Weights::scales_together, of, 16));
+      add(all, usual_small_variant(gpu, format, rows, Weights::scales_together, of));
     }
   }
   add(all, gemm_w4a16_matrix_variant(gpu, architecture.w4a16, 1, of, of, true, 16));
@@ -342,9 +348,11 @@ void add_doctor(Gpu gpu, std::vector<Variant>& all) {
       add(all, expand_activations_variant(gpu, format, Floats{DType::bf16, true}, order, 16));
     }
     add(all, expand_activations_variant(gpu, format, Floats{DType::f32, false}, ElementOrder::packed, 16));
-    add(all, gemm_small_variant(gpu, format, 32, Weights::scales_together, DType::f32, 16));
-    for (const int rows : {8, 32}) add(all, gemm_small_variant(gpu, format, rows, Weights::any, DType::bf16, 16));
-    add(all, with_weight_operand(gemm_small_variant(gpu, format, 8, Weights::any, DType::bf16, 16), WeightOperand::int8));
+    add(all, usual_small_variant(gpu, format, 32, Weights::scales_together, DType::f32));
+    for (const int rows : {8, 32}) add(all, usual_small_variant(gpu, format, rows, Weights::any, DType::bf16));
+    for (const WeightOperand operand : {WeightOperand::int4, WeightOperand::int8}) {
+      add(all, with_weight_operand(gemm_small_variant(gpu, format, 8, Weights::any, DType::bf16, 16), operand));
+    }
     add(all, gemm_variant({target.sub_group, false}, format, 16));
   }
   for (const DType of : kHalves) add(all, gemm_w4a16_variant(target, of, of, 16));
@@ -395,8 +403,8 @@ std::string joined(const Items& items, const Render& render) {
 
 std::string json(const Counted& counted) {
   const Variant& variant = counted.variant;
-  const std::string macros =
-      joined(variant.macros, [](const auto& macro) { return quoted(macro.first) + ": " + std::to_string(macro.second); });
+  const std::string macros = joined(
+      variant.macros, [](const auto& macro) { return quoted(std::string(macro.first)) + ": " + std::to_string(macro.second); });
   return "{\"file\": " + quoted(variant.file) + ", \"label\": " + quoted(variant.label) + ", \"macros\": {" + macros +
          "}, \"kernels\": [" + joined(variant.kernels, quoted) + "], \"budgeted\": " + (counted.budgeted ? "true" : "false") +
          "}";
@@ -410,7 +418,11 @@ std::string json(const Architecture& architecture) {
   add_rules(architecture, all);
   add_portable(architecture, all);
   const Costs& costs = architecture.costs;
+  const std::string splits =
+      joined(kSmallTiles, [](int rows) { return "[" + std::to_string(rows) + ", " + std::to_string(small_split(rows)) + "]"; });
   return "{\"name\": " + quoted(architecture.name) + ", \"block_2d\": " + (architecture.block_2d ? "true" : "false") +
+         ", \"small_split\": [" + splits + "], \"fetched_ahead\": " + std::to_string(kMostRowsFetchedAhead) +
+         ", \"weights_as_int8\": " + (architecture.weight_operand == WeightOperand::int8 ? "true" : "false") +
          ", \"group\": [" + std::to_string(architecture.group_rows) + ", " + std::to_string(kGroupColumns) +
          "], \"panel\": " + std::to_string(kPanelRows) + ", \"costs\": {\"matrix\": " + std::to_string(costs.matrix) +
          ", \"bytes\": " + std::to_string(costs.bytes) + ", \"small\": " + std::to_string(costs.small) +

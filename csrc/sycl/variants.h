@@ -4,6 +4,7 @@
 #pragma once
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -13,8 +14,9 @@
 
 namespace xpu_fp4::syclrt {
 
-/// A macro of kernels/, without the XPU_FP4_ before it.
-using Macros = std::vector<std::pair<std::string, int>>;
+/// Macros of kernels/, without the XPU_FP4_ before them. The names are literals: a launch writes such a list, and copies of
+/// strings were a third of its time.
+using Macros = std::vector<std::pair<std::string_view, int>>;
 
 /// A source, compiled with these macros.
 struct Variant {

@@ -38,6 +38,9 @@ class FakeQueue final : public Queue {
   void submit(const Variant& variant, const char* kernel, const Range&, const std::vector<Argument>&) const override {
     for (const auto& [name, value] : variant.macros) {
       if (name == "MATRIX_UNIT" && value == 1 && refused_.count("matrix unit") != 0) throw CannotBuild("no matrix unit");
+      if (name == "WEIGHT_OPERAND" && refused_.count(value == 0 ? "int4" : "int8") != 0) {
+        throw CannotBuild("the compiler's log of " + variant.label);
+      }
     }
     if (refused_.count(kernel) != 0) throw CannotBuild(std::string("no ") + kernel);
     launched_.emplace_back(kernel);
@@ -69,6 +72,58 @@ TEST(Fallback, TheFirstChoiceRunsWhereItBuilds) {
 
 TEST(Fallback, ManyRowsTakeTheKernelForFewWhereTheirOwnDoesNotBuild) {
   for (const Format to : {Format::mxfp4, Format::mxint8}) EXPECT_EQ(kernel_of({"gemm_large"}, 1024, to), "gemm_small");
+}
+
+// A linear of five rows: what was launched for it, by the labels of the variants, and what was said of it.
+struct Launched {
+  std::vector<std::string> kernels, labels;
+  std::string said;
+};
+Launched five_rows(const std::set<std::string>& refused, Format to, bool expect_error = false) {
+  Launched found;
+  std::vector<Variant> variants;
+  const auto backend = make_backend(std::make_unique<FakeQueue>(refused, found.kernels, &variants));
+  static std::vector<uint8_t> memory(1 << 20);
+  testing::internal::CaptureStderr();
+  const auto multiply = [&] {
+    backend->multiply({Activations::floats(memory.data(), DType::bf16, {to}, 5, 512),
+                       {WeightForm::stored, 512, 512, memory.data(), memory.data(), 16, 1},
+                       {memory.data(), DType::bf16, {nullptr, 0, 0}}});
+  };
+  if (expect_error) {
+    EXPECT_THROW(multiply(), CannotBuild);
+  } else {
+    multiply();
+  }
+  found.said = testing::internal::GetCapturedStderr();
+  for (const Variant& variant : variants) found.labels.push_back(variant.label);
+  return found;
+}
+
+TEST(Fallback, FewRowsTakeWeightsAsInt8WhereTheInt4FormDoesNotBuild) {
+  const Launched first = five_rows({"int4"}, Format::mxfp4);
+  EXPECT_EQ(first.kernels, (std::vector<std::string>{"quantize_expand", "gemm_small"}));  // activations once
+  EXPECT_EQ(first.labels.back(), "8 rows, W as int8");
+  EXPECT_NE(first.said.find("the compiler's log of 8 rows\n"), std::string::npos) << first.said;
+  EXPECT_NE(first.said.find("weights as int8 instead"), std::string::npos) << first.said;
+  EXPECT_EQ(five_rows({"int4"}, Format::mxfp4).said, "");  // once
+  EXPECT_EQ(five_rows({"int4"}, Format::mxint8).labels.back(), "8 rows, W4A8, W as int8");
+}
+
+TEST(Fallback, WhereNeitherFormOfFewRowsBuildsTheWarningHasBothLogs) {
+  const Launched found = five_rows({"int4", "int8"}, Format::mxfp4);
+  EXPECT_EQ(found.kernels.back(), "gemm");
+  EXPECT_NE(found.said.find("log of 8 rows\nthe compiler's log of 8 rows, W as int8\n"), std::string::npos) << found.said;
+  EXPECT_EQ(found.said.find("as int8 instead"), std::string::npos) << found.said;
+}
+
+TEST(Fallback, AnOperandThatWasAskedForIsNotReplacedByTheOther) {
+  setenv("XPU_FP4_WEIGHT_OPERAND", "int4", 1);
+  EXPECT_EQ(five_rows({"int4"}, Format::mxfp4).kernels.back(), "gemm");
+  unsetenv("XPU_FP4_WEIGHT_OPERAND");
+  setenv("XPU_FP4_SYCL_VARIANT", "bmg:small", 1);
+  (void)five_rows({"int4"}, Format::mxfp4, true);
+  unsetenv("XPU_FP4_SYCL_VARIANT");
 }
 
 TEST(Explanation, NamesWhatTheBackendLaunches) {
@@ -208,14 +263,14 @@ TEST(Fallback, ProgramsOfDoctorAreCompiledAheadOfTime) {
   }
 }
 
-TEST(Fallback, ExpertsFallBackToThePortableKernels) {
+TEST(Fallback, ExpertsFallBackToInt8WeightsAndToThePortableKernels) {
   static std::vector<uint8_t> memory(1 << 20);
   const std::vector<int32_t> ids(8, 0);
   const std::vector<float> weights(8, 1.0f);
-  for (const bool refuses : {false, true}) {
+  for (const std::set<std::string>& refused : {std::set<std::string>{}, {"int4"}, {"gemm_small", "gemm_large"}}) {
     std::vector<std::string> launched;
-    const std::set<std::string> refused = {"gemm_small", "gemm_large"};
-    const auto backend = make_backend(std::make_unique<FakeQueue>(refuses ? refused : std::set<std::string>{}, launched));
+    std::vector<Variant> variants;
+    const auto backend = make_backend(std::make_unique<FakeQueue>(refused, launched, &variants));
     const auto weight = [](int64_t n, int64_t k) -> Weight {
       return {WeightForm::stored, n, k, memory.data(), memory.data(), k / kBlock, 1};
     };
@@ -238,7 +293,9 @@ TEST(Fallback, ExpertsFallBackToThePortableKernels) {
                       nullptr,
                       nullptr,
                       memory.data()});
-    EXPECT_EQ(std::count(launched.begin(), launched.end(), "gemm"), refuses ? 2 : 0);
+    EXPECT_EQ(std::count(launched.begin(), launched.end(), "gemm"), refused.count("gemm_small") != 0 ? 2 : 0);
+    const auto as_int8 = [](const Variant& of) { return of.label.find("W as int8") != std::string::npos; };
+    EXPECT_EQ(std::count_if(variants.begin(), variants.end(), as_int8), refused.count("int4") != 0 ? 2 : 0);
   }
 }
 

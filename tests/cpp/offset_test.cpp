@@ -197,7 +197,7 @@ class Offsets : public testing::Test {
     EXPECT_EQ(left.exponents.as<uint32_t>()[lanes - 1], lanes == m ? left.exponents.as<uint32_t>()[m - 1] : 0x7F7F7F7F)
         << "a row of the padding has exponents for which the cheap sum applies";
     launch(syclrt::gemm_small_variant(gpu, Format::mxfp4, m, weights, DType::f32, 16), "gemm_small",
-           last_tile(tile, lanes, m, n, kSmallSplit),
+           last_tile(tile, lanes, m, n, small_split(static_cast<int>(m))),
            GemmSmallArguments{left.arrays(), stored, output(y, m, n), k, kStartBits});
     EXPECT_TRUE(same_bits(corner<float>(y, m, n, in.m, in.n), native(in)));
   }

@@ -22,6 +22,8 @@ extern SYCL_EXTERNAL xpu_fp4_int8 intel_sub_group_i8_u4_matrix_mad_k32(xpu_fp4_r
 extern "C" SYCL_EXTERNAL xpu_fp4_uint8 __builtin_IB_lsc_load_global_uint8(__attribute__((opencl_global))
                                                                           const xpu_fp4_uint8* base,
                                                                           int offset, int cache);
+extern "C" SYCL_EXTERNAL void __builtin_IB_lsc_prefetch_global_uchar(__attribute__((opencl_global)) const uint8_t* base,
+                                                                     int offset, int cache);
 extern "C" SYCL_EXTERNAL unsigned __builtin_IB_lsc_load_global_uchar_to_uint(__attribute__((opencl_global)) const uint8_t* base,
                                                                              int offset, int cache);
 #endif
@@ -98,6 +100,8 @@ XPU_FP4_INLINE int8 matrix_mad(RowFragment a, const Int8Block& b, int8 acc) { re
 constexpr auto kWeights = static_cast<Weights>(XPU_FP4_WEIGHTS);
 
 #if XPU_FP4_MATRIX_UNIT
+/// Asks for a lane's cache line.
+XPU_FP4_INLINE void prefetch_line(GlobalBytes at) { __builtin_IB_lsc_prefetch_global_uchar(at, 0, kCacheInL1AndL3); }
 /// Loads a byte as 32 bits, whose arithmetic the compiler does not narrow.
 XPU_FP4_INLINE uint32_t load_byte(GlobalBytes at) { return __builtin_IB_lsc_load_global_uchar_to_uint(at, 0, 0); }
 /// Loads eight dwords in one message; a plain load of these would be two.
@@ -105,6 +109,7 @@ XPU_FP4_INLINE xpu_fp4_uint8 load_dwords8(GlobalBytes at) {
   return __builtin_IB_lsc_load_global_uint8((XPU_FP4_GLOBAL const xpu_fp4_uint8*)at, 0, 0);
 }
 #else
+XPU_FP4_INLINE void prefetch_line(GlobalBytes) {}
 XPU_FP4_INLINE uint32_t load_byte(GlobalBytes at) { return *at; }
 XPU_FP4_INLINE xpu_fp4_uint8 load_dwords8(GlobalBytes at) {
   struct alignas(16) Dwords {
@@ -123,6 +128,13 @@ struct WeightColumn {
       : codes((GlobalBytes)w.codes + row * (k / 2) + quad * (kQuad * kBlockBytes)),
         scale_block_stride(kWeights == Weights::scales_together ? 1 : w.scale_block_stride) {
     scale = (GlobalBytes)w.scale + row * w.scale_row_stride + quad * kQuad * scale_block_stride;
+  }
+
+  /// The quad, to the first cache: a lane's codes are one line of it where rows begin on one. It must be there: a fetch from
+  /// outside of memory is a fault.
+  XPU_FP4_INLINE void prefetch() const {
+    prefetch_line(codes);
+    prefetch_line(scale);
   }
 
   XPU_FP4_INLINE void step(uint32_t quads) {

@@ -4,23 +4,22 @@
 //
 // A work-group computes XPU_FP4_ROWS rows x kLanes columns. Its kSplit sub-groups share K: in a round each decodes its own quad
 // of weights in registers and leaves the quad's sums in local memory; then each adds up, for its share of the rows, the round's
-// quads in ascending order. So the order is that of the definition. Macros: XPU_FP4_FORMAT (of A), XPU_FP4_ROWS, XPU_FP4_DTYPE
-// (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_WEIGHTS (Weights of layout.hpp), XPU_FP4_WEIGHT_OPERAND. XPU_FP4_COMBINED, of experts: a
-// work-group does the slots of a token, each a tile of one row, and adds them up.
+// quads in ascending order. So the order is that of the definition. Where few rows leave clocks for it, a round first asks for
+// the next one's weights, which come into the first cache while it computes and waits for others. Macros: XPU_FP4_FORMAT (of
+// A), XPU_FP4_ROWS, XPU_FP4_DTYPE (Y's), XPU_FP4_BLOCK_2D, XPU_FP4_WEIGHTS (Weights of layout.hpp), XPU_FP4_WEIGHT_OPERAND.
+// XPU_FP4_COMBINED, of experts: a work-group does the slots of a token, each a tile of one row, and adds them up.
 #include <sycl/ext/oneapi/work_group_static.hpp>
 
 #include "decode.hpp"
 #include "output.hpp"
 #include "quad_sum.hpp"
+#include "round_terms.hpp"
 
 using namespace xpu_fp4;
 
-constexpr int kRows = XPU_FP4_ROWS;
 constexpr int kRowUnits = ceil_div(kRows, kRowUnit);
 constexpr int kGroups = ceil_div(kRows, kLanes);  // of rows, that share a word of exponents per lane
-constexpr int kSplit = kSmallSplit;
-constexpr int kOwnRows = ceil_div(kRows, kSplit);
-constexpr int kUnitRows = kRows < kRowUnit ? kRows : kRowUnit;
+constexpr bool kFetchesAhead = kRows <= kMostRowsFetchedAhead;
 // For many rows with fewer products, so that the matrix unit keeps up with memory.
 using Decoded = std::conditional_t<static_cast<WeightOperand>(XPU_FP4_WEIGHT_OPERAND) == WeightOperand::int8, Int8Block,
                                    DecodedBlock<(kRows > 16 ? 2 : 1)>>;
@@ -31,43 +30,6 @@ constexpr int kTileStride = round_up(kRows, kLanes);
 #else
 constexpr int kTileStride = kRows;
 #endif
-
-using RoundTerms = uint32_t[kSplit][kRows][kLanes];
-
-#define XPU_FP4_LOCAL __attribute__((opencl_local))
-using LocalWords = XPU_FP4_LOCAL uint32_t*;
-
-template <int count>
-struct Words {
-  typedef uint32_t type __attribute__((ext_vector_type(count)));
-};
-template <>
-struct Words<1> {
-  using type = uint32_t;
-};
-
-/// Rows of kLanes floats, through one address.
-template <int count>
-XPU_FP4_INLINE void store_rows(LocalWords out, const float* rows) {
-  typename Words<count>::type words;
-  if constexpr (count == 1) {
-    words = __builtin_bit_cast(uint32_t, rows[0]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < count; ++i) words[i] = __builtin_bit_cast(uint32_t, rows[i]);
-  }
-  __spirv_SubgroupBlockWriteINTEL(out, words);
-}
-template <int count>
-XPU_FP4_INLINE void load_rows(LocalWords from, float (&rows)[count]) {
-  const auto words = __spirv_SubgroupBlockReadINTEL<typename Words<count>::type>((XPU_FP4_LOCAL const uint32_t*)from);
-  if constexpr (count == 1) {
-    rows[0] = float_of(words);
-  } else {
-#pragma unroll
-    for (int i = 0; i < count; ++i) rows[i] = float_of(words[i]);
-  }
-}
 
 struct Rows {
   RowCodes codes;
@@ -122,14 +84,8 @@ XPU_FP4_STEP void store_terms(const Rows& rows, const uint32_t (&exponents)[kGro
         }
       }
     }
-    store_rows<kUnitRows>(out + unit * kRowUnit * kLanes, term);
+    store_unit(out, unit, term);
   }
-}
-
-/// Of local memory alone: group_barrier waits for global memory too.
-XPU_FP4_INLINE void barrier() {
-  constexpr uint32_t work_group = 2, acquire_release = 8, local = 256;
-  __spirv_ControlBarrier(work_group, work_group, acquire_release | local);
 }
 
 /// The highest bit of each byte that is an exponent outside of the window; of the other bits nothing is known.
@@ -169,9 +125,13 @@ XPU_FP4_INLINE void add_tile(const Rows& rows, WeightColumn column, uint32_t blo
   for (uint32_t first = 0; first < quads; first += kSplit) {
     const uint32_t quad = first + split;
     const auto all_terms = (LocalWords)&terms[buffer][0][0][0];
-    const LocalWords own_terms = all_terms + split * (kRows * kLanes);
+    const LocalWords own_terms = all_terms + split * kTermsStride;
     if (quad < quads) {
       const WeightQuad weights(column, blocks - quad * kQuad);
+      if constexpr (kFetchesAhead) {
+        column.step(kSplit);
+        if (quad + kSplit < quads) column.prefetch();
+      }
       uint32_t exponents[kGroups];
       rows.load_exponents(quad, exponents);
       if (any_outside_of_window(exponents, weights.exponents)) {
@@ -182,20 +142,24 @@ XPU_FP4_INLINE void add_tile(const Rows& rows, WeightColumn column, uint32_t blo
     } else {
       const float zeros[kUnitRows] = {};  // which change no sum: none is -0
 #pragma unroll
-      for (int unit = 0; unit < kRowUnits; ++unit) store_rows<kUnitRows>(own_terms + unit * kRowUnit * kLanes, zeros);
+      for (int unit = 0; unit < kRowUnits; ++unit) store_unit(own_terms, unit, zeros);
     }
     barrier();
     if (first_own < kRows) {
       float own[kSplit][kOwnRows];
+      if constexpr (kQuadsTogether) {
+        load_quads(all_terms, first_own, own);
+      } else {
 #pragma unroll
-      for (int q = 0; q < kSplit; ++q) load_rows(all_terms + (q * kRows + first_own) * kLanes, own[q]);
+        for (int q = 0; q < kSplit; ++q) load_rows(all_terms + (q * kRows + first_own) * kLanes, own[q]);
+      }
 #pragma unroll
       for (int q = 0; q < kSplit; ++q) {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) acc[i] += own[q][i];
       }
     }
-    column.step(kSplit);
+    if constexpr (!kFetchesAhead) column.step(kSplit);
     buffer ^= 1;  // the next round writes what the one before has read: one barrier is enough
   }
 }
@@ -257,9 +221,13 @@ gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4
   for (uint32_t first = 0; first < quads; first += kSplit) {
     const uint32_t quad = first + split;
     const auto all_terms = (LocalWords)&terms[buffer][0][0][0];
-    const LocalWords own_terms = all_terms + split * (kRows * kLanes);
+    const LocalWords own_terms = all_terms + split * kTermsStride;
     if (quad < quads) {
       const WeightQuad weights(column, blocks - quad * kQuad);
+      if constexpr (kFetchesAhead) {
+        column.step(kSplit);
+        if (quad + kSplit < quads) column.prefetch();
+      }
       uint32_t exponents[kGroups];
       rows.load_exponents(quad, exponents);
       if (any_outside_of_window(exponents, weights.exponents)) {
@@ -270,20 +238,24 @@ gemm_small(XPU_FP4_EXPANDED_PARAMETERS(a), XPU_FP4_STORED_PARAMETERS(w), XPU_FP4
     } else {
       const float zeros[kUnitRows] = {};  // which change no sum: none is -0
 #pragma unroll
-      for (int unit = 0; unit < kRowUnits; ++unit) store_rows<kUnitRows>(own_terms + unit * kRowUnit * kLanes, zeros);
+      for (int unit = 0; unit < kRowUnits; ++unit) store_unit(own_terms, unit, zeros);
     }
     barrier();
     if (first_own < kRows) {
       float own[kSplit][kOwnRows];
+      if constexpr (kQuadsTogether) {
+        load_quads(all_terms, first_own, own);
+      } else {
 #pragma unroll
-      for (int q = 0; q < kSplit; ++q) load_rows(all_terms + (q * kRows + first_own) * kLanes, own[q]);
+        for (int q = 0; q < kSplit; ++q) load_rows(all_terms + (q * kRows + first_own) * kLanes, own[q]);
+      }
 #pragma unroll
       for (int q = 0; q < kSplit; ++q) {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) acc[i] += own[q][i];
       }
     }
-    column.step(kSplit);
+    if constexpr (!kFetchesAhead) column.step(kSplit);
     buffer ^= 1;  // the next round writes what the one before has read: one barrier is enough
   }
 #endif

@@ -25,8 +25,13 @@ constexpr uint32_t kStartBits = 0x4B200000;
 /// Rows of a matrix instruction.
 constexpr int kRowUnit = 8;
 
-/// Sub-groups of a work-group of gemm_small.cpp, which share K there.
+/// Sub-groups of a work-group that share K: of W4A16's kernel for few rows, and of gemm_small.cpp. That has more of them for
+/// the least rows, so that all threads of a device have weights on their way.
 constexpr int kSmallSplit = 8;
+constexpr int small_split(int rows) { return rows < kRowUnit ? 2 * kSmallSplit : kSmallSplit; }
+
+/// Of gemm_small.cpp. More would take more clocks on Ponte Vecchio than memory does.
+constexpr int kMostRowsFetchedAhead = 8;
 
 /// How a quad of blocks may be summed, the cheapest first; each level gives the same bits where it applies. A tile takes the
 /// first that none of its groups rules out.

@@ -22,6 +22,9 @@ Range grid(int64_t rows, int64_t lanes);
 /// That of the kernels that write the expanded form of `rows` rows, padded ones among them where the kernel has to see those.
 Range expand_range(ElementOrder order, int lanes, int64_t rows, int64_t quads);
 
+/// On stderr, once for each text, however many threads and calls meet its cause.
+void warn(const std::string& text);
+
 /// The program of a quantizer that follows its rule for scales.
 Variant for_rule(Variant variant, const Quantizer& to);
 

@@ -2,7 +2,11 @@
 // Products: from stored operands, or from expanded ones.
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <mutex>
 #include <optional>
+#include <set>
+#include <string>
 #include <utility>
 
 #include "../../format/integer.h"
@@ -45,7 +49,38 @@ Range tiles(const Product& product, Tile tile, int64_t lanes, int64_t group_colu
   return {2, {ceil_div(product.activations.m, tile.rows()), columns * lanes}, {1, group_columns * lanes}};
 }
 
+// What `launch` returns, a function of the operand that weights are decoded to. The int8 form takes over where the device's
+// compiler does not take the int4 one, which a driver may lack the function for, unless someone asked for that very kernel.
+template <class Launch>
+std::string launch_decoding(const Architecture& architecture, const Launch& launch) {
+  const std::optional<WeightOperand> asked = weight_operand_override();
+  const WeightOperand first = asked.value_or(architecture.weight_operand);
+  try {
+    return launch(first);
+  } catch (const CannotBuild& error) {
+    if (first == WeightOperand::int8 || asked || variant_override().architecture != nullptr) throw;
+    const std::string why = error.what();
+    std::string label;
+    try {
+      label = launch(WeightOperand::int8);
+    } catch (const CannotBuild& also) {
+      throw CannotBuild(why + "\n" + also.what());
+    }
+    warn(why +
+         "\nxpu_fp4: few rows are multiplied by weights as int8 instead, which takes more instructions for the same bits; " +
+         "XPU_FP4_WEIGHT_OPERAND=int8 asks for that at once");
+    return label;
+  }
+}
+
 }  // namespace
+
+void warn(const std::string& text) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& said = *new std::set<std::string>;
+  const std::lock_guard lock(mutex);
+  if (said.insert(text).second) std::fprintf(stderr, "%s\n", text.c_str());
+}
 
 Expanded allocate_expanded(const Queue& queue, const ExpandedLayout& layout) {
   std::shared_ptr<void> memory = queue.allocate(Expanded::bytes(layout));
@@ -132,15 +167,17 @@ std::string gemm_small(const Queue& queue, Gpu gpu, const GemmPlan& plan, const 
   const int64_t lanes = gpu.architecture->sub_group;
   const Variant int4 = gemm_small_variant(gpu, activations.to.format, plan.rows, weights_of(w), out.dtype,
                                           alignment_of({w.codes}), grouped.kind());
-  const Variant variant = for_output(with_weight_operand(int4, weight_operand(*gpu.architecture)), out);
-  const int64_t group_lanes = lanes * kSmallSplit;
+  const int64_t group_lanes = lanes * small_split(plan.rows);
   const int64_t rows = grouped.kind() == RowTiles::dense     ? ceil_div(activations.m, plan.rows)
                        : grouped.kind() == RowTiles::grouped ? grouped.count
                                                              : grouped.count / grouped.combined->top_k;  // tokens
   const Range range = {2, {rows, ceil_div(w.n, lanes) * group_lanes}, {1, group_lanes}};
-  queue.launch(variant, "gemm_small", range,
-               GemmSmallArguments{a.arrays, stored(w), output_of(product, grouped), w.k, kStartBits, grouped.combined});
-  return variant.label;
+  const GemmSmallArguments arguments = {a.arrays, stored(w), output_of(product, grouped), w.k, kStartBits, grouped.combined};
+  return launch_decoding(*gpu.architecture, [&](WeightOperand operand) {
+    const Variant variant = for_output(with_weight_operand(int4, operand), out);
+    queue.launch(variant, "gemm_small", range, arguments);
+    return variant.label;
+  });
 }
 
 std::string gemm_large(const Queue& queue, Gpu gpu, const GemmPlan& plan, const Product& product) {
