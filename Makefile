@@ -80,7 +80,7 @@ STAND_IN = $(CURDIR)/build/xpu_stand_in
 pytest: build $(VENV)/.test  ## the Python tests but for the longest, then those with XPU tensors
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest $(addprefix --ignore ,$(VARIANTS))
 	python tests/xpu_stand_in/build.py $(STAND_IN)
-	LD_LIBRARY_PATH=$(STAND_IN)/torch PYTHONPATH=$(STAND_IN)/package python -m pytest tests/xpu_stand_in
+	LD_LIBRARY_PATH=$(STAND_IN)/torch PYTHONPATH=$(STAND_IN)/package:tests python -m pytest -p xpu_stand_in.torch_xpu tests/xpu_stand_in
 
 # The longest files: the GPUs' kernels are compiled for the CPU device one after the other, so this may run beside the rest.
 VARIANTS = tests/test_sycl_variants.py tests/test_sycl_experts.py tests/test_expanded.py
@@ -147,7 +147,7 @@ test-sycl-2025:  ## all Python tests on SYCL 2025.3, in a copy of the tree with 
 	$(SYCL_2025_MAKE) $(addprefix $(CURDIR)/$(SYCL_2025)/.venv/.,build test)
 	$(SYCL_2025)/.venv/bin/pip install --quiet dpcpp-cpp-rt==2025.3.3
 	$(SYCL_2025_MAKE) pytest pytest-variants
-	ldd $(SYCL_2025)/python/xpu_fp4/_sycl_backend.abi3.so | grep libsycl.so.8  # it was that runtime
+	ldd $(SYCL_2025)/python/xpu_fp4/_sycl_backend_8.abi3.so | grep libsycl.so.8  # it was that runtime
 
 # ---- the virtual environment: a stamp per dependency group of pyproject.toml ----
 $(VENV)/.venv:
