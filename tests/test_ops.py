@@ -118,6 +118,13 @@ def test_op_passes_opcheck(op: Any, arguments: Callable[[], dict[str, Any]]) -> 
     torch.library.opcheck(op, (), arguments())
 
 
+@pytest.mark.parametrize("op", sorted({op for op, _ in SAMPLES}, key=str), ids=str)
+def test_operands_keep_their_strides(op: Any) -> None:  # noqa: ANN401
+    """Without such a tag, torch's compiler may copy what it passes to an op into another order."""
+    exact = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
+    assert exact in op.tags
+
+
 class Block(torch.nn.Module):
     """Everything that a model traces through: a linear of each mode, quantize, dequantize and gemms on views."""
 

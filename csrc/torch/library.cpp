@@ -58,7 +58,7 @@ std::vector<std::string> describe_sycl_devices() {
 }  // namespace
 
 TORCH_LIBRARY(xpu_fp4, library) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, stride_tag()};
   for (const OpRow& row : cpu_ops()) library.def(row.schema, tags);
   library.def("_cpu_backend() -> str", cpu_backend_name);
   library.def("_cpu_backend_override() -> str?", cpu_backend_override);

@@ -185,6 +185,17 @@ std::vector<CompatRow> compat_experts_table() {
   return rows;
 }
 
+/// Says that operands must have the strides that the caller gave them: the memory of codes and scales is laid out by them.
+/// Inductor of torch 2.8 passed an op without this tag a copy of [K/32, N] scales in another order.
+template <class Tag = at::Tag>
+constexpr Tag stride_tag() {
+  if constexpr (requires { Tag::needs_exact_strides; }) {
+    return Tag::needs_exact_strides;
+  } else {
+    return Tag::needs_fixed_stride_order;
+  }
+}
+
 /// Implements rows for a dispatch key.
 inline void implement(torch::Library& library, std::vector<OpRow> rows) {
   for (OpRow& row : rows) library.impl(row.name().c_str(), std::move(row.function));
