@@ -266,7 +266,7 @@ def test_the_backend_is_that_of_the_runtime(tmp_path: Path) -> None:
     (package / "_sycl_backend.abi3.so").write_text("nothing that could be loaded")
     for major in (7, 99):
         fake_library(package / f"_sycl_backend_{major}.abi3.so", "a backend without a plugin")
-    runtime = fake_library(tmp_path / "libsycl.so.7", "libsycl.so.7")
+    runtime, _ = (fake_library(tmp_path / name, name) for name in ("libsycl.so.7", "libsycl.so.99"))
     ask = "import torch, xpu_fp4; sycl = xpu_fp4.backends()['sycl']; print(sycl.available, sycl.detail, xpu_fp4.__file__)"
     found = python(f"{ask}; print(torch.ops.xpu_fp4._sycl_backend_file())", PYTHONPATH=str(tmp_path))
     assert found.stdout.startswith("True "), found.stdout + found.stderr
@@ -274,6 +274,8 @@ def test_the_backend_is_that_of_the_runtime(tmp_path: Path) -> None:
     assert found.stdout.splitlines()[-1] == str(package / ours.name)
     of_process = python(f"import ctypes; ctypes.CDLL({str(runtime)!r}); {ask}", PYTHONPATH=str(tmp_path))
     assert of_process.stdout.startswith(f"False {package}/_sycl_backend_7.abi3.so has no xpu_fp4_sycl_plugin")
+    of_folder = python(ask, PYTHONPATH=str(tmp_path), XPU_FP4_SYCL_LIB_DIR=str(tmp_path))
+    assert of_folder.stdout.startswith(f"False {package}/_sycl_backend_99.abi3.so has no xpu_fp4_sycl_plugin")
 
 
 def test_without_a_backend_sycl_says_that_it_was_not_built(tmp_path: Path) -> None:
