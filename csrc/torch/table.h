@@ -185,8 +185,9 @@ std::vector<CompatRow> compat_experts_table() {
   return rows;
 }
 
-/// Says that operands must have the strides that the caller gave them: the memory of codes and scales is laid out by them.
-/// Inductor of torch 2.8 passed an op without this tag a copy of [K/32, N] scales in another order.
+/// Says that operands must have the strides that the caller gave them: ops read memory by them and refuse others. torch 2.8
+/// knows the tag, but its Inductor does not always keep to it: in a graph with dynamic shapes a copy of [K/32, N] scales came
+/// in another order, which mxfp4_gemm refuses (executed).
 template <class Tag = at::Tag>
 constexpr Tag stride_tag() {
   if constexpr (requires { Tag::needs_exact_strides; }) {
