@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CPP_FILES = $(shell find csrc examples tests tools -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 COMPILED = setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo demo-page models test test-vllm test-transformers test-llmcompressor test-sycl-2025 bench build pytest pytest-variants ctest isa format lint clean sanitize fuzz soak docs linkcheck
+.PHONY: help demo demo-page models test test-vllm test-transformers test-llmcompressor test-sycl test-torch test-ipex test-wheel wheel wheel-again bench build pytest pytest-variants ctest isa format lint clean sanitize fuzz soak docs linkcheck
 
 help:  ## this list
 	@sed -nE 's/^([a-z][a-z0-9-]*):[^#]*## +(.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -73,14 +73,14 @@ linkcheck: build $(VENV)/.docs  ## the documentation's links to elsewhere; needs
 	$(SPHINX) -b linkcheck . build/linkcheck
 
 clean:  ## removes all that make has made, the environments too
-	rm -rf build .venv .venv-vllm *.egg-info python/*.egg-info python/xpu_fp4/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist .venv .venv-vllm *.egg-info python/*.egg-info python/xpu_fp4/*.so .mypy_cache .ruff_cache .pytest_cache
 
 STAND_IN = $(CURDIR)/build/xpu_stand_in
 # The second run is one with XPU tensors: of a build for XPU, on a stand-in for torch's device. It shares object files with the first.
 pytest: build $(VENV)/.test  ## the Python tests but for the longest, then those with XPU tensors
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest $(addprefix --ignore ,$(VARIANTS))
 	python tests/xpu_stand_in/build.py $(STAND_IN)
-	LD_LIBRARY_PATH=$(STAND_IN)/torch PYTHONPATH=$(STAND_IN)/package python -m pytest tests/xpu_stand_in
+	LD_LIBRARY_PATH=$(STAND_IN)/torch PYTHONPATH=$(STAND_IN)/package:tests python -m pytest -p xpu_stand_in.torch_xpu tests/xpu_stand_in
 
 # The longest files: the GPUs' kernels are compiled for the CPU device one after the other, so this may run beside the rest.
 VARIANTS = tests/test_sycl_variants.py tests/test_sycl_experts.py tests/test_expanded.py
@@ -138,16 +138,49 @@ isa: build  ## the machine code of every GPU kernel against its budgets
 	  python tools/isa.py --ocloc build/ocloc/ocloc --json build/isa.json; \
 	else echo "SKIPPED make isa: Intel's offline compiler cannot be fetched here; no machine code was counted" >&2; fi
 
-SYCL_2025 = build/sycl-2025
-SYCL_2025_MAKE = $(MAKE) -C $(SYCL_2025) VENV=$(CURDIR)/$(SYCL_2025)/.venv
+# What torch's XPU builds bring: 2.11 and 2.12 2025.3.2, 2.13 2026.0.0, 2.14 2026.1.1.
+SYCLS = 2025.3.2 2025.3.3 2026.0.0 2026.1.1 2026.1.2
+test-sycl: $(addprefix test-sycl-,$(SYCLS))  ## test-sycl-VERSION for each SYCL that torch brings, and the last of each: hours
 
-# The stamps come first: a later one would bring the usual runtime back.
-test-sycl-2025:  ## all Python tests on SYCL 2025.3, in a copy of the tree with an environment of its own
-	git checkout-index --all --force --prefix=$(SYCL_2025)/
-	$(SYCL_2025_MAKE) $(addprefix $(CURDIR)/$(SYCL_2025)/.venv/.,build test)
-	$(SYCL_2025)/.venv/bin/pip install --quiet dpcpp-cpp-rt==2025.3.3
-	$(SYCL_2025_MAKE) pytest pytest-variants
-	ldd $(SYCL_2025)/python/xpu_fp4/_sycl_backend.abi3.so | grep libsycl.so.8  # it was that runtime
+# All Python tests on SYCL of that version, in a copy of the tree with an environment of its own. The stamps come first: a later one
+# would bring the usual runtime back.
+test-sycl-%:
+	git checkout-index --all --force --prefix=build/sycl-$*/
+	$(MAKE) -C build/sycl-$* VENV=$(CURDIR)/build/sycl-$*/.venv $(addprefix $(CURDIR)/build/sycl-$*/.venv/.,build test)
+	build/sycl-$*/.venv/bin/pip install --quiet dpcpp-cpp-rt==$*
+	$(MAKE) -C build/sycl-$* VENV=$(CURDIR)/build/sycl-$*/.venv pytest pytest-variants
+	build/sycl-$*/.venv/bin/pip list | grep '^intel-sycl-rt .*$*$$'  # it was that one
+
+# The oldest torch is the first with float4_e2m1fn_x2. The extension is compiled against each, which ccache makes bearable.
+TORCHES = 2.8.0 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
+OP_TESTS = $(addprefix tests/test_,$(addsuffix .py,ops quantize mxint8 transform gemm linears w4a8 prepack experts))
+test-torch: $(addprefix test-torch-,$(TORCHES))  ## test-torch-VERSION, the tests of ops, on each torch since the oldest: hours
+
+TORCH_ENV = build/torch-$*
+test-torch-%: $(VENV)/.test
+	$(call layer,$(TORCH_ENV))
+	$(TORCH_ENV)/bin/pip install --quiet torch==$* "setuptools>=77"  # of a new environment it may be too old
+	CMPLR_ROOT=$(VENV) $(TORCH_ENV)/bin/python setup.py --quiet build --build-lib $(TORCH_ENV)/package build_ext --build-temp $(TORCH_ENV)/objects
+	XPU_FP4_REQUIRE_SYCL=1 CMPLR_ROOT=$(VENV) PYTHONPATH=$(CURDIR)/$(TORCH_ENV)/package $(TORCH_ENV)/bin/python -m pytest -m "not large" $(OP_TESTS)
+	$(TORCH_ENV)/bin/python -c 'import torch; print("torch", torch.__version__, "passed")'
+
+# Its last release goes with torch 2.8 alone, and imports Transformers where it is there, but not of today: no layer over .venv.
+test-ipex: test-torch-2.8.0  ## the same bits beside intel-extension-for-pytorch 2.8, imported before or after us, and through ipex.optimize
+	$(PYTHON) -m venv build/ipex
+	build/ipex/bin/pip install --quiet --upgrade "pip>=25.1"
+	build/ipex/bin/pip install --quiet --group ipex
+	PYTHONPATH=$(CURDIR)/build/torch-2.8.0/package build/ipex/bin/python -m pytest tests/ipex
+
+# ---- wheels ----
+wheel: $(VENV)/.build $(VENV)/.wheel build/wheel-sycl/.installed  ## dist/: the source distribution, and the wheel for this torch minor version, CPUs and XPUs
+	python tools/wheel.py --sycl $(VENV) --sycl build/wheel-sycl
+
+wheel-again: $(VENV)/.build $(VENV)/.wheel build/wheel-sycl/.installed  ## the same, built twice and compared
+	python tools/wheel.py --sycl $(VENV) --sycl build/wheel-sycl --again
+
+PYTHONS = 3.10 3.12 3.13
+test-wheel: $(VENV)/.build build/wheel-sycl/.installed  ## the tests of ops on the wheel in dist/, in clean environments with other Pythons
+	python tools/test_wheel.py dist/*.whl build/wheel-sycl $(PYTHONS)
 
 # ---- the virtual environment: a stamp per dependency group of pyproject.toml ----
 $(VENV)/.venv:
@@ -155,16 +188,27 @@ $(VENV)/.venv:
 	pip install --quiet --upgrade "pip>=25.1"  # the first with --group
 	touch $@
 
-$(VENV)/.build $(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+$(VENV)/.build $(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.wheel: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	pip install --quiet --group $*
 	mkdir -p build
 	touch $@
 
-build/%/.installed: $(VENV)/.test | build
+# $(call layer,FOLDER): an environment in which .venv's packages are found after its own.
+define layer
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet --upgrade "pip>=25.1"
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$site")')" > $$($(1)/bin/python -c "$$site")/venv.pth
+endef
+
+build/wheel-sycl/.installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --upgrade "pip>=25.1"
-	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-	echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$site")')" > $$($(@D)/bin/python -c "$$site")/venv.pth
+	$(@D)/bin/pip install --quiet --group wheel-sycl
+	touch $@
+
+build/%/.installed: $(VENV)/.test | build
+	$(call layer,$(@D))
 	$(@D)/bin/pip install --quiet --group $*
 	touch $@
 

@@ -2,6 +2,7 @@
 """Choosing backends, doing without SYCL, the doctor, and the source that only an XPU build compiles."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -244,10 +245,41 @@ def test_doctor_names_architectures_that_there_are() -> None:
     assert 'XPU_FP4_SYCL_VARIANT is "nvl:small", expected' in " ".join(result.output.split())
 
 
+def fake_library(file: Path, soname: str) -> Path:
+    subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", f"-Wl,-soname,{soname}", "-o", file], check=True)
+    return file
+
+
 @pytest.mark.usefixtures("requires_sycl")
 def test_another_sycl_runtime_in_the_process_is_refused(tmp_path: Path) -> None:
-    other = tmp_path / "libsycl.so.8"
-    subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", "-Wl,-soname,libsycl.so.8", "-o", other], check=True)
+    other = fake_library(tmp_path / "libsycl.so.7", "libsycl.so.7")
     result = python(f"import ctypes, xpu_fp4; ctypes.CDLL({str(other)!r}); print(xpu_fp4.backends()['sycl'])")
     assert "available=False" in result.stdout, result.stderr
     assert f"another SYCL runtime, {other}, than the libsycl.so." in result.stdout
+
+
+@pytest.mark.usefixtures("requires_sycl")
+def test_the_backend_is_that_of_the_runtime(tmp_path: Path) -> None:
+    """Of the one in the process, else the newest that there is; one without a version, of older builds, is passed over."""
+    package = tmp_path / "xpu_fp4"
+    shutil.copytree(Path(xpu_fp4.__file__).parent, package)
+    (package / "_sycl_backend.abi3.so").write_text("nothing that could be loaded")
+    for major in (7, 99):
+        fake_library(package / f"_sycl_backend_{major}.abi3.so", "a backend without a plugin")
+    runtime, _ = (fake_library(tmp_path / name, name) for name in ("libsycl.so.7", "libsycl.so.99"))
+    ask = "import torch, xpu_fp4; sycl = xpu_fp4.backends()['sycl']; print(sycl.available, sycl.detail, xpu_fp4.__file__)"
+    found = python(f"{ask}; print(torch.ops.xpu_fp4._sycl_backend_file())", PYTHONPATH=str(tmp_path))
+    assert found.stdout.startswith("True "), found.stdout + found.stderr
+    ours = Path(ops._sycl_backend_file())
+    assert found.stdout.splitlines()[-1] == str(package / ours.name)
+    of_process = python(f"import ctypes; ctypes.CDLL({str(runtime)!r}); {ask}", PYTHONPATH=str(tmp_path))
+    assert of_process.stdout.startswith(f"False {package}/_sycl_backend_7.abi3.so has no xpu_fp4_sycl_plugin")
+    of_folder = python(ask, PYTHONPATH=str(tmp_path), XPU_FP4_SYCL_LIB_DIR=str(tmp_path))
+    assert of_folder.stdout.startswith(f"False {package}/_sycl_backend_99.abi3.so has no xpu_fp4_sycl_plugin")
+
+
+def test_without_a_backend_sycl_says_that_it_was_not_built(tmp_path: Path) -> None:
+    package = tmp_path / "xpu_fp4"
+    shutil.copytree(Path(xpu_fp4.__file__).parent, package, ignore=shutil.ignore_patterns("_sycl_backend_*", "_xpu_queue*"))
+    result = python("import xpu_fp4; print(xpu_fp4.backends()['sycl'].detail)", PYTHONPATH=str(tmp_path))
+    assert result.stdout.startswith("built without SYCL"), result.stderr

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import xpu_fp4
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +81,7 @@ def sycl_backend() -> ctypes.CDLL:
     sycl = xpu_fp4.backends()["sycl"]
     if not sycl.available:
         sys.exit(f"the tools for GPU kernels ask the SYCL backend: {sycl.detail}")
-    return ctypes.CDLL(str(Path(xpu_fp4.__file__).with_name("_sycl_backend.abi3.so")))
+    return ctypes.CDLL(torch.ops.xpu_fp4._sycl_backend_file())
 
 
 def described() -> list[dict[str, Any]]:

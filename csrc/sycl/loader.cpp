@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the build found SYCL it defines XPU_FP4_SYCL_LIB_DIR (the folder of libsycl.so) and XPU_FP4_SYCL_BACKEND_FILE (the
-// backend's file name, beside this library).
 #include "loader.h"
 
 #include <dlfcn.h>
@@ -8,20 +6,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <filesystem>
 #include <mutex>
 #include <stdexcept>
+#include <string_view>
 #include <vector>
-
-#ifdef XPU_FP4_SYCL_LIB_DIR
-#include <sycl/version.hpp>
-#define XPU_FP4_STRING_OF(x) #x
-#define XPU_FP4_SONAME(major) "libsycl.so." XPU_FP4_STRING_OF(major)
-// The backend was linked to this one, so no other version will do.
-constexpr char kSyclLibrary[] = XPU_FP4_SONAME(__LIBSYCL_MAJOR_VERSION);
-#endif
 
 namespace xpu_fp4::syclrt {
 namespace {
@@ -52,9 +44,7 @@ void make_private(const fs::path& dir) {
 }
 
 std::mutex mutex;
-std::string loaded_runtime;
-
-#ifdef XPU_FP4_SYCL_LIB_DIR
+std::string loaded_runtime, loaded_backend;
 
 fs::path own_folder() {
   Dl_info info;
@@ -62,17 +52,58 @@ fs::path own_folder() {
   return fs::absolute(info.dli_fname).parent_path();
 }
 
+/// A SYCL backend, and the runtime that it was linked to: no other version will do.
+struct BackendFile {
+  int major;
+  fs::path file;
+
+  std::string runtime() const { return "libsycl.so." + std::to_string(major); }
+};
+
+// Lists those that were built, the newest first: _sycl_backend_9.abi3.so, of CMake _sycl_backend_9.so. One without a number is
+// a leftover of builds that had a single backend.
+std::vector<BackendFile> backend_files() {
+  constexpr std::string_view kPrefix = "_sycl_backend_";
+  std::vector<BackendFile> files;
+  for (const fs::directory_entry& entry : fs::directory_iterator(own_folder())) {
+    const std::string name = entry.path().filename().string();
+    if (name.rfind(kPrefix, 0) != 0 || entry.path().extension() != ".so") continue;
+    if (const int major = std::atoi(name.c_str() + kPrefix.size()); major > 0) files.push_back({major, entry.path()});
+  }
+  std::sort(files.begin(), files.end(), [](const auto& a, const auto& b) { return a.major > b.major; });
+  return files;
+}
+
+// Lists the files that the process has mapped whose name begins so.
+std::vector<fs::path> mapped_files(std::string_view prefix) {
+  struct Search {
+    std::string_view prefix;
+    std::vector<fs::path> files;
+  } search{prefix, {}};
+  dl_iterate_phdr([](dl_phdr_info* info, size_t, void* data) {
+    auto& [prefix, files] = *static_cast<Search*>(data);
+    if (const fs::path file = info->dlpi_name; file.filename().string().rfind(prefix, 0) == 0) files.push_back(file);
+    return 0;
+  }, &search);
+  return search.files;
+}
+
+// PREFIX/lib/python3.x/site-packages -> PREFIX/lib, where pip puts the runtime
+void add_environment(const fs::path& packages, std::vector<fs::path>& folders) {
+  if (packages.filename() != "site-packages" && packages.filename() != "dist-packages") return;
+  folders.push_back((packages / "../../../lib").lexically_normal());
+}
+
 std::vector<fs::path> search_folders() {
   if (const auto only = environment("XPU_FP4_SYCL_LIB_DIR"); !only.empty()) return {only};
   std::vector<fs::path> folders;
   if (const auto root = environment("CMPLR_ROOT"); !root.empty()) folders.push_back(fs::path(root) / "lib");
   if (const auto root = environment("ONEAPI_ROOT"); !root.empty()) folders.push_back(fs::path(root) / "compiler/latest/lib");
-  // PREFIX/lib/python3.x/site-packages/xpu_fp4 -> PREFIX/lib, where pip puts the runtime
-  const fs::path packages = own_folder().parent_path();
-  if (packages.filename() == "site-packages" || packages.filename() == "dist-packages") {
-    folders.push_back((packages / "../../../lib").lexically_normal());
+  add_environment(own_folder().parent_path(), folders);
+  for (const fs::path& torch : mapped_files("libc10.so")) {  // site-packages/torch/lib
+    add_environment(torch.parent_path().parent_path().parent_path(), folders);
+    folders.push_back(torch.parent_path());
   }
-  folders.emplace_back(XPU_FP4_SYCL_LIB_DIR);
   return folders;
 }
 
@@ -81,96 +112,94 @@ std::string path_of(void* library) {
   return dlinfo(library, RTLD_DI_LINKMAP, &map) == 0 ? map->l_name : "";
 }
 
+void* loaded(const std::string& library) { return dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD); }
+
 // The CPU device is found only through this variable when the OpenCL runtime comes from pip.
 void offer_cpu_device(const fs::path& folder) {
   if (const fs::path driver = folder / "libintelocl.so"; fs::exists(driver))
     set_unless_set("OCL_ICD_FILENAMES", driver.string());
 }
 
-// The files of SYCL's library that the process has mapped, of any version.
-std::vector<std::string> mapped_runtimes() {
-  std::vector<std::string> files;
-  dl_iterate_phdr([](dl_phdr_info* info, size_t, void* found) {
-    if (fs::path(info->dlpi_name).filename().string().rfind("libsycl.so", 0) == 0)
-      static_cast<std::vector<std::string>*>(found)->emplace_back(info->dlpi_name);
-    return 0;
-  }, &files);
-  return files;
+void set_runtime(const fs::path& file) {
+  loaded_runtime = file;
+  offer_cpu_device(file.parent_path());
 }
 
-// A backend of one version that is handed a queue of another, torch's say, is undefined behaviour.
-void refuse_other_runtimes() {
-  void* ours = dlopen(kSyclLibrary, RTLD_NOW | RTLD_NOLOAD);
-  for (const std::string& file : mapped_runtimes()) {
-    if (ours != nullptr && file == path_of(ours)) continue;
-    throw std::runtime_error("xpu_fp4: the process has loaded another SYCL runtime, " + file + ", than the " + kSyclLibrary +
-                             " that this library was built with (in " XPU_FP4_SYCL_LIB_DIR
-                             "). If it is torch's, build xpu_fp4 again with that one: without a oneAPI toolkit's setvars.sh "
-                             "and with no other dpcpp-cpp-rt than torch asks for");
+std::string runtimes(const std::vector<BackendFile>& backends) {
+  std::string names;
+  for (const BackendFile& backend : backends) names += (names.empty() ? "" : " or ") + backend.runtime();
+  return names;
+}
+
+// A process can have one SYCL runtime only: a backend of one version that is handed a queue of another, torch's say, is
+// undefined behaviour. Gives the backend for the runtime that is there; throws where none is.
+const BackendFile& backend_of_process(const std::vector<BackendFile>& backends, const std::vector<fs::path>& mapped) {
+  const auto found =
+      std::find_if(backends.begin(), backends.end(), [](const auto& backend) { return loaded(backend.runtime()) != nullptr; });
+  const std::string ours = found == backends.end() ? "" : path_of(loaded(found->runtime()));
+  for (const fs::path& file : mapped) {
+    if (file == ours) continue;
+    throw std::runtime_error("xpu_fp4: the process has loaded another SYCL runtime, " + file.string() + ", than the " +
+                             runtimes(backends) +
+                             " that this library was built with. If it is torch's, build xpu_fp4 again with that one: "
+                             "without a oneAPI toolkit's setvars.sh and with no other dpcpp-cpp-rt than torch asks for");
   }
-}
-
-void load_runtime() {
-  refuse_other_runtimes();
-  configure_cache();
+  set_runtime(ours);
   const std::string only = environment("XPU_FP4_SYCL_LIB_DIR");
-  if (void* library = dlopen(kSyclLibrary, RTLD_NOW | RTLD_NOLOAD)) {
-    // A process can have one SYCL runtime only.
-    loaded_runtime = path_of(library);
-    const fs::path folder = fs::path(loaded_runtime).parent_path();
-    std::error_code ignored;
-    if (!only.empty() && !fs::equivalent(folder, only, ignored)) {
-      throw std::runtime_error("xpu_fp4: XPU_FP4_SYCL_LIB_DIR is " + only + ", but the process has loaded " + loaded_runtime);
-    }
-    return offer_cpu_device(folder);
+  std::error_code ignored;
+  if (!only.empty() && !fs::equivalent(fs::path(ours).parent_path(), only, ignored)) {
+    throw std::runtime_error("xpu_fp4: XPU_FP4_SYCL_LIB_DIR is " + only + ", but the process has loaded " + ours);
   }
+  return *found;
+}
+
+// Loads the runtime of a backend, and gives that backend.
+const BackendFile& load_runtime(const std::vector<BackendFile>& backends) {
+  configure_cache();
+  if (const auto mapped = mapped_files("libsycl.so"); !mapped.empty()) return backend_of_process(backends, mapped);
   std::string tried;
   for (const fs::path& folder : search_folders()) {
-    const fs::path file = folder / kSyclLibrary;
-    if (!fs::exists(file)) {
-      tried += "\n  " + file.string() + ": no such file";
-      continue;
+    for (const BackendFile& backend : backends) {
+      const fs::path file = folder / backend.runtime();
+      if (!fs::exists(file)) {
+        tried += "\n  " + file.string() + ": no such file";
+        continue;
+      }
+      offer_cpu_device(folder);
+      if (dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr) {
+        set_runtime(file);
+        return backend;
+      }
+      tried += "\n  " + std::string(dlerror());
     }
-    offer_cpu_device(folder);
-    if (dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr) {
-      loaded_runtime = file;
-      return;
+  }
+  for (const BackendFile& backend : backends) {
+    if (!environment("XPU_FP4_SYCL_LIB_DIR").empty()) break;
+    // It knows the folder that it was built with, and the system its own.
+    if (dlopen(backend.file.c_str(), RTLD_NOW | RTLD_LOCAL) != nullptr) {
+      set_runtime(path_of(loaded(backend.runtime())));
+      return backend;
     }
     tried += "\n  " + std::string(dlerror());
   }
-  if (only.empty()) {
-    if (void* library = dlopen(kSyclLibrary, RTLD_NOW | RTLD_GLOBAL)) {
-      loaded_runtime = path_of(library);
-      return offer_cpu_device(fs::path(loaded_runtime).parent_path());
-    }
-    tried += "\n  " + std::string(dlerror());
-  }
-  throw std::runtime_error("xpu_fp4: no SYCL runtime (" + std::string(kSyclLibrary) +
+  throw std::runtime_error("xpu_fp4: no SYCL runtime (" + runtimes(backends) +
                            "): install the pip package dpcpp-cpp-rt in the version this library was built with, or a oneAPI "
                            "toolkit (source its setvars.sh). Tried:" +
                            tried);
 }
 
 const Plugin* load_backend() {
-  load_runtime();
-  const fs::path file = own_folder() / XPU_FP4_SYCL_BACKEND_FILE;
-  void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) throw std::runtime_error("xpu_fp4: cannot load the SYCL backend: " + std::string(dlerror()));
-  const auto plugin = reinterpret_cast<PluginFunction>(dlsym(library, kPluginSymbol));
-  if (plugin == nullptr) throw std::runtime_error("xpu_fp4: " + file.string() + " is not the SYCL backend");
+  const std::vector<BackendFile> backends = backend_files();
+  if (backends.empty()) {
+    throw std::runtime_error(
+        "xpu_fp4: built without SYCL: no SYCL headers were found then. Install the pip package dpcpp-cpp-rt==2026.1.2 or a "
+        "oneAPI toolkit (source its setvars.sh), and build again");
+  }
+  const BackendFile& backend = load_runtime(backends);
+  const auto plugin = reinterpret_cast<PluginFunction>(load_beside(backend.file.filename(), kPluginSymbol));
+  loaded_backend = backend.file;
   return plugin();
 }
-
-#else
-
-const Plugin* load_backend() {
-  throw std::runtime_error(
-      "xpu_fp4: built without SYCL: no SYCL headers were found then. Install the pip package dpcpp-cpp-rt==2026.1.2 or a "
-      "oneAPI "
-      "toolkit (source its setvars.sh), and build again");
-}
-
-#endif
 
 }  // namespace
 
@@ -200,6 +229,20 @@ void configure_cache() {
 std::string runtime_path() {
   const std::lock_guard lock(mutex);
   return loaded_runtime;
+}
+
+std::string backend_path() {
+  const std::lock_guard lock(mutex);
+  return loaded_backend;
+}
+
+void* load_beside(const std::string& file, const char* symbol) {
+  const fs::path path = own_folder() / file;
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw std::runtime_error("xpu_fp4: cannot load " + file + ": " + dlerror());
+  void* found = dlsym(library, symbol);
+  if (found == nullptr) throw std::runtime_error("xpu_fp4: " + path.string() + " has no " + symbol);
+  return found;
 }
 
 }  // namespace xpu_fp4::syclrt

@@ -9,9 +9,10 @@
 namespace xpu_fp4::syclrt {
 
 /// The loaded backend; loads it on the first call. Thread-safe; a failed attempt is made anew on the next call.
-/// The runtime is looked for, in this order: where the process has it loaded already; in XPU_FP4_SYCL_LIB_DIR (nowhere else, if
-/// that is set); $CMPLR_ROOT/lib; $ONEAPI_ROOT/compiler/latest/lib; the environment's lib folder (pip); where it was found
-/// when this library was built; the system's library path.
+/// There is one, beside this library, for each major version of libsycl.so that it was built for. That of the runtime which the
+/// process has loaded already is taken, torch's for instance. Else the runtime is looked for in XPU_FP4_SYCL_LIB_DIR (nowhere
+/// else, if that is set), $CMPLR_ROOT/lib, $ONEAPI_ROOT/compiler/latest/lib, the lib folder of our environment and of torch's
+/// (pip), torch's own folder, the folder that this was built with, and the system's library path; in each the newest first.
 /// Throws std::runtime_error that says what is missing and what was tried.
 const Plugin& load_plugin();
 
@@ -26,5 +27,11 @@ void configure_cache();
 
 /// The file from which the SYCL runtime was loaded; empty before that.
 std::string runtime_path();
+
+/// The file of the loaded backend; empty before that.
+std::string backend_path();
+
+/// Loads a library that lies beside this one, and gives a symbol of it. Throws std::runtime_error that says what is missing.
+void* load_beside(const std::string& file, const char* symbol);
 
 }  // namespace xpu_fp4::syclrt

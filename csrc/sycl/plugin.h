@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The SYCL backend is a library of its own (`_sycl_backend`), loaded at first use: so `_xpu_C` loads where no SYCL runtime is
-// installed. This is all that the two know of each other. Torch-free.
+// The SYCL backend is a library of its own (`_sycl_backend_N`, for libsycl.so.N), loaded at first use: so `_xpu_C` loads where
+// no SYCL runtime is installed. This is all that the two know of each other. Torch-free.
 #pragma once
 #include <functional>
 #include <memory>

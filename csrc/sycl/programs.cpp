@@ -20,6 +20,10 @@
 #include "device_sources.h"
 #include "spirv.h"
 
+#ifdef XPU_FP4_SYCL_HEADERS
+static_assert(__SYCL_COMPILER_VERSION == XPU_FP4_SYCL_HEADERS, "these are not the headers of the SYCL that setup.py found");
+#endif
+
 namespace syclexp = sycl::ext::oneapi::experimental;
 
 namespace xpu_fp4::syclrt {

@@ -46,15 +46,20 @@ def pack(library: Path, whom: str, folder: Path, sycl: Path, jobs: int) -> Path:
         leftover.unlink()
     driver = sycl / "lib/libintelocl.so"
     environment = {"OCL_ICD_FILENAMES": str(driver)} if driver.exists() else {}
+    environment |= os.environ
+    # Processes of their own, which find SYCL's library even if the backend does not say where it is.
+    paths = [str(sycl / "lib"), os.environ.get("LD_LIBRARY_PATH")]
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, __file__, str(library), whom]
     workers = []
     for share in range(jobs):
         dump = {"SYCL_DUMP_IMAGES": "1", "SYCL_DUMP_IMAGES_PREFIX": f"{folder}/share{share}.", "SYCL_CACHE_PERSISTENT": "0"}
-        command = [sys.executable, __file__, str(library), whom, str(folder), str(share), str(jobs)]
-        workers.append(subprocess.Popen(command, env=environment | os.environ | dump, stderr=subprocess.PIPE, text=True))
+        arguments = [str(folder), str(share), str(jobs)]
+        workers.append(subprocess.Popen(command + arguments, env=environment | dump, stderr=subprocess.PIPE, text=True))
     logs = [worker.communicate()[1] for worker in workers]  # of all: an unknown built-in of the GPU is a warning
     if failures := [log for log, worker in zip(logs, workers, strict=True) if worker.returncode != 0]:
         sys.exit(f"xpu_fp4: SPIR-V cannot be made; XPU_FP4_SPIRV=0 builds without it.\n{failures[0]}")
-    wanted = keys(ctypes.CDLL(str(library)), whom)
+    wanted = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
     for module in folder.glob("*.spv"):
         if module.stem not in wanted:
             module.unlink()
@@ -68,4 +73,7 @@ def pack(library: Path, whom: str, folder: Path, sycl: Path, jobs: int) -> Path:
 
 
 if __name__ == "__main__":
-    compile_share(ctypes.CDLL(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+    if len(sys.argv) == 3:
+        print(*keys(ctypes.CDLL(sys.argv[1]), sys.argv[2]))
+    else:
+        compile_share(ctypes.CDLL(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))

@@ -68,7 +68,8 @@ void define(CompatOp& op) {
     return new_library(torch::Library::IMPL, op.library_namespace, key);
   };
   const std::string& name = op.plain_name;
-  new_library(torch::Library::FRAGMENT, op.library_namespace, std::nullopt).def(op.schema);
+  const std::vector<at::Tag> tags = {stride_tag()};
+  new_library(torch::Library::FRAGMENT, op.library_namespace, std::nullopt).def(op.schema, tags);
   // There is no derivative: backward raises instead of giving no gradient.
   in(c10::DispatchKey::Autograd).impl(name.c_str(), torch::autograd::autogradNotImplementedFallback());
   in(c10::DispatchKey::ADInplaceOrView).impl(name.c_str(), torch::autograd::autogradNotImplementedInplaceOrViewFallback());

@@ -58,7 +58,7 @@ std::vector<std::string> describe_sycl_devices() {
 }  // namespace
 
 TORCH_LIBRARY(xpu_fp4, library) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, stride_tag()};
   for (const OpRow& row : cpu_ops()) library.def(row.schema, tags);
   library.def("_cpu_backend() -> str", cpu_backend_name);
   library.def("_cpu_backend_override() -> str?", cpu_backend_override);
@@ -67,6 +67,7 @@ TORCH_LIBRARY(xpu_fp4, library) {
   library.def("_sycl_devices() -> str[]", describe_sycl_devices);
   library.def("_sycl_embedded_programs() -> int", [] { return syclrt::load_plugin().embedded_programs(); });
   library.def("_sycl_runtime() -> str", syclrt::runtime_path);
+  library.def("_sycl_backend_file() -> str", syclrt::backend_path);
   library.def("_sycl_cache_dir() -> str", syclrt::cache_dir);
   library.def("_define_compat_ops() -> str[]", define_compat_ops);
   library.def("_override_compat_ops() -> str[]", override_compat_ops);

@@ -185,6 +185,18 @@ std::vector<CompatRow> compat_experts_table() {
   return rows;
 }
 
+/// Says that operands must have the strides that the caller gave them: ops read memory by them and refuse others. torch 2.8
+/// knows the tag, but its Inductor does not always keep to it: in a graph with dynamic shapes a copy of [K/32, N] scales came
+/// in another order, which mxfp4_gemm refuses (executed).
+template <class Tag = at::Tag>
+constexpr Tag stride_tag() {
+  if constexpr (requires { Tag::needs_exact_strides; }) {
+    return Tag::needs_exact_strides;
+  } else {
+    return Tag::needs_fixed_stride_order;
+  }
+}
+
 /// Implements rows for a dispatch key.
 inline void implement(torch::Library& library, std::vector<OpRow> rows) {
   for (OpRow& row : rows) library.impl(row.name().c_str(), std::move(row.function));

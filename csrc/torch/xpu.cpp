@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The XPU device: the SYCL kernels on the queue of the current stream. Built where torch is an XPU build; elsewhere the tests
-// compile this file and cannot link it.
+// The XPU device: the SYCL kernels on the queue of the current stream. torch has XPU tensors only where it is an XPU build;
+// what is asked of that build's own library is in xpu_queue.cpp.
 #include <ATen/ops/empty.h>
-#include <c10/xpu/XPUStream.h>
+#include <dlfcn.h>
 
 #include <stdexcept>
 
@@ -20,15 +20,22 @@ std::shared_ptr<void> allocate_on_current_device(int64_t bytes) {
   return {memory.data_ptr(), [memory](void*) {}};
 }
 
+void* current_queue() {
+  static const auto function =
+      reinterpret_cast<void* (*)()>(syclrt::load_beside("_xpu_queue.abi3.so", "xpu_fp4_current_queue"));
+  return function();
+}
+
 struct GetXpuBackend {
   std::unique_ptr<Backend> operator()() const {
-    return syclrt::load_plugin().on_queue(&c10::xpu::getCurrentXPUStream().queue(), allocate_on_current_device);
+    return syclrt::load_plugin().on_queue(current_queue(), allocate_on_current_device);
   }
 };
 
 const bool xpu_binding = [] {
+  const bool torch_is_xpu = dlopen("libc10_xpu.so", RTLD_NOW | RTLD_NOLOAD) != nullptr;
   try {
-    syclrt::configure_cache();  // torch starts SYCL before our first op
+    if (torch_is_xpu) syclrt::configure_cache();  // torch starts SYCL before our first op
   } catch (const std::runtime_error&) {
     // An import must not end here: there is no cache then, and our first op raises the same error.
   }

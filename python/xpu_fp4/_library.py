@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_xpu_C.abi3.so")
+XPU_QUEUE = LIBRARY.with_name("_xpu_queue.abi3.so")  # what it loads at the first op on an XPU tensor
 BLOCK = 32
 
-# Loading the library of an XPU build sets SYCL_CACHE_PERSISTENT, which SYCL reads when a process's first kernel is built.
+# Under an XPU torch, loading the library sets SYCL_CACHE_PERSISTENT, which SYCL reads when a process's first kernel is built.
 XPU_CAME_FIRST = torch.xpu.is_initialized() and "SYCL_CACHE_PERSISTENT" not in os.environ
 
 if not LIBRARY.exists():

@@ -46,8 +46,8 @@ def _sycl() -> Backend:
 def _xpu() -> Backend:
     if torch.version.xpu is None:
         return Backend("xpu", False, f"torch {torch.__version__} is not an XPU build")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("xpu_fp4::mxfp4_linear", "XPU"):
-        return Backend("xpu", False, "xpu_fp4 was built against a torch without XPU")
+    if not _library.XPU_QUEUE.exists():
+        return Backend("xpu", False, "xpu_fp4 was built without SYCL")
     if not torch.xpu.is_available():
         return Backend("xpu", False, "torch sees no XPU device")
     names = [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds xpu_fp4 under a torch that says it is an XPU build: `build.py FOLDER` makes FOLDER/torch and FOLDER/package.
 
-The stand-in takes the place of torch's libc10_xpu.so, in a copy of torch's folder of libraries. SYCL is that of pip's packages,
-and no variable says where it is: setup.py must.
+The stand-in takes the place of torch's libc10_xpu.so, in a copy of torch's folder of libraries; torch_xpu.py loads it, as an
+XPU torch would. SYCL is that of pip's packages, and no variable says where it is: setup.py must.
 """
 
 import os
@@ -36,7 +36,6 @@ def build_stand_in(libraries: Path) -> None:
     header.parent.mkdir(parents=True, exist_ok=True)
     if not header.exists():  # a new one would have everything compiled again
         header.touch()
-    os.environ["CPATH"] = str(libraries / "include")
     for library in Path(cpp_extension.TORCH_LIB_PATH).glob("*.so*"):
         link = libraries / library.name
         link.unlink(missing_ok=True)
@@ -45,7 +44,7 @@ def build_stand_in(libraries: Path) -> None:
         name="libc10_xpu",
         sources=[str(Path(__file__).with_name("stand_in.cpp"))],
         extra_cflags=[
-            *("-std=c++20", "-O1", "-w", "-fvisibility=hidden"),
+            *("-std=c++20", "-O1", "-w", "-fvisibility=hidden", f"-I{libraries}/include"),
             *("-isystem", f"{sycl}/include", "-isystem", f"{sycl}/include/sycl"),
         ],
         extra_ldflags=["-Wl,-soname,libc10_xpu.so", f"-L{sycl}/lib", "-lsycl", f"-Wl,-rpath,{sycl}/lib"],

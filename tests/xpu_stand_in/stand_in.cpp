@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// PyTorch's XPU device as far as csrc/torch/xpu.cpp uses it, over Intel's CPU device: two devices with two streams each, an
-// allocator, and the functions of libc10_xpu that the CPU build of torch only declares. So that the binding itself is executed:
-// which queue, which device, whose memory, who waits. Compiled, it is the libc10_xpu.so that build.py
-// links xpu_fp4 to.
+// PyTorch's XPU device as far as csrc/torch/xpu.cpp and xpu_queue.cpp use it, over Intel's CPU device: two devices with two
+// streams each, an allocator, and the functions of libc10_xpu that the CPU build of torch only declares. So that the binding
+// itself is executed: which queue, which device, whose memory, who waits. Compiled, it is the libc10_xpu.so of a process.
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty_strided.h>
