@@ -176,6 +176,12 @@ class BuildExtension(cpp_extension.BuildExtension):
     include_dirs: list[str]
     build_temp: str
 
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        # Every kind of build finds the object files of the one before: an editable one would throw them away, whatever the
+        # options of setup() say (setuptools 84).
+        self.build_temp = "build/objects"
+
     def finalize_options(self) -> None:
         super().finalize_options()
         # setuptools adds the virtual environment's headers, before all that are named as a system's: a SYCL there would come
@@ -240,9 +246,5 @@ if __name__ == "__main__":
         ext_modules=extensions(),
         # No library has a Python interface, so no Python headers are needed and one build serves every Python.
         cmdclass={"build_ext": BuildExtension},
-        options={
-            "bdist_wheel": {"py_limited_api": "cp310"},
-            # Every kind of build finds the object files of the one before, also an editable one.
-            "build_ext": {"build_temp": "build/objects"},
-        },
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
