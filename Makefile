@@ -83,7 +83,7 @@ pytest: build $(VENV)/.test  ## the Python tests but for the longest, then those
 	LD_LIBRARY_PATH=$(STAND_IN)/torch PYTHONPATH=$(STAND_IN)/package:tests python -m pytest -p xpu_stand_in.torch_xpu tests/xpu_stand_in
 
 # The longest files: the GPUs' kernels are compiled for the CPU device one after the other, so this may run beside the rest.
-VARIANTS = tests/test_sycl_variants.py tests/test_sycl_experts.py tests/test_expanded.py
+VARIANTS = $(addprefix tests/test_,sycl_variants.py sycl_linears.py sycl_bounds.py sycl_experts.py expanded.py)
 pytest-variants: build $(VENV)/.test  ## the GPUs' kernels on SYCL's CPU device
 	XPU_FP4_REQUIRE_SYCL=1 python -m pytest $(VARIANTS)
 

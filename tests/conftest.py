@@ -2,10 +2,12 @@
 import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from zlib import crc32
 
 import pytest
 import torch
 import xpu_fp4
+from helpers import seeded
 
 
 @lru_cache(maxsize=1)
@@ -38,3 +40,9 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Seeded by the test's name and parameters, so that a failure comes back alone."""
+    return seeded(crc32(request.node.name.encode()))
