@@ -113,7 +113,7 @@ soak: build $(VENV)/.test  ## threads, processes, cold caches, killed writers, f
 # The op tests run with the sanitizers' library before all else, since Python has none. Leaks are not looked for: Python has some.
 SANITIZED = build/sanitize
 WITHOUT_AVX512 = $(if $(shell grep -m1 avx512_vnni /proc/cpuinfo),0,1)
-SANITIZED_TESTS = tests/test_ops.py tests/test_quantize.py tests/test_mxint8.py tests/test_transform.py tests/test_memory.py
+SANITIZED_TESTS = tests/test_ops.py tests/test_ops_refused.py tests/test_quantize.py tests/test_mxint8.py tests/test_transform.py tests/test_memory.py
 sanitize: $(VENV)/.build $(VENV)/.test  ## ctest and the ops' tests under ASan and UBSan, ctest under TSan
 	$(call debian,/usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h,libgtest-dev)
 	for sanitizers in address,undefined thread; do \
@@ -153,7 +153,7 @@ test-sycl-%:
 
 # The oldest torch is the first with float4_e2m1fn_x2. The extension is compiled against each, which ccache makes bearable.
 TORCHES = 2.8.0 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
-OP_TESTS = $(addprefix tests/test_,$(addsuffix .py,ops quantize mxint8 transform gemm linears w4a8 prepack experts))
+OP_TESTS = $(addprefix tests/test_,$(addsuffix .py,ops ops_refused quantize mxint8 transform gemm linears w4a8 prepack experts))
 test-torch: $(addprefix test-torch-,$(TORCHES))  ## test-torch-VERSION, the tests of ops, on each torch since the oldest: hours
 
 TORCH_ENV = build/torch-$*

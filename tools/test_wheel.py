@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["ops", "quantize", "mxint8", "transform", "gemm", "linears", "w4a8", "backends", "prepack", "experts"]
+TESTS = ["ops", "ops_refused", "quantize", "mxint8", "transform", "gemm", "linears", "w4a8", "backends", "prepack", "experts"]
 WHERE = "import xpu_fp4; print(xpu_fp4.__version__, 'in', xpu_fp4.__file__)"
 RUNTIME = "import torch, xpu_fp4; xpu_fp4.backends(); print(torch.ops.xpu_fp4._sycl_backend_file())"
 
