@@ -13,12 +13,13 @@ SLACK = 300
 
 
 def faults(call: Callable[[], object]) -> int:
-    """Returns how many pages a call has the system map, in all threads, after two calls that are not counted."""
-    for _ in range(2):
+    """Returns how many pages a call has the system map, in all threads: the least of five, as others may map some meanwhile."""
+    counts = []
+    for _ in range(7):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         call()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(counts[2:])
 
 
 def test_a_layer_of_experts_keeps_its_scratch_memory() -> None:
