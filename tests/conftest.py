@@ -7,7 +7,6 @@ from zlib import crc32
 import pytest
 import torch
 import xpu_fp4
-from helpers import seeded
 
 
 @lru_cache(maxsize=1)
@@ -45,4 +44,4 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """Seeded by the test's name and parameters, so that a failure comes back alone."""
-    return seeded(crc32(request.node.name.encode()))
+    return torch.Generator().manual_seed(crc32(request.node.name.encode()))
